@@ -1,0 +1,1 @@
+"""Volumes before a network sees them: orientation, resampling, normalisation, cropping."""

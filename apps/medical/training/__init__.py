@@ -1,0 +1,1 @@
+"""Training of the shipped medical models. Needs the `train` extra (torch, MONAI)."""

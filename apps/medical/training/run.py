@@ -1,0 +1,42 @@
+"""Runs the folds and the final training side by side, one process each, over the devices at hand."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+from apps.medical.training.hippocampus import Recipe, run_fold
+
+
+def train_all(data: Path, out: Path, *, number: int, recipe: Recipe, device: str = "auto", final: bool = True) -> None:
+    """Cross-validate over `number` folds (0 for none), then or meanwhile train on every case.
+
+    Leaves `foldK.pt|json` and `all.pt` in `out`. On GPUs all runs go at once, spread over the cards; on
+    a CPU one after another. `recipe.seconds` is the time of each run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    jobs: list[int | None] = [*([None] if final else []), *range(number)]
+    cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if device == "cuda" and not cards:
+        raise RuntimeError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    devices = [f"cuda:{i}" for i in range(cards)] or ["cpu"]
+    context = multiprocessing.get_context("spawn")
+    running: list[multiprocessing.process.BaseProcess] = []
+    for index, fold in enumerate(jobs):
+        threads = 2 if cards else torch.get_num_threads()
+        card = 0 if index == 0 or len(devices) == 1 else 1 + (index - 1) % (len(devices) - 1)
+        arguments = (data, out, fold, number, recipe, devices[card], threads)
+        process = context.Process(target=run_fold, args=arguments)
+        process.start()
+        running.append(process)
+        if not cards:
+            process.join()
+    for process in running:
+        process.join()
+    if failed := [p.exitcode for p in running if p.exitcode]:
+        raise RuntimeError(f"{len(failed)} of {len(running)} training runs failed (exit codes {failed}); see their output above")
+    scores = [entry for k in range(number) for entry in json.loads((out / f"fold{k}.json").read_text())]
+    (out / "cross_validation.json").write_text(json.dumps(scores, indent=1))

@@ -1,0 +1,35 @@
+"""Streaming pipelines: messages, topics, a log (embedded or Kafka) and the processor over it.
+
+It moves bytes and records. It knows no model, and none of the apps.
+"""
+
+from pipelines.errors import (
+    ConsumerFencedError,
+    LogUnavailableError,
+    PermanentError,
+    PipelineError,
+    SchemaError,
+    UnknownTopicError,
+)
+from pipelines.messages import Envelope, Message
+from pipelines.processor import Processor
+from pipelines.topics import Topic
+from pipelines.transport import open_log
+from pipelines.transport.base import Consumer, Log, Record
+
+__all__ = [
+    "Consumer",
+    "ConsumerFencedError",
+    "Envelope",
+    "Log",
+    "LogUnavailableError",
+    "Message",
+    "PermanentError",
+    "PipelineError",
+    "Processor",
+    "Record",
+    "SchemaError",
+    "Topic",
+    "UnknownTopicError",
+    "open_log",
+]

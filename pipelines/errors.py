@@ -1,0 +1,35 @@
+"""Errors of the pipelines.
+
+PipelineError
+├── LogUnavailableError     the log's address is wrong, or nothing answers there
+├── UnknownTopicError       the topic does not exist in the log
+├── ConsumerFencedError     the consumer lost its partition to another member; the records come again
+├── SchemaError             a payload does not have the shape that its topic declares
+└── PermanentError          handling failed in a way that a retry can't mend; straight to the dead letters
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Root of the pipelines' errors."""
+
+
+class LogUnavailableError(PipelineError):
+    """The log can't be reached at its address."""
+
+
+class UnknownTopicError(PipelineError):
+    """No such topic in the log."""
+
+
+class ConsumerFencedError(PipelineError):
+    """Another member of the group owns the partition now; nothing was committed."""
+
+
+class SchemaError(PipelineError):
+    """A payload does not fit its topic's schema."""
+
+
+class PermanentError(PipelineError):
+    """Raise it from a handler for input that no retry will mend."""

@@ -1,0 +1,89 @@
+"""Messages follow CloudEvents 1.0: the envelope in the headers, the value stays the plain payload.
+
+On Kafka this is the binary content mode of the CloudEvents Kafka protocol binding. A producer that knows
+nothing of it may send a bare value: the headers then take defaults.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+import msgspec
+
+from pipelines.transport.base import Record
+
+TRACEPARENT: ContextVar[str] = ContextVar("traceparent", default="")
+"""The W3C trace context of the work at hand; logs and produced messages carry it."""
+
+
+def new_traceparent() -> str:
+    """A fresh W3C trace context (https://www.w3.org/TR/trace-context/)."""
+    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+
+
+def child_traceparent(parent: str) -> str:
+    """The same trace, a new span; a fresh trace where `parent` is not a valid context."""
+    parts = parent.split("-")
+    if len(parts) != 4 or len(parts[1]) != 32 or len(parts[2]) != 16:
+        return new_traceparent()
+    return f"{parts[0]}-{parts[1]}-{secrets.token_hex(8)}-{parts[3]}"
+
+
+def trace_id(traceparent: str) -> str:
+    """The 32 digits that a whole trace shares, or an empty string."""
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) == 4 else ""
+
+
+def now_rfc3339() -> str:
+    """The present in UTC, to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """CloudEvents attributes. `type` is the schema's name and version, as `medical.studies.v1`."""
+
+    type: str
+    source: str
+    id: str = msgspec.field(default_factory=lambda: str(uuid.uuid4()))
+    time: str = msgspec.field(default_factory=now_rfc3339)
+    traceparent: str = msgspec.field(default_factory=new_traceparent)
+    content_type: str = "application/json"
+
+    def headers(self) -> dict[str, bytes]:
+        """As Kafka headers."""
+        fields = {
+            "ce_specversion": "1.0",
+            "ce_id": self.id,
+            "ce_type": self.type,
+            "ce_source": self.source,
+            "ce_time": self.time,
+            "ce_traceparent": self.traceparent,
+            "content-type": self.content_type,
+        }
+        return {name: value.encode() for name, value in fields.items()}
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, bytes], *, type: str, fallback_id: str) -> Envelope:
+        """Read the headers; what is missing takes a default, the id one that is the same on redelivery."""
+        text = {name: value.decode("utf-8", "replace") for name, value in headers.items()}
+        return cls(
+            type=text.get("ce_type", type),
+            source=text.get("ce_source", "unknown"),
+            id=text.get("ce_id", fallback_id),
+            time=text.get("ce_time", "") or now_rfc3339(),
+            traceparent=text.get("ce_traceparent", "") or new_traceparent(),
+            content_type=text.get("content-type", "application/json"),
+        )
+
+
+class Message(msgspec.Struct, frozen=True):
+    """A decoded record: its envelope, its typed payload and where it stood in the log."""
+
+    envelope: Envelope
+    payload: object
+    record: Record

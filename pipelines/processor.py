@@ -1,0 +1,113 @@
+"""The processor: consume, handle, commit - at least once, with bounded retries and dead letters."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipelines.dead_letter import send_to_dead_letters
+from pipelines.errors import ConsumerFencedError, PermanentError, SchemaError
+from pipelines.messages import TRACEPARENT, Message, child_traceparent
+from pipelines.topics import Topic
+from pipelines.transport.base import Consumer, Log, Record
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(BaseException):
+    """Raised by a signal handler to leave a handler at once; the record stays uncommitted and comes again."""
+
+
+@dataclass
+class Counts:
+    """What a processor has done since it started."""
+
+    handled: int = 0
+    retried: int = 0
+    dead: int = 0
+
+
+class Processor:
+    """Runs `handle` on every message of `topic` as a member of `group`.
+
+    A record is committed after its handler returned, or after it went to the dead letters; so each is
+    handled at least once and a handler must bear a repetition. PermanentError and SchemaError are not
+    retried; any other error is, `retries` times, waiting `backoff` seconds, then twice that, and so on.
+    """
+
+    def __init__(
+        self, log: Log, topic: Topic, group: str, handle: Callable[[Message], None], *, retries: int = 3, backoff: float = 0.5
+    ) -> None:
+        self._log, self._topic, self._group, self._handle = log, topic, group, handle
+        self._retries, self._backoff = retries, backoff
+        self.counts = Counts()
+
+    def run(self, stop: threading.Event, ready: Callable[[], None] = lambda: None, *, until_idle: bool = False) -> None:
+        """Process until `stop` is set, or the log has nothing more where `until_idle`.
+
+        `ready` is called once partitions are owned. An `Interrupted` ends it with nothing lost.
+        """
+        consumer = self._log.consumer(self._group, [self._topic.name])
+        announced = False
+        try:
+            while not stop.is_set():
+                records = consumer.poll(timeout=0.5, max_records=8)
+                if not announced and (announced := bool(consumer.assignment())):
+                    ready()
+                if until_idle and announced and not records and not any(self._log.lag(self._group, self._topic.name).values()):
+                    return
+                self._work(consumer, records, stop)
+        except Interrupted:
+            logger.info("interrupted; unfinished records stay in the log", extra={"topic": self._topic.name})
+        finally:
+            consumer.close()
+
+    def _work(self, consumer: Consumer, records: list[Record], stop: threading.Event) -> None:
+        lost: set[tuple[str, int]] = set()
+        for record in records:
+            if (record.topic, record.partition) in lost:
+                continue
+            if stop.is_set() or not self._settle(record, stop):
+                return
+            try:
+                consumer.commit(record)
+            except ConsumerFencedError as error:
+                logger.warning("%s", error)
+                lost.add((record.topic, record.partition))
+
+    def _settle(self, record: Record, stop: threading.Event) -> bool:
+        """Handle one record or bury it; False where `stop` came first."""
+        attempt = 0
+        while True:
+            attempt += 1
+            token = TRACEPARENT.set("")
+            try:
+                message = self._topic.decode(record)
+                TRACEPARENT.set(child_traceparent(message.envelope.traceparent))
+                self._handle(message)
+                self.counts.handled += 1
+                return True
+            except (PermanentError, SchemaError) as error:
+                return self._bury(record, str(error), attempt)
+            except Exception as error:
+                if attempt > self._retries:
+                    logger.exception("handling failed %d times", attempt, extra=_place(record))
+                    return self._bury(record, f"{type(error).__name__}: {error}", attempt)
+                logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(record))
+                self.counts.retried += 1
+            finally:
+                TRACEPARENT.reset(token)
+            if stop.wait(self._backoff * 2 ** (attempt - 1)):
+                return False
+
+    def _bury(self, record: Record, reason: str, attempts: int) -> bool:
+        send_to_dead_letters(self._log, self._topic, record, reason, attempts)
+        self.counts.dead += 1
+        logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
+        return True
+
+
+def _place(record: Record) -> dict[str, object]:
+    return {"topic": record.topic, "partition": record.partition, "offset": record.offset}

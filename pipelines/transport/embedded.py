@@ -1,0 +1,277 @@
+"""The embedded log: one SQLite file in WAL mode that any number of processes of one machine share.
+
+Every append and commit is one SQLite transaction, so `kill -9` at any instant loses nothing that was
+acknowledged; with `fsync=always` a power cut does not either. Partitions of a group are leased to its
+members. A lease lapses when its holder misses its heartbeats, or at once when its process is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
+from pipelines.transport.base import Record
+
+FILE = "log.sqlite"
+SESSION_SECONDS, HEARTBEAT_SECONDS, POLL_SECONDS = 10.0, 2.0, 0.02
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS topics (name TEXT PRIMARY KEY, partitions INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS records (
+  topic TEXT NOT NULL, part INTEGER NOT NULL, pos INTEGER NOT NULL, key TEXT, value BLOB NOT NULL,
+  headers BLOB NOT NULL, time REAL NOT NULL, PRIMARY KEY (topic, part, pos));
+CREATE TABLE IF NOT EXISTS offsets (
+  grp TEXT NOT NULL, topic TEXT NOT NULL, part INTEGER NOT NULL, pos INTEGER NOT NULL,
+  PRIMARY KEY (grp, topic, part)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS members (
+  id TEXT PRIMARY KEY, grp TEXT NOT NULL, topics BLOB NOT NULL, process TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases (
+  grp TEXT NOT NULL, topic TEXT NOT NULL, part INTEGER NOT NULL, member TEXT NOT NULL,
+  PRIMARY KEY (grp, topic, part)) WITHOUT ROWID;
+"""
+
+Partition = tuple[str, int]
+Headers = dict[str, bytes]
+
+
+def _process_identity() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time():.2f}"
+
+
+def _gone(process: str) -> bool:
+    """Whether a process of this machine has ended; one of another machine is judged by its heartbeat alone."""
+    hostname, pid, created = process.rsplit("/", 2)
+    if hostname != socket.gethostname():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != created
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+class EmbeddedLog:
+    """A log in `folder`. `fsync`: "always" (each append survives a power cut) or "os" (survives a crash)."""
+
+    def __init__(self, folder: Path, *, fsync: str = "always") -> None:
+        self._file, self._fsync = folder / FILE, fsync
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.transaction() as db:
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
+        except (OSError, sqlite3.Error) as error:
+            raise LogUnavailableError(f"the embedded log {self._file} can't be opened: {error}; check the folder and its rights") from error
+
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = sqlite3.connect(self._file, timeout=60, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA synchronous={'FULL' if self._fsync == 'always' else 'NORMAL'}")
+            self._local.db = db
+            with self._lock:
+                self._connections.append(db)
+        return db
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A write transaction: taken at once, committed at the end, rolled back on any error."""
+        db = self.connection()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+        db.execute("COMMIT")
+
+    def create_topic(self, name: str, partitions: int) -> None:
+        if name in self.topics():
+            return
+        with self.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (name, partitions))
+
+    def topics(self) -> Mapping[str, int]:
+        return dict(self.connection().execute("SELECT name, partitions FROM topics ORDER BY name").fetchall())
+
+    def partitions(self, topic: str) -> int:
+        """How many partitions `topic` has. Raises UnknownTopicError."""
+        row = self.connection().execute("SELECT partitions FROM topics WHERE name = ?", (topic,)).fetchone()
+        if row is None:
+            known = ", ".join(self.topics()) or "none"
+            raise UnknownTopicError(f"no topic {topic!r} in {self._file}; known: {known}; run 'triscope pipeline topics --apply'")
+        return int(row[0])
+
+    def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
+        count = self.partitions(topic)
+        packed = msgspec.msgpack.encode(dict(headers or {}))
+        with self.transaction() as db:
+            if key is None:
+                spread = db.execute("SELECT COUNT(*) FROM records WHERE topic = ?", (topic,)).fetchone()[0]
+            else:
+                spread = zlib.crc32(key.encode())
+            partition = int(spread) % count
+            last = db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition)).fetchone()[0]
+            offset = 0 if last is None else int(last) + 1
+            db.execute(
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (topic, partition, offset, key, bytes(value), packed, time.time()),
+            )
+        return partition, offset
+
+    def consumer(self, group: str, topics: Sequence[str]) -> EmbeddedConsumer:
+        for topic in topics:
+            self.partitions(topic)
+        return EmbeddedConsumer(self, group, tuple(topics))
+
+    def lag(self, group: str, topic: str) -> Mapping[int, int]:
+        db = self.connection()
+        result = {}
+        for partition in range(self.partitions(topic)):
+            last = db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition)).fetchone()[0]
+            result[partition] = (0 if last is None else int(last) + 1) - self.committed(group, topic, partition)
+        return result
+
+    def committed(self, group: str, topic: str, partition: int) -> int:
+        """The next offset that `group` has not committed."""
+        query = "SELECT pos FROM offsets WHERE grp = ? AND topic = ? AND part = ?"
+        row = self.connection().execute(query, (group, topic, partition)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def read(self, part: Partition, offset: int, limit: int) -> list[Record]:
+        """Up to `limit` records of a partition from `offset` on."""
+        query = "SELECT pos, key, value, headers, time FROM records WHERE topic = ? AND part = ? AND pos >= ? ORDER BY pos LIMIT ?"
+        rows = self.connection().execute(query, (*part, offset, limit)).fetchall()
+        return [
+            Record(part[0], part[1], pos, key, bytes(value), msgspec.msgpack.decode(headers, type=Headers), at)
+            for pos, key, value, headers, at in rows
+        ]
+
+    def close(self) -> None:
+        with self._lock:
+            for db in self._connections:
+                db.close()
+            self._connections.clear()
+        self._local = threading.local()
+
+
+class EmbeddedConsumer:
+    """One member of a group; a thread of its own keeps its membership alive while a record is handled."""
+
+    def __init__(self, log: EmbeddedLog, group: str, topics: tuple[str, ...]) -> None:
+        self._log, self._group, self._topics = log, group, topics
+        self._id = str(uuid.uuid4())
+        self._process = _process_identity()
+        self._position: dict[Partition, int] = {}
+        self._owned: list[Partition] = []
+        self._rebalance_at = 0.0
+        self._stop = threading.Event()
+        self._beat()
+        self._heart = threading.Thread(target=self._heartbeats, name="log-heartbeat", daemon=True)
+        self._heart.start()
+
+    def _beat(self) -> None:
+        row = (self._id, self._group, msgspec.msgpack.encode(self._topics), self._process, time.time() + SESSION_SECONDS)
+        with self._log.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", row)
+
+    def _heartbeats(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                self._beat()
+            except sqlite3.Error:
+                if self._stop.is_set():
+                    return
+        # The next poll or commit of the owner meets whatever the file's trouble was.
+
+    def _rebalance(self) -> None:
+        """Drop dead members, give up what is not ours any more, take what is ours and free."""
+        now = time.time()
+        with self._log.transaction() as db:
+            for member, process, expires in db.execute("SELECT id, process, expires FROM members WHERE grp = ?", (self._group,)).fetchall():
+                if expires < now or _gone(process):
+                    db.execute("DELETE FROM members WHERE id = ?", (member,))
+            row = (self._id, self._group, msgspec.msgpack.encode(self._topics), self._process, now + SESSION_SECONDS)
+            db.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", row)
+            db.execute("DELETE FROM leases WHERE member NOT IN (SELECT id FROM members)")
+            members = db.execute("SELECT id, topics FROM members WHERE grp = ? ORDER BY id", (self._group,)).fetchall()
+            leased = {(t, p): m for t, p, m in db.execute("SELECT topic, part, member FROM leases WHERE grp = ?", (self._group,))}
+            owned = []
+            for topic in self._topics:
+                readers = [m for m, packed in members if topic in msgspec.msgpack.decode(packed)]
+                for partition in range(self._log.partitions(topic)):
+                    part, mine = (topic, partition), readers[partition % len(readers)] == self._id
+                    holder = leased.get(part)
+                    if mine and holder in (None, self._id):
+                        db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", (self._group, *part, self._id))
+                        owned.append(part)
+                    elif holder == self._id:
+                        db.execute("DELETE FROM leases WHERE grp = ? AND topic = ? AND part = ?", (self._group, *part))
+        self._position = {part: at for part, at in self._position.items() if part in owned}
+        self._owned = sorted(owned)
+        self._rebalance_at = time.monotonic() + (0.2 if len(owned) == 0 else 1.0)
+
+    def poll(self, timeout: float = 1.0, max_records: int = 100) -> list[Record]:
+        deadline = time.monotonic() + timeout
+        while True:
+            if time.monotonic() >= self._rebalance_at:
+                self._rebalance()
+            found: list[Record] = []
+            for part in self._owned:
+                at = self._position.get(part)
+                if at is None:
+                    at = self._log.committed(self._group, *part)
+                records = self._log.read(part, at, max_records - len(found))
+                self._position[part] = at + len(records)
+                found += records
+                if len(found) >= max_records:
+                    break
+            left = deadline - time.monotonic()
+            if found or left <= 0:
+                return found
+            time.sleep(min(POLL_SECONDS, left))
+
+    def commit(self, record: Record) -> None:
+        with self._log.transaction() as db:
+            query = "SELECT member FROM leases WHERE grp = ? AND topic = ? AND part = ?"
+            holder = db.execute(query, (self._group, record.topic, record.partition)).fetchone()
+            if holder is None or holder[0] != self._id:
+                raise ConsumerFencedError(
+                    f"{record.topic}-{record.partition} belongs to another member of {self._group!r}; its records come again there"
+                )
+            db.execute(
+                "INSERT OR REPLACE INTO offsets VALUES (?, ?, ?, ?)",
+                (self._group, record.topic, record.partition, record.offset + 1),
+            )
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        if (topic, partition) not in self._owned:
+            raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
+        self._position[(topic, partition)] = offset
+
+    def assignment(self) -> Sequence[Partition]:
+        return tuple(self._owned)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._heart.join(timeout=5)
+        with self._log.transaction() as db:
+            db.execute("DELETE FROM leases WHERE member = ?", (self._id,))
+            db.execute("DELETE FROM members WHERE id = ?", (self._id,))

@@ -1,0 +1,148 @@
+"""Apache Kafka behind the same contract, through kafka-python."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.admin import NewTopic
+from kafka.structs import OffsetAndMetadata
+
+from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
+from pipelines.transport.base import Record
+
+REQUEST_MS = 30_000
+
+
+class KafkaLog:
+    """A log on the brokers at `servers` ("HOST:PORT"). Appends are idempotent and acknowledged by all replicas."""
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        self._servers = list(servers)
+        self._lock = threading.Lock()
+        self._producer: KafkaProducer | None = None
+        try:
+            self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS)
+        except kafka_errors.KafkaError as error:
+            raise LogUnavailableError(f"no Kafka broker answers at {', '.join(self._servers)}: {error!r}; start it or correct the address") from error
+
+    def create_topic(self, name: str, partitions: int) -> None:
+        if name in self.topics():
+            return
+        try:
+            self._admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=-1)])
+        except kafka_errors.TopicAlreadyExistsError:
+            return
+        deadline = time.monotonic() + 15
+        while name not in self.topics():
+            if time.monotonic() > deadline:
+                raise LogUnavailableError(f"topic {name!r} was created and did not appear within 15 s; check the brokers")
+            time.sleep(0.05)
+
+    def topics(self) -> Mapping[str, int]:
+        described = self._admin.describe_topics()
+        return {
+            item["name"]: len(item["partitions"])
+            for item in described
+            if not item["name"].startswith("__") and item["partitions"]
+        }
+
+    def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
+        self._known(topic)
+        with self._lock:
+            if self._producer is None:
+                self._producer = KafkaProducer(bootstrap_servers=self._servers, acks="all", retry_backoff_ms=20)
+        sent = self._producer.send(
+            topic, value=bytes(value), key=None if key is None else key.encode(), headers=list((headers or {}).items())
+        )
+        try:
+            metadata = sent.get(timeout=REQUEST_MS / 1e3)
+        except kafka_errors.KafkaError as error:
+            raise LogUnavailableError(f"the record for {topic!r} was not acknowledged: {error!r}; send it again") from error
+        return metadata.partition, metadata.offset
+
+    def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:
+        for topic in topics:
+            self._known(topic)
+        client = KafkaConsumer(
+            *topics,
+            bootstrap_servers=self._servers,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=2_000,
+        )
+        return KafkaGroupConsumer(client, group)
+
+    def lag(self, group: str, topic: str) -> Mapping[int, int]:
+        client = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False)
+        try:
+            parts = [TopicPartition(topic, p) for p in range(self._known(topic))]
+            ends = client.end_offsets(parts)
+            return {part.partition: ends[part] - (client.committed(part) or 0) for part in parts}
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close(timeout=5)
+        self._admin.close()
+
+    def _known(self, topic: str) -> int:
+        topics = self.topics()
+        if topic not in topics:
+            known = ", ".join(sorted(topics)) or "none"
+            raise UnknownTopicError(
+                f"no topic {topic!r} on {', '.join(self._servers)}; known: {known}; run 'triscope pipeline topics --apply'"
+            )
+        return topics[topic]
+
+
+class KafkaGroupConsumer:
+    """One member of a Kafka consumer group."""
+
+    def __init__(self, client: Any, group: str) -> None:
+        self._client, self._group = client, group
+
+    def poll(self, timeout: float = 1.0, max_records: int = 100) -> list[Record]:
+        batches = self._client.poll(timeout_ms=int(timeout * 1e3), max_records=max_records)
+        return [
+            Record(
+                item.topic,
+                item.partition,
+                item.offset,
+                None if item.key is None else item.key.decode("utf-8", "replace"),
+                item.value or b"",
+                {name: bytes(value or b"") for name, value in item.headers or ()},
+                item.timestamp / 1e3,
+            )
+            for batch in batches.values()
+            for item in batch
+        ]
+
+    def commit(self, record: Record) -> None:
+        part = TopicPartition(record.topic, record.partition)
+        try:
+            self._client.commit({part: OffsetAndMetadata(record.offset + 1, "", -1)})
+        except (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError) as error:
+            raise ConsumerFencedError(
+                f"{record.topic}-{record.partition} belongs to another member of {self._group!r}; its records come again there"
+            ) from error
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        part = TopicPartition(topic, partition)
+        if part not in self._client.assignment():
+            raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
+        self._client.seek(part, offset)
+
+    def assignment(self) -> Sequence[tuple[str, int]]:
+        return sorted((part.topic, part.partition) for part in self._client.assignment())
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,1 @@
+"""Engines that run a model: one module each, found by the entry points `triscope.backends`."""

@@ -1,0 +1,1 @@
+"""Choosing, by measurement, what runs a model on this host."""

@@ -1,0 +1,1 @@
+"""Joining requests into batches."""

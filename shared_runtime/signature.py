@@ -1,0 +1,126 @@
+"""What goes into a model and what comes out: names, shapes with named dimensions, dtypes, units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from shared_runtime.errors import InputError, ModelError, UnsupportedModelError
+
+Tensors = dict[str, NDArray[Any]]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One tensor. A dimension is a size, or a name for one that varies (the first is the batch)."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    unit: str = ""
+
+    def describe(self) -> str:
+        """For messages: `image float32 (batch, 1, 48, 64, 48)`."""
+        return f"{self.name} {self.dtype} ({', '.join(map(str, self.shape))})"
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """The inputs and outputs of a model, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_onnx(cls, graph: Path) -> Signature:
+        """Read the signature off an ONNX file. Raises UnsupportedModelError where it is not one."""
+        try:
+            proto = onnx.load(str(graph), load_external_data=False)
+        except Exception as error:
+            raise UnsupportedModelError(f"{graph} is not a readable ONNX model: {error}; export it again") from error
+        weights = {item.name for item in proto.graph.initializer}
+        return cls(
+            tuple(_spec(value) for value in proto.graph.input if value.name not in weights),
+            tuple(_spec(value) for value in proto.graph.output),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Signature:
+        """Read `signature.json`."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ModelError(f"the signature {path} can't be read: {error}; restore the model folder") from error
+
+    def write(self, path: Path) -> None:
+        """Write `signature.json`."""
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    def check(self, inputs: Mapping[str, Any], model: str) -> Tensors:
+        """`inputs` as contiguous arrays of the signature's dtypes.
+
+        A dtype is converted only where no value can change (numpy's "safe" casting). Raises InputError
+        for a missing or unknown name, a wrong rank or size, a lossy dtype, or batches that differ.
+        """
+        known = {spec.name: spec for spec in self.inputs}
+        if unknown := sorted(set(inputs) - set(known)):
+            raise InputError(f"model {model!r} has no input {unknown[0]!r}; its inputs are {sorted(known)}")
+        if missing := sorted(set(known) - set(inputs)):
+            raise InputError(f"model {model!r} needs input {known[missing[0]].describe()}, which was not given")
+        checked: Tensors = {}
+        bound: dict[str, tuple[int, str]] = {}
+        for name, spec in known.items():
+            checked[name] = _fit(np.asarray(inputs[name]), spec, model, bound)
+        return checked
+
+    def random(self, rows: int = 1, seed: int = 0) -> Tensors:
+        """Standard normal inputs (0 or 1 for integers) of `rows`; other named dimensions are 8 long."""
+        generator = np.random.default_rng(seed)
+        made: Tensors = {}
+        for spec in self.inputs:
+            named = [size if isinstance(size, int) else (rows if axis == 0 else 8) for axis, size in enumerate(spec.shape)]
+            dtype = np.dtype(spec.dtype)
+            values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
+            made[spec.name] = values.astype(dtype)
+        return made
+
+
+def _fit(array: NDArray[Any], spec: TensorSpec, model: str, bound: dict[str, tuple[int, str]]) -> NDArray[Any]:
+    wanted = np.dtype(spec.dtype)
+    if array.dtype != wanted and not np.can_cast(array.dtype, wanted, "safe"):
+        raise InputError(
+            f"model {model!r}: input {spec.name!r} is {array.dtype}, expected {wanted}; convert it with .astype({str(wanted)!r})"
+        )
+    shape = tuple(array.shape)
+    fits = len(shape) == len(spec.shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"model {model!r}: input {spec.name!r} has shape {list(shape)}, expected {list(spec.shape)}; "
+            f"the first dimension is the batch"
+        )
+    for have, want in zip(shape, spec.shape, strict=True):
+        if isinstance(want, str):
+            size, owner = bound.setdefault(want, (have, spec.name))
+            if size != have:
+                raise InputError(
+                    f"model {model!r}: dimension {want!r} is {size} in {owner!r} and {have} in {spec.name!r}; they must agree"
+                )
+    return np.ascontiguousarray(array, dtype=wanted)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape: list[int | str] = []
+    for axis, dimension in enumerate(tensor.shape.dim):
+        if dimension.HasField("dim_value"):
+            shape.append(int(dimension.dim_value))
+        else:
+            shape.append(dimension.dim_param or ("batch" if axis == 0 else f"{value.name}_{axis}"))
+    return TensorSpec(value.name, tuple(shape), str(dtype))
