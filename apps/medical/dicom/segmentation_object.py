@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import highdicom as hd
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
@@ -17,6 +21,13 @@ from apps.medical.volume import Volume
 
 BRAIN_STRUCTURE = Code("91723000", "SCT", "Anatomical Structure")
 SIDES = {"left": codes.SCT.Left, "right": codes.SCT.Right}
+
+
+TYPE_2 = (
+    "PatientID PatientName PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName "
+    "SeriesNumber InstanceNumber"
+).split()
+SHORT_STRINGS = ("StudyID", "AccessionNumber")
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,26 @@ def write_segmentation(
         if structure.side:
             region.AnatomicRegionModifierSequence = [hd.sr.CodedConcept.from_code(SIDES[structure.side])]
         del description.PrimaryAnatomicStructureSequence
-    segmentation = hd.seg.Segmentation(
-        source_images=list(volume.datasets),
+    try:
+        segmentation = _segmentation(planes, descriptions, volume, model, version)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MedicalError(f"the source series can't be referred to: {error}") from error
+    segmentation.save_as(path)
+
+
+def _segmentation(
+    planes: NDArray[np.uint8], descriptions: Sequence[hd.seg.SegmentDescription], volume: Volume, model: str, version: str
+) -> hd.seg.Segmentation:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # remarks on values of the source's own header
+        return _build(planes, descriptions, volume, model, version)
+
+
+def _build(
+    planes: NDArray[np.uint8], descriptions: Sequence[hd.seg.SegmentDescription], volume: Volume, model: str, version: str
+) -> hd.seg.Segmentation:
+    return hd.seg.Segmentation(
+        source_images=[_complete(dataset, volume.spacing_mm[2]) for dataset in volume.datasets],
         pixel_array=planes,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=descriptions,
@@ -88,4 +117,34 @@ def write_segmentation(
         content_label="SEGMENTATION",
         omit_empty_frames=True,
     )
-    segmentation.save_as(path)
+
+
+def _complete(dataset: Dataset, slice_step_mm: float) -> Dataset:
+    """The header for the SEG to copy: without pixels, absent type 2 attributes empty, short strings cut to fit."""
+    header = Dataset()
+    header.update({element.tag: element for element in dataset if element.keyword != "PixelData"})
+    header.file_meta = dataset.file_meta
+    for keyword in TYPE_2:
+        if keyword not in header:
+            setattr(header, keyword, None if keyword.endswith(("Date", "Time")) else "")
+    if not header.get("FrameOfReferenceUID"):
+        # The SEG must name a frame of reference; one made from the series' UID is at least the same each time.
+        header.FrameOfReferenceUID = generate_uid(entropy_srcs=[str(header.SeriesInstanceUID), "frame of reference"])
+    if "PerFrameFunctionalGroupsSequence" in header:
+        _share_groups(header)
+    elif header.get("SliceThickness") is None:
+        header.SliceThickness = f"{slice_step_mm:.6g}"
+    for keyword in SHORT_STRINGS:
+        if len(str(header.get(keyword) or "")) > 16:
+            setattr(header, keyword, str(header.get(keyword))[:16])
+    return header
+
+
+def _share_groups(header: Dataset) -> None:
+    """Put the groups that every frame repeats, and highdicom reads as shared, where it reads them."""
+    shared = copy.deepcopy(header.SharedFunctionalGroupsSequence[0])
+    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+        own = header.PerFrameFunctionalGroupsSequence[0].get(keyword)
+        if keyword not in shared and own:
+            setattr(shared, keyword, own)
+    header.SharedFunctionalGroupsSequence = [shared]

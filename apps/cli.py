@@ -1,0 +1,153 @@
+"""The `triscope` command: each app adds its own sub-commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Optional
+
+import msgspec
+import typer
+from rich.table import Table
+
+from apps.common.command_line import BAD_INPUT, console, write_json
+from apps.common.errors import TriscopeError
+from apps.common.logs import configure_logs, redact
+from apps.common.settings import load_settings
+from apps.medical.cli import app as medical
+from apps.medical.errors import MedicalError
+from pipelines.errors import PipelineError
+from shared_runtime.errors import SharedRuntimeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+model_app = typer.Typer(no_args_is_help=True, help="The models of this installation.")
+pipeline_app = typer.Typer(no_args_is_help=True, help="The log: topics, lag.")
+app.add_typer(medical, name="medical")
+app.add_typer(model_app, name="model")
+app.add_typer(pipeline_app, name="pipeline")
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
+
+
+@app.callback()
+def common(
+    log_format: Annotated[Optional[str], typer.Option("--log-format", help="text or json.")] = None,
+    log_level: Annotated[Optional[str], typer.Option("--log-level", help="debug, info, warning or error.")] = None,
+) -> None:
+    """Triscope: medical images, card transactions, inspected parts."""
+    settings = load_settings().settings
+    configure_logs(log_level or settings.log_level, log_format or settings.log_format)
+
+
+@app.command()
+def doctor(
+    json: Json = None,
+    settings: Annotated[bool, typer.Option("--settings", help="Print the settings and where each came from.")] = False,
+) -> None:
+    """What this machine has, what each backend lacks, which services answer."""
+    from apps.common.doctor import examine, settings_rows, show
+
+    loaded = load_settings()
+    if settings:
+        rows = settings_rows(loaded)
+        table = Table("setting", "value", "from")
+        for row in rows:
+            table.add_row(row["name"], row["value"], row["origin"])
+        console.print(table)
+        write_json({"settings": rows}, json)
+        return
+    findings = examine(loaded.settings)
+    show(findings, console)
+    write_json(findings, json)
+
+
+@app.command()
+def demo(
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Run the apps without the pages.")] = False,
+    port: Annotated[Optional[int], typer.Option(help="Port of the pages.")] = None,
+    json: Json = None,
+) -> None:
+    """Every app at work on the samples that travel with Triscope, then the pages."""
+    from apps.demo import run_demo
+
+    write_json(run_demo(load_settings().settings, ui=not no_ui, port=port, report=console.print), json)
+
+
+@model_app.command("list")
+def model_list(json: Json = None) -> None:
+    """The models that can be loaded by name."""
+    import shared_runtime as rt
+    from shared_runtime.repository.store import ModelRepository
+
+    models = [rt.load(name) for name in ModelRepository.default().names()]
+    for model in models:
+        console.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}")
+    write_json({"models": [{"name": m.name, "version": m.version, "sha256": m.sha256} for m in models]}, json)
+
+
+@model_app.command("show")
+def model_show(name: str, json: Json = None) -> None:
+    """A model's card and signature."""
+    import shared_runtime as rt
+
+    model = rt.load(name)
+    content = {"name": model.name, "sha256": model.sha256, "signature": msgspec.to_builtins(model.signature), "card": dict(model.card)}
+    console.print_json(msgspec.json.encode(content).decode())
+    write_json(content, json)
+
+
+@model_app.command("plan")
+def model_plan(name: str, json: Json = None) -> None:
+    """What this host runs for a model, and why the other candidates lost."""
+    from apps.medical.bootstrap import open_session
+
+    with open_session(load_settings().settings, name) as session:
+        plan = session.plan
+    table = Table("backend", "device", "median ms", "spread ms", "why it lost")
+    for c in plan.candidates:
+        table.add_row(c.backend, c.device, *("" if v is None else f"{v:.2f}" for v in (c.median_ms, c.spread_ms)), c.lost or "chosen")
+    console.print(plan.describe())
+    console.print(table)
+    write_json(plan, json)
+
+
+@pipeline_app.command("topics")
+def pipeline_topics(
+    apply: Annotated[bool, typer.Option("--apply", help="Make the topics that are missing.")] = False, json: Json = None
+) -> None:
+    """The topics of all apps, and whether the log has them."""
+    from apps.topics import TOPICS
+    from pipelines import open_log
+
+    log = open_log(load_settings().settings.log_url)
+    if apply:
+        for topic in TOPICS:
+            topic.create(log)
+    present = log.topics()
+    log.close()
+    rows = [{"topic": n, "partitions": present.get(n, 0), "present": n in present} for t in TOPICS for n in (t.name, t.dead_letters)]
+    for row in rows:
+        console.print(f"{row['topic']:28} {'partitions ' + str(row['partitions']) if row['present'] else 'missing'}")
+    write_json({"topics": rows}, json)
+
+
+@pipeline_app.command("lag")
+def pipeline_lag(group: str, topic: str, json: Json = None) -> None:
+    """Records of TOPIC that GROUP has not committed, by partition."""
+    from pipelines import open_log
+
+    log = open_log(load_settings().settings.log_url)
+    lag = dict(log.lag(group, topic))
+    log.close()
+    console.print(f"{group} on {topic}: {sum(lag.values())} waiting {lag}")
+    write_json({"group": group, "topic": topic, "lag": lag, "total": sum(lag.values())}, json)
+
+
+def main() -> None:
+    """Run the command; errors of input and usage become one line and exit code 2."""
+    try:
+        app()
+    except (TriscopeError, MedicalError, PipelineError, SharedRuntimeError) as error:
+        sys.stderr.write("triscope: " + redact(" ".join(str(error).split())) + "\n")
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+

@@ -1,0 +1,1 @@
+"""The look of the pages and the widgets that all apps share."""

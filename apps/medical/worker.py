@@ -1,0 +1,34 @@
+"""The worker: `medical.studies` -> segmentation -> `medical.results` and the store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from apps.medical.messages import STUDIES, StudyMessage
+from apps.medical.service import MedicalService
+from pipelines import Log, Message, PermanentError, Processor
+from pipelines.messages import TRACEPARENT
+
+logger = logging.getLogger(__name__)
+GROUP = "medical"
+
+
+def run_worker(
+    service: MedicalService, log: Log, stop: threading.Event, *, until_idle: bool = False, ready: Callable[[], None] = lambda: None
+) -> Processor:
+    """Process studies until `stop`, or until the topic is empty; the processor, for its counts."""
+
+    def handle(message: Message) -> None:
+        if not isinstance(message.payload, StudyMessage):
+            raise PermanentError(f"expected a StudyMessage, got {type(message.payload).__name__}")
+        service.process(message.payload, TRACEPARENT.get())
+
+    def announce() -> None:
+        logger.info("ready", extra={"worker": GROUP, "topic": STUDIES.name})
+        ready()
+
+    processor = Processor(log, STUDIES, GROUP, handle)
+    processor.run(stop, announce, until_idle=until_idle)
+    return processor

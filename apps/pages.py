@@ -1,0 +1,31 @@
+"""The pages of all apps, served together: `triscope demo` and `triscope medical ui` run this file."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from apps.medical.ui.page import page as medical_page
+from apps.medical.ui.summary import summary as medical_summary
+
+
+@st.fragment(run_every=2.0)
+def overview() -> None:
+    """What each app has done."""
+    st.subheader("Medical")
+    medical_summary()
+
+
+def start() -> None:
+    """The start page."""
+    st.title("Triscope")
+    st.write("For people who look for the rare thing that matters.")
+    overview()
+    st.page_link(PAGES[1], label="Open the medical page", icon=":material/neurology:")
+
+
+PAGES = [
+    st.Page(start, title="Start", icon=":material/home:", default=True),
+    st.Page(medical_page, title="Medical", icon=":material/neurology:", url_path="medical"),
+]
+st.set_page_config(page_title="Triscope", page_icon=":material/center_focus_strong:", layout="wide")
+st.navigation(PAGES, position="top").run()

@@ -1,0 +1,7 @@
+"""The topics of all apps."""
+
+from __future__ import annotations
+
+from apps.medical.messages import TOPICS as MEDICAL
+
+TOPICS = (*MEDICAL,)
