@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+from PIL import Image, ImageDraw
 
 from apps.medical.ui.page import page as medical_page
 from apps.medical.ui.summary import summary as medical_summary
@@ -13,6 +14,15 @@ def overview() -> None:
     """What each app has done."""
     st.subheader("Medical")
     medical_summary()
+
+
+def icon() -> Image.Image:
+    """Three rings; drawn here, because a named icon would be fetched from outside."""
+    image = Image.new("RGBA", (64, 64))
+    pen = ImageDraw.Draw(image)
+    for inset, colour in ((4, "#1f77b4"), (16, "#f28e2b"), (26, "#1f77b4")):
+        pen.ellipse((inset, inset, 63 - inset, 63 - inset), outline=colour, width=6)
+    return image
 
 
 def start() -> None:
@@ -27,5 +37,5 @@ PAGES = [
     st.Page(start, title="Start", icon=":material/home:", default=True),
     st.Page(medical_page, title="Medical", icon=":material/neurology:", url_path="medical"),
 ]
-st.set_page_config(page_title="Triscope", page_icon=":material/center_focus_strong:", layout="wide")
+st.set_page_config(page_title="Triscope", page_icon=icon(), layout="wide")
 st.navigation(PAGES, position="top").run()

@@ -56,9 +56,10 @@ def _cpu_facts() -> tuple[str, tuple[str, ...]]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine(), ()
-    facts = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.partition("\n\n")[0].splitlines() if ":" in line
-    )
+    facts: dict[str, str] = {}
+    for line in text.partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        facts[name.strip()] = value.strip()
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     return facts.get("model name", platform.machine()), tuple(flag for flag in VECTOR_FLAGS if flag in flags)
 

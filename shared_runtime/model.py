@@ -107,7 +107,7 @@ def _from_torch(module: Any, example: Mapping[str, Any] | None, name: str | None
     try:
         import torch
     except ImportError:
-        torch = None  # type: ignore[assignment]
+        torch = None
     if torch is None or not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             f"can't load a {type(module).__name__} from {kind!r}; supported are paths, repository names and torch.nn.Module "

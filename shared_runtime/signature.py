@@ -101,16 +101,13 @@ def _fit(array: NDArray[Any], spec: TensorSpec, model: str, bound: dict[str, tup
     )
     if not fits:
         raise InputError(
-            f"model {model!r}: input {spec.name!r} has shape {list(shape)}, expected {list(spec.shape)}; "
-            f"the first dimension is the batch"
+            f"model {model!r}: input {spec.name!r} has shape {list(shape)}, expected {list(spec.shape)}; the first dimension is the batch"
         )
     for have, want in zip(shape, spec.shape, strict=True):
         if isinstance(want, str):
             size, owner = bound.setdefault(want, (have, spec.name))
             if size != have:
-                raise InputError(
-                    f"model {model!r}: dimension {want!r} is {size} in {owner!r} and {have} in {spec.name!r}; they must agree"
-                )
+                raise InputError(f"model {model!r}: dimension {want!r} is {size} in {owner!r} and {have} in {spec.name!r}; they must agree")
     return np.ascontiguousarray(array, dtype=wanted)
 
 

@@ -65,7 +65,9 @@ def evaluate(
         name = {"name": session.model.name, "version": session.model.version, "sha256": session.model.sha256}
     metrics = summarise(cases)
     means = metrics["dice"]
-    console.print(f"{len(cases)} cases: Dice mean {means['mean']:.4f}, anterior {means['anterior']:.4f}, posterior {means['posterior']:.4f}")
+    console.print(
+        f"{len(cases)} cases: Dice mean {means['mean']:.4f}, anterior {means['anterior']:.4f}, posterior {means['posterior']:.4f}"
+    )
     console.print(f"HD95 mean {metrics['hd95_mm']['mean']} mm, volume error mean {metrics['volume_error_percent']['mean']} %")
     write_json({"metrics": metrics, "cases": cases, "model": name, "plan": plan, "host": msgspec.to_builtins(host())}, json)
 
@@ -74,13 +76,18 @@ def evaluate(
 def listen() -> None:
     """Receive studies by C-STORE and hand each complete series to the log."""
     from apps.medical.bootstrap import open_medical
+    from apps.medical.dicom.files import Instances
     from apps.medical.dicom.network import StorageProvider
 
     settings = load_settings().settings
     service, log = open_medical(settings)
     allowed = [title.strip() for title in settings.dicom_allowed_ae_titles.split(",") if title.strip()]
+
+    def deliver(instances: Instances, sender: str) -> None:
+        service.receive_instances(instances, f"c-store {sender}")
+
     provider = StorageProvider(
-        lambda instances, sender: service.receive_instances(instances, f"c-store {sender}") and None,
+        deliver,
         address=settings.dicom_address,
         port=settings.dicom_port,
         ae_title=settings.dicom_ae_title,

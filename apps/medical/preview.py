@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +24,7 @@ def canonical(voxels: NDArray[np.generic], affine: NDArray[np.float64]) -> nib.N
     return nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
 
 
-def display_range(voxels: NDArray[np.generic]) -> tuple[float, float]:
+def display_range(voxels: NDArray[Any]) -> tuple[float, float]:
     """Intensities shown as black and white: percentiles 0.1 and 99.7."""
     low, high = np.percentile(voxels, (0.1, 99.7))
     return float(low), float(max(high, low + 1e-6))

@@ -162,10 +162,7 @@ class MedicalService:
 
     def receive_instances(self, found: Instances, source: str) -> Accepted:
         """Take in parsed DICOM objects, a study a series."""
-        ids = []
-        for series in group_series(found.datasets):
-            ids.append(self._receive_series(series, source))
-        return Accepted(ids, found.skipped)
+        return Accepted([self._receive_series(series, source) for series in group_series(found.datasets)], found.skipped)
 
     def _receive_series(self, series: Series, source: str) -> str:
         first = series.instances[0]

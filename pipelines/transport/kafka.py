@@ -28,7 +28,9 @@ class KafkaLog:
         try:
             self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS)
         except kafka_errors.KafkaError as error:
-            raise LogUnavailableError(f"no Kafka broker answers at {', '.join(self._servers)}: {error!r}; start it or correct the address") from error
+            raise LogUnavailableError(
+                f"no Kafka broker answers at {', '.join(self._servers)}: {error!r}; start it or correct the address"
+            ) from error
 
     def create_topic(self, name: str, partitions: int) -> None:
         if name in self.topics():
@@ -45,11 +47,7 @@ class KafkaLog:
 
     def topics(self) -> Mapping[str, int]:
         described = self._admin.describe_topics()
-        return {
-            item["name"]: len(item["partitions"])
-            for item in described
-            if not item["name"].startswith("__") and item["partitions"]
-        }
+        return {item["name"]: len(item["partitions"]) for item in described if not item["name"].startswith("__") and item["partitions"]}
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
         self._known(topic)

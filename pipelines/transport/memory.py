@@ -51,8 +51,7 @@ class MemoryLog:
     def lag(self, group: str, topic: str) -> Mapping[int, int]:
         with self._changed:
             return {
-                p: len(self._records.get((topic, p), ())) - self._committed.get((group, (topic, p)), 0)
-                for p in range(self._known(topic))
+                p: len(self._records.get((topic, p), ())) - self._committed.get((group, (topic, p)), 0) for p in range(self._known(topic))
             }
 
     def close(self) -> None:

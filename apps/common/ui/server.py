@@ -21,7 +21,7 @@ START_SECONDS, STOP_SECONDS = 60.0, 4.0
 
 def _command(address: str, port: int) -> list[str]:
     spec = importlib.util.find_spec("apps")
-    pages = Path(list(spec.submodule_search_locations or [])[0]) / "pages.py" if spec else Path("pages.py")
+    pages = Path(next(iter(spec.submodule_search_locations or ["apps"]))) / "pages.py" if spec else Path("pages.py")
     options = {
         "server.address": address,
         "server.port": str(port),
@@ -43,7 +43,9 @@ def _free(address: str, port: int) -> None:
         try:
             probe.bind((address, port))
         except OSError as error:
-            raise UsageError(f"the pages can't listen on {address}:{port}: {error}; choose another with --port or TRISCOPE_UI_PORT") from error
+            raise UsageError(
+                f"the pages can't listen on {address}:{port}: {error}; choose another with --port or TRISCOPE_UI_PORT"
+            ) from error
 
 
 @contextmanager

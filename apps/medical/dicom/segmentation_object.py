@@ -12,9 +12,9 @@ import highdicom as hd
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
 
 from apps.medical.errors import MedicalError
 from apps.medical.volume import Volume
@@ -24,9 +24,9 @@ SIDES = {"left": codes.SCT.Left, "right": codes.SCT.Right}
 
 
 TYPE_2 = (
-    "PatientID PatientName PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName "
-    "SeriesNumber InstanceNumber"
-).split()
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName", "SeriesNumber", "InstanceNumber"),
+)
 SHORT_STRINGS = ("StudyID", "AccessionNumber")
 
 
@@ -48,9 +48,7 @@ def _description(structure: Structure, number: int, model: str, version: str, tr
         segmented_property_category=BRAIN_STRUCTURE,
         segmented_property_type=codes.SCT.Hippocampus,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=model, version=version, family=codes.DCM.ArtificialIntelligence
-        ),
+        algorithm_identification=hd.AlgorithmIdentificationSequence(name=model, version=version, family=codes.DCM.ArtificialIntelligence),
         tracking_uid=hd.UID(),
         tracking_id=f"{tracking} {structure.name}"[:64],
         anatomic_regions=[codes.SCT.Hippocampus],

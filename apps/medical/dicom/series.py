@@ -165,7 +165,9 @@ def _frames(series: Series, index: int, dataset: Dataset) -> list[_Frame]:
         orientation = np.array(_numbers(series, plane, "ImageOrientationPatient", 6))
         lengths = np.linalg.norm(orientation.reshape(2, 3), axis=1)
         if np.abs(lengths - 1).max() > 0.01 or abs(orientation[:3] @ orientation[3:]) > 0.01 or min(spacing) <= 0:
-            raise SeriesError(f"{series.name} has orientation {orientation.tolist()} and pixel spacing {spacing}; expected a right-angled grid")
+            raise SeriesError(
+                f"{series.name} has orientation {orientation.tolist()} and pixel spacing {spacing}; expected a right-angled grid"
+            )
         made.append(_Frame(index, frame, position, orientation, (spacing[0], spacing[1]), slope, intercept))
     return made
 
@@ -213,7 +215,9 @@ def _affine(series: Series, frames: list[_Frame]) -> NDArray[np.float64]:
     aside = aside - (aside @ normal) * normal
     tilt = float(np.degrees(np.arctan2(np.linalg.norm(aside), float(along.sum()))))
     if tilt > TILT_DEGREES:
-        raise SeriesError(f"{series.name} is sheared by {tilt:.1f} degrees (a tilted gantry); expected steps square to the slices: resample it first")
+        raise SeriesError(
+            f"{series.name} is sheared by {tilt:.1f} degrees (a tilted gantry); expected steps square to the slices: resample it first"
+        )
     lps = np.eye(4)
     lps[:3, 0] = row * frames[0].spacing[1]
     lps[:3, 1] = column * frames[0].spacing[0]

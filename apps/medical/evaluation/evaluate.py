@@ -68,7 +68,7 @@ def _reference(path: Path, volume: Volume) -> NDArray[np.uint8]:
         raise InputError(f"label map {path.name} and its image have different affines; expected one grid")
     if unknown := sorted(set(np.unique(labels).tolist()) - {0, *NAMES}):
         raise InputError(f"label map {path.name} holds labels {unknown}; expected 0, 1 (anterior) and 2 (posterior)")
-    return labels.astype(np.uint8)
+    return np.asarray(labels, np.uint8)
 
 
 def _score(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], volume: Volume) -> dict[str, float]:

@@ -21,7 +21,7 @@ def dice(prediction: Mask, reference: Mask) -> float:
 
 
 def _surface(mask: Mask) -> Mask:
-    return mask & ~ndimage.binary_erosion(mask, border_value=0)
+    return np.asarray(mask & ~ndimage.binary_erosion(mask, border_value=0))
 
 
 def hd95_mm(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> float:
@@ -48,9 +48,7 @@ def volume_error_percent(prediction: Mask, reference: Mask) -> float:
     return 100.0 * (predicted_voxels - reference_voxels) / reference_voxels
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` (Efron and Tibshirani, 1993)."""
     data = np.asarray(values, dtype=np.float64)
     data = data[np.isfinite(data)]

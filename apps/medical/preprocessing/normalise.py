@@ -23,4 +23,4 @@ def normalise_mr(volume: NDArray[np.generic]) -> NDArray[np.float32]:
     deviation = float(clipped.std())
     if deviation == 0.0:
         return np.zeros(values.shape, np.float32)
-    return ((clipped - clipped.mean()) / deviation).astype(np.float32)
+    return np.asarray((clipped - clipped.mean()) / deviation, np.float32)

@@ -72,7 +72,7 @@ class _Window:
 
     def foreground(self) -> NDArray[np.bool_]:
         """The largest connected part that is more likely hippocampus than not."""
-        mask = self.probability[0] < 0.5
+        mask = np.asarray(self.probability[0] < 0.5)
         parts, count = ndimage.label(mask)
         if count < 2:
             return mask
@@ -143,6 +143,7 @@ def _segment_head(volume: Volume, session: rt.Session) -> Segmentation:
     quality["asymmetry_percent"] = asymmetry
     if asymmetry > ASYMMETRY_PERCENT:
         flags.append(f"the sides differ by {asymmetry:.0f} % in volume (left {left:.2f} mL, right {right:.2f} mL)")
+    flags += _edge_flags(labels, HEAD_STRUCTURES)
     done = time.monotonic()
     return Segmentation(
         labels,
@@ -188,9 +189,13 @@ def _structure_flags(name: str, volume_ml: float, window: _Window) -> tuple[list
         flags.append(f"{name}: {volume_ml:.2f} mL is outside of {PLAUSIBLE_ML[0]}-{PLAUSIBLE_ML[1]} mL")
     if confidence < CONFIDENCE:
         flags.append(f"{name}: the model is unsure (mean probability {confidence:.2f})")
-    if any(mask.take(edge, axis=axis).any() for axis in range(3) for edge in (0, -1)):
-        flags.append(f"{name}: it reaches the edge of the window or the image")
     return flags, {f"{name} confidence": confidence}
+
+
+def _edge_flags(labels: NDArray[np.uint8], structures: Sequence[Structure]) -> list[str]:
+    """Structures that the image's border cuts: their volumes are too small."""
+    border = {int(v) for axis in range(3) for edge in (0, -1) for v in np.unique(labels.take(edge, axis=axis))}
+    return [f"{s.name}: it is cut by the edge of the image" for s in structures if s.value in border]
 
 
 def _grid_flags(volume: Volume) -> list[str]:
@@ -248,7 +253,7 @@ def _sampled(volume: Volume, frame: Array) -> tuple[NDArray[np.float32], NDArray
     place = matrix[:3, :3] @ index + matrix[:3, 3:]
     shape = np.array(volume.voxels.shape)[:, None]
     inside = ((place >= -0.501) & (place <= shape - 0.499)).all(axis=0).reshape(WINDOW)
-    return values.astype(np.float32), inside
+    return values.astype(np.float32), np.asarray(inside)
 
 
 def _infer(volume: Volume, session: rt.Session, frame: Array, crop: tuple[int, int, int] | None) -> _Window:
@@ -258,7 +263,7 @@ def _infer(volume: Volume, session: rt.Session, frame: Array, crop: tuple[int, i
     """
     values, inside = _sampled(volume, frame)
     if crop is not None:
-        inside &= place_in_window(np.ones(crop, bool), bool)
+        inside &= np.asarray(place_in_window(np.ones(crop, bool), bool))
     window = np.zeros(WINDOW, np.float32)
     if inside.any():
         window[inside] = normalise_mr(values[inside])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,9 +27,9 @@ def centred_placement(shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[
     return tuple(source), tuple(target)
 
 
-def place_in_window(volume: NDArray[np.generic], dtype: type = np.float32) -> NDArray[np.generic]:
+def place_in_window(volume: NDArray[Any], dtype: Any = np.float32) -> NDArray[Any]:
     """`volume` (X, Y, Z) centred in a zero window of shape `WINDOW`."""
     source, target = centred_placement(volume.shape)
-    window = np.zeros(WINDOW, dtype)
+    window: NDArray[Any] = np.zeros(WINDOW, dtype)
     window[target] = volume[source]
     return window

@@ -75,10 +75,7 @@ def intensity(image: Tensor) -> Tensor:
     unit = keep * unit + (1 - keep) * unit.clamp(min=1e-6) ** gamma
     field = torch.randn(n, 1, 3, 3, 3, device=device) * _uniform(n, 0, 0.3, device)[:, None, None, None, None]
     unit = unit * torch.exp(functional.interpolate(field, size=image.shape[2:], mode="trilinear", align_corners=True))
-    parts = [
-        _blurred(part, 1.3 + 2.2 * float(torch.rand(1))) if float(torch.rand(1)) < 0.35 else part
-        for part in unit.split(1)
-    ]
+    parts = [_blurred(part, 1.3 + 2.2 * float(torch.rand(1))) if float(torch.rand(1)) < 0.35 else part for part in unit.split(1)]
     unit = torch.cat(parts)
     noisy = _uniform(n, 0, 0.08, device) * (torch.rand(n, device=device) < 0.5)
     return unit + torch.randn_like(unit) * noisy[:, None, None, None, None]

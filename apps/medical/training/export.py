@@ -134,7 +134,11 @@ def _card(digest: str, metrics: dict[str, Any] | None, recipe: Recipe, where: st
         f"seconds_per_run = {recipe.seconds:g}",
     ]
     if metrics is not None:
-        lines += ["", "[metrics]", f'protocol = "5-fold cross-validation, {metrics["cases"]} cases, case averages, 95 % bootstrap intervals"']
+        lines += [
+            "",
+            "[metrics]",
+            f'protocol = "5-fold cross-validation, {metrics["cases"]} cases, case averages, 95 % bootstrap intervals"',
+        ]
         lines += [f"mean_dice = {_toml(metrics['mean_dice'])}", f"worst = {_toml(metrics['worst'])}"]
         for part in ("anterior", "posterior", "whole"):
             lines += [f"{part} = {_toml(metrics[part])}"]

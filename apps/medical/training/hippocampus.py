@@ -85,7 +85,7 @@ class _Average:
         self._decay, self._step = decay, 0
         self.state = {k: v.detach().clone() for k, v in network.state_dict().items()}
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def update(self, network: torch.nn.Module) -> None:
         self._step += 1
         keep = min(self._decay, self._step / (self._step + 10))
@@ -141,7 +141,7 @@ def train(cases: Sequence[Case], recipe: Recipe, device: torch.device, log: Path
     return result.eval()
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def predict(network: torch.nn.Module, case: Case, device: torch.device) -> NDArray[np.uint8]:
     """Label map of a case on the window's grid: mean of the image and its mirror, largest component."""
     image = standardise(torch.from_numpy(case.image)[None, None].to(device))
@@ -175,9 +175,7 @@ def score(case: Case, prediction: NDArray[np.uint8]) -> dict[str, Any]:
     return result
 
 
-def run_fold(
-    data: Path, out: Path, fold: int | None, number: int, recipe: Recipe, device_name: str, threads: int
-) -> None:
+def run_fold(data: Path, out: Path, fold: int | None, number: int, recipe: Recipe, device_name: str, threads: int) -> None:
     """Train one fold (or on every case where `fold` is None) and leave weights and scores in `out`."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)

@@ -24,7 +24,7 @@ def train_all(data: Path, out: Path, *, number: int, recipe: Recipe, device: str
         raise RuntimeError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
     devices = [f"cuda:{i}" for i in range(cards)] or ["cpu"]
     context = multiprocessing.get_context("spawn")
-    running: list[multiprocessing.process.BaseProcess] = []
+    running = []
     for index, fold in enumerate(jobs):
         threads = 2 if cards else torch.get_num_threads()
         card = 0 if index == 0 or len(devices) == 1 else 1 + (index - 1) % (len(devices) - 1)

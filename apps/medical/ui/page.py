@@ -62,7 +62,9 @@ def studies() -> None:
     latest = service.store.latest()
     waiting = sum(log.lag(GROUP, STUDIES.name).values())
     counts = service.store.counts()
-    st.caption(f"{counts.get(DONE, 0)} done, {counts.get(REFUSED, 0)} refused, {counts.get(RECEIVED, 0)} received; {waiting} waiting in the log")
+    st.caption(
+        f"{counts.get(DONE, 0)} done, {counts.get(REFUSED, 0)} refused, {counts.get(RECEIVED, 0)} received; {waiting} waiting in the log"
+    )
     if not latest:
         st.info("No study yet. Send one by C-STORE to `triscope medical listen`, or run `triscope medical submit FOLDER`.")
         return

@@ -39,13 +39,13 @@ def viewer_data(volume: Volume, labels: NDArray[np.uint8], structures: Sequence[
     header = {
         "shape": list(mask.shape),
         "spacing": [float(v) for v in np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(0))],
-        "cross": [int(round(v)) for v in centre],
+        "cross": [round(float(v)) for v in centre],
         "range": [low, high],
         "structures": list(structures),
         "presets": PRESETS,
     }
     text = json.dumps(header).encode()
-    return struct.pack("<I", len(text)) + text + grey.tobytes(order="F") + mask.tobytes(order="F")
+    return b"".join((struct.pack("<I", len(text)), text, grey.tobytes(order="F"), mask.tobytes(order="F")))
 
 
 def viewer(data: bytes, key: str) -> None:
