@@ -7,6 +7,8 @@ import importlib.util
 import threading
 from typing import Any
 
+import numpy as np
+
 from shared_runtime.backends.base import Availability
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
@@ -23,6 +25,10 @@ class TorchExecutable:
         self._lock = threading.Lock()
 
     def run(self, inputs: Tensors) -> Tensors:
+        if any(len(value) == 0 for value in inputs.values()):
+            # torch's normalisations refuse empty batches: run one row of zeros, keep none of it.
+            one = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in inputs.items()}
+            return {name: value[:0] for name, value in self.run(one).items()}
         import torch
 
         with self._lock, torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):

@@ -1,0 +1,127 @@
+"""What every backend must do, on the shipped network and on small graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import shared_runtime as rt
+from shared_runtime.backends.base import HardwareBackend, backends
+
+NAMES = ["onnxruntime", "openvino", "torch"]
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> HardwareBackend:
+    found = backends()[request.param]
+    state = found.availability("cpu")
+    if not state.available:
+        pytest.skip(f"{found.name} lacks {state.lacks}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def convolutions(tmp_path_factory: pytest.TempPathFactory) -> rt.Model:
+    """Operators of a small network: padded convolution, pooling, transposed convolution, norm, softmax; dynamic shapes."""
+    generator = np.random.default_rng(1)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = generator.standard_normal(shape).astype(np.float32) * 0.3
+        return helper.make_tensor(name, TensorProto.FLOAT, shape, values.ravel())
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], kernel_shape=[3, 3], pads=[1, 0, 1, 2], strides=[1, 1]),
+        helper.make_node("InstanceNormalization", ["c1", "s", "o"], ["n1"]),
+        helper.make_node("LeakyRelu", ["n1"], ["r1"], alpha=0.1),
+        helper.make_node("MaxPool", ["r1"], ["p1"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("ConvTranspose", ["p1", "w2"], ["t1"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Concat", ["t1", "t1"], ["k"], axis=1),
+        helper.make_node("GlobalAveragePool", ["k"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"], axis=1),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["l"], transB=1),
+        helper.make_node("Softmax", ["l"], ["y"], axis=1),
+    ]
+    weights = [
+        weight("w1", 4, 2, 3, 3),
+        weight("b1", 4),
+        weight("s", 4),
+        weight("o", 4),
+        weight("w2", 4, 3, 2, 2),
+        weight("w3", 5, 6),
+        weight("b3", 5),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])],
+        weights,
+    )
+    path = tmp_path_factory.mktemp("graphs") / "convolutions.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return rt.load(path)
+
+
+def reference(model: rt.Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """ONNX's own reference implementation, in numpy."""
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(str(model.graph))
+    return dict(zip([spec.name for spec in model.signature.outputs], evaluator.run(None, inputs), strict=True))
+
+
+def test_a_backend_says_what_it_needs_and_whether_it_is_there(backend: HardwareBackend) -> None:
+    assert isinstance(backend, HardwareBackend)
+    assert backend.requires
+    assert backend.availability("cpu").version
+    cuda = backend.availability("cuda") if "cuda" in backend.devices else None
+    assert cuda is None or bool(cuda.version) != bool(cuda.lacks)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8), (3, 2, 12, 10), (0, 2, 8, 8)])
+def test_dynamic_shapes_and_zero_rows(backend: HardwareBackend, convolutions: rt.Model, shape: tuple[int, ...]) -> None:
+    executable = backend.compile(convolutions, "cpu", 1)
+    x = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    y = executable.run(x)["y"]
+    assert y.shape == (shape[0], 5)
+    if shape[0]:
+        np.testing.assert_allclose(y, reference(convolutions, x)["y"], atol=2e-6)
+    executable.close()
+
+
+def test_the_shipped_network_in_float32_as_asked(backend: HardwareBackend) -> None:
+    model = rt.load("hippocampus-t1")
+    executable = backend.compile(model, "cpu", 2)
+    assert executable.device == "cpu"
+    assert executable.precision == "float32"
+    x = model.signature.random(rows=1, seed=3)
+    expected = backends()["onnxruntime"].compile(model, "cpu", 2).run(x)["logits"]
+    outputs = executable.run(x)["logits"]
+    assert np.linalg.norm(outputs - expected) / np.linalg.norm(expected) < 1e-5
+    executable.close()
+
+
+def test_outputs_are_not_overwritten_by_the_next_run(backend: HardwareBackend, convolutions: rt.Model) -> None:
+    executable = backend.compile(convolutions, "cpu", 1)
+    first = executable.run(convolutions.signature.random(2, seed=1))["y"]
+    kept = first.copy()
+    executable.run(convolutions.signature.random(2, seed=2))
+    np.testing.assert_array_equal(first, kept)
+    executable.close()
+
+
+def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    graph = helper.make_graph(
+        [helper.make_node("Det", ["x"], ["y"])],
+        "det",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "det.onnx")
+    with pytest.raises(rt.UnsupportedModelError, match="Det"):
+        backends()["torch"].compile(rt.load(tmp_path / "det.onnx"), "cpu", 1)

@@ -1,0 +1,179 @@
+"""One contract for every log: in memory, embedded, Kafka."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import ConsumerFencedError, Log, LogUnavailableError, UnknownTopicError, open_log
+from pipelines.transport.base import Consumer, Record
+
+KINDS = ["memory", "embedded", "kafka"]
+
+
+@pytest.fixture(params=KINDS)
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
+    if request.param == "kafka":
+        address = f"kafka://{request.getfixturevalue('kafka')}"
+    else:
+        address = {"memory": "memory://", "embedded": f"embedded://{tmp_path}/log?fsync=os"}[request.param]
+    opened = open_log(address)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def topic(log: Log) -> str:
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    log.create_topic(name, 3)
+    return name
+
+
+def take(consumer: Consumer, count: int, timeout: float = 40) -> list[Record]:
+    """Poll until `count` records came."""
+    found: list[Record] = []
+    deadline = time.monotonic() + timeout
+    while len(found) < count and time.monotonic() < deadline:
+        found += consumer.poll(timeout=0.5)
+    assert len(found) >= count, f"{len(found)} of {count} records within {timeout} s"
+    return found
+
+
+def drain(consumer: Consumer) -> list[Record]:
+    """What comes within a moment."""
+    return [record for _ in range(4) for record in consumer.poll(timeout=0.3)]
+
+
+def test_records_come_back_as_they_were(log: Log, topic: str) -> None:
+    value = bytes(range(256))
+    place = log.produce(topic, value, key="a", headers={"ce_id": b"1", "binary": b"\x00\xff"})
+    consumer = log.consumer("g1", [topic])
+    (record,) = take(consumer, 1)
+    assert (record.partition, record.offset) == place
+    assert (record.topic, record.key, record.value) == (topic, "a", value)
+    assert record.headers == {"ce_id": b"1", "binary": b"\x00\xff"}
+    assert abs(record.timestamp - time.time()) < 120
+    consumer.close()
+
+
+def test_equal_keys_keep_their_order_and_share_a_partition(log: Log, topic: str) -> None:
+    for number in range(60):
+        log.produce(topic, str(number).encode(), key=f"k{number % 5}")
+    consumer = log.consumer("g1", [topic])
+    found = take(consumer, 60)
+    assert len({r.partition for r in found}) > 1
+    for key, records in itertools.groupby(sorted(found, key=lambda r: r.key or ""), lambda r: r.key):
+        mine = list(records)
+        assert len({r.partition for r in mine}) == 1, key
+        numbers = [int(r.value) for r in sorted(mine, key=lambda r: r.offset)]
+        assert numbers == sorted(numbers)
+    consumer.close()
+
+
+def test_what_is_committed_is_not_read_again_and_the_rest_is(log: Log, topic: str) -> None:
+    for number in range(6):
+        log.produce(topic, str(number).encode(), key="same")
+    first = log.consumer("g1", [topic])
+    records = take(first, 6)
+    first.commit(records[2])
+    first.close()
+    second = log.consumer("g1", [topic])
+    assert [r.value for r in take(second, 3)] == [b"3", b"4", b"5"]
+    second.close()
+
+
+def test_lag_counts_what_is_not_committed(log: Log, topic: str) -> None:
+    assert sum(log.lag("g1", topic).values()) == 0
+    for number in range(5):
+        log.produce(topic, b"x", key=str(number))
+    assert sum(log.lag("g1", topic).values()) == 5
+    consumer = log.consumer("g1", [topic])
+    for record in take(consumer, 5):
+        consumer.commit(record)
+    assert sum(log.lag("g1", topic).values()) == 0
+    assert sum(log.lag("g2", topic).values()) == 5
+    consumer.close()
+
+
+def test_groups_are_independent(log: Log, topic: str) -> None:
+    log.produce(topic, b"x", key="a")
+    for group in ("g1", "g2"):
+        consumer = log.consumer(group, [topic])
+        (record,) = take(consumer, 1)
+        consumer.commit(record)
+        consumer.close()
+
+
+def test_members_of_a_group_share_the_partitions(log: Log, topic: str) -> None:
+    members = [log.consumer("g1", [topic]), log.consumer("g1", [topic])]
+    deadline = time.monotonic() + 40
+    while True:
+        for member in members:
+            member.poll(timeout=0.2)
+        shares = [set(member.assignment()) for member in members]
+        if all(shares) and len(shares[0] | shares[1]) == 3:
+            break
+        assert time.monotonic() < deadline, shares
+    assert not shares[0] & shares[1]
+    for number in range(30):
+        log.produce(topic, str(number).encode(), key=str(number))
+    seen: list[int] = []
+    while len(seen) < 30:
+        assert time.monotonic() < deadline + 40
+        for member in members:
+            for record in member.poll(timeout=0.1):
+                assert (record.topic, record.partition) in set(member.assignment())
+                seen.append(int(record.value))
+    assert sorted(seen) == list(range(30))
+    for member in members:
+        member.close()
+
+
+def test_seek_reads_again_from_there(log: Log, topic: str) -> None:
+    places = [log.produce(topic, str(number).encode(), key="same") for number in range(4)]
+    consumer = log.consumer("g1", [topic])
+    take(consumer, 4)
+    consumer.seek(topic, *places[1])
+    assert [r.value for r in take(consumer, 3)] == [b"1", b"2", b"3"]
+    consumer.close()
+
+
+def test_a_partition_that_is_not_owned_can_not_be_sought(log: Log, topic: str) -> None:
+    consumer = log.consumer("g1", [topic])
+    with pytest.raises(ConsumerFencedError):
+        consumer.seek("other-topic", 0, 0)
+    consumer.close()
+
+
+def test_unknown_topics_are_named(log: Log) -> None:
+    with pytest.raises(UnknownTopicError, match="nowhere"):
+        log.produce("nowhere", b"x")
+    with pytest.raises(UnknownTopicError, match="nowhere"):
+        log.consumer("g1", ["nowhere"])
+
+
+def test_making_a_topic_twice_changes_nothing(log: Log, topic: str) -> None:
+    log.create_topic(topic, 7)
+    assert log.topics()[topic] == 3
+
+
+def test_an_empty_topic_gives_nothing(log: Log, topic: str) -> None:
+    consumer = log.consumer("g1", [topic])
+    assert drain(consumer) == []
+    consumer.close()
+
+
+@pytest.mark.parametrize("url", ["embedded://", "http://x", "kafka://", "embedded:///x?fsync=never"])
+def test_addresses_that_are_none_are_refused(url: str) -> None:
+    with pytest.raises(LogUnavailableError, match="expected embedded:///DIR"):
+        open_log(url)
+
+
+def test_a_broker_that_is_not_there_is_named(free_port: int) -> None:
+    with pytest.raises(LogUnavailableError, match=f"127.0.0.1:{free_port}"):
+        open_log(f"kafka://127.0.0.1:{free_port}")

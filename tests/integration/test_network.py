@@ -1,0 +1,172 @@
+"""C-STORE from dcmtk and from a real Orthanc; SEG stored in Orthanc and read back; Kafka and PostgreSQL end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from apps.common.settings import Settings, load_settings
+from apps.medical.bootstrap import open_medical
+from apps.medical.messages import RESULTS
+from tests.conftest import Commands, eventually
+from tests.phantoms import HEAD, blob, dicom_slices, save_series, unpack_head
+from tests.services import Orthanc, free_port
+
+
+@pytest.fixture
+def listener(commands: Commands) -> Iterator[int]:
+    port = free_port()
+    commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="1")
+    yield port
+
+
+def test_storescu_sends_a_series_that_becomes_one_study(
+    listener: int, settings: Settings, tmp_path: Path, program: Callable[[str], str]
+) -> None:
+    folder = save_series(dicom_slices(blob(), patient="Secret^Name"), tmp_path / "series")
+    files = sorted(map(str, folder.iterdir()))
+    command = [program("storescu"), "-aec", "TRISCOPE", "127.0.0.1", str(listener), *files]
+    assert subprocess.run(command, env={**os.environ, "TCP_NODELAY": "1"}, capture_output=True, check=False).returncode == 0
+    service, log = open_medical(settings)
+    eventually(lambda: len(service.store.latest()) == 1, timeout=20)
+    (study,) = service.store.latest()
+    assert study.source == "c-store STORESCU"
+    assert study.patient == "Secret^Name"
+    assert service.volume_of(study).voxels.shape == (20, 24, 10)
+    log.close()
+
+
+def test_echo_answers_and_a_study_pending_at_the_end_is_not_lost(
+    commands: Commands, settings: Settings, tmp_path: Path, program: Callable[[str], str]
+) -> None:
+    port = free_port()
+    process = commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="600")
+    assert subprocess.run([program("echoscu"), "127.0.0.1", str(port)], check=False).returncode == 0
+    folder = save_series(dicom_slices(blob()), tmp_path / "series")
+    subprocess.run([program("storescu"), "127.0.0.1", str(port), *map(str, folder.iterdir())], check=True, capture_output=True)
+    code, seconds = commands.stop(process)
+    assert (code, seconds < 5) == (0, True)
+    service, log = open_medical(settings)
+    assert len(service.store.latest()) == 1
+    log.close()
+
+
+def test_a_port_in_use_is_one_clear_line(commands: Commands) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = commands.run("medical", "listen", TRISCOPE_DICOM_PORT=str(port))
+    assert answer.returncode == 2
+    assert str(port) in answer.stderr.strip().splitlines()[-1]
+
+
+def test_orthanc_sends_a_head_and_takes_the_seg_back(
+    commands: Commands, settings: Settings, tmp_path: Path, program: Callable[[str], str]
+) -> None:
+    port = free_port()
+    binary = shutil.which("Orthanc") or (program("Orthanc") if not Path("/usr/sbin/Orthanc").exists() else "/usr/sbin/Orthanc")
+    commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="2")
+    commands.start("medical", "worker")
+    service, log = open_medical(settings)
+    with Orthanc(binary, tmp_path, port) as orthanc:
+        head = unpack_head(tmp_path / "head")
+        for file in sorted(head.iterdir()):
+            orthanc.post("/instances", file.read_bytes())
+        (series,) = json.loads(orthanc.get("/series"))
+        orthanc.post("/modalities/triscope/store", series.encode())
+        eventually(lambda: [s.status for s in service.store.latest()] == ["done"], timeout=150)
+        (study,) = service.store.latest()
+        assert study.source == f"c-store {orthanc.aet}"
+        segmentation = service.blobs.get(study.files["segmentation.dcm"])
+        stored = orthanc.post("/instances", segmentation)
+        assert stored["Status"] == "Success"
+        back = pydicom.dcmread(io.BytesIO(orthanc.get(f"/instances/{stored['ID']}/file")))
+    sent = pydicom.dcmread(io.BytesIO(segmentation))
+    assert back.SOPInstanceUID == sent.SOPInstanceUID
+    np.testing.assert_array_equal(back.pixel_array, sent.pixel_array)
+    sources = {pydicom.dcmread(f, stop_before_pixels=True).SOPInstanceUID for f in head.iterdir()}
+    referred = {i.ReferencedSOPInstanceUID for i in back.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred <= sources
+    file = tmp_path / "seg.dcm"
+    file.write_bytes(segmentation)
+    answer = subprocess.run([program("dciodvfy"), str(file)], capture_output=True, text=True, check=False)
+    assert "Error" not in answer.stderr + answer.stdout, answer.stderr
+    log.close()
+
+
+def test_a_study_through_a_real_kafka_broker(commands: Commands, kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRISCOPE_LOG_URL", f"kafka://{kafka}")
+    applied = commands.run("pipeline", "topics", "--apply", "--json", "-")
+    assert applied.returncode == 0, applied.stderr
+    assert all(row["present"] for row in json.loads(applied.stdout)["topics"])
+    service, log = open_medical(load_settings().settings)
+    worker = commands.start("medical", "worker")
+    (study_id,) = service.receive(HEAD, "test").study_ids
+    eventually(lambda: service.store.get(study_id).status == "done", timeout=120)
+    consumer = log.consumer("reader", [RESULTS.name])
+    deadline, found = time.monotonic() + 40, []
+    while not found and time.monotonic() < deadline:
+        found = [RESULTS.decode(r).payload for r in consumer.poll(1.0)]
+    consumer.close()
+    assert found[0].study_id == study_id
+    assert found[0].volumes_ml["left hippocampus"] > 1
+    code, seconds = commands.stop(worker)
+    assert (code, seconds < 5) == (0, True)
+    log.close()
+
+
+@pytest.fixture
+def postgres(tmp_path: Path, program: Callable[[str], str]) -> Iterator[str]:
+    """A PostgreSQL of this test's own, under a user that is not root where need be."""
+    candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")) if Path("/usr/lib/postgresql").exists() else []
+    binaries = candidates[-1].parent if candidates else Path(program("postgres")).parent
+    folder, port = tmp_path / "pg", free_port()
+    folder.mkdir()
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        for parent in [folder, *folder.parents][:4]:
+            parent.chmod(0o755)
+        shutil.chown(folder, "postgres")
+        prefix = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    subprocess.run([*prefix, binaries / "initdb", "-D", data, "-U", "triscope", "-A", "trust"], check=True, capture_output=True)
+    start = [*prefix, binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
+    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def up() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    eventually(up, timeout=30)
+    time.sleep(0.5)
+    yield f"postgresql+psycopg://triscope@127.0.0.1:{port}/postgres"
+    process.terminate()
+    process.wait(20)
+
+
+def test_the_store_on_postgresql(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg")
+    monkeypatch.setenv("TRISCOPE_DATABASE_URL", postgres)
+    service, log = open_medical(load_settings().settings)
+    assert service.store.add("s1", source="test", blob="sha256:0", patient="A^B")
+    assert not service.store.add("s1", source="test", blob="sha256:0")
+    service.store.settle("s1", "done", report={"volumes_ml": {"x": 1.5}}, files={"a": "b"})
+    study = service.store.get("s1")
+    assert (study.status, study.report, study.files, study.patient) == ("done", {"volumes_ml": {"x": 1.5}}, {"a": "b"}, "A^B")
+    assert service.store.counts() == {"done": 1}
+    again, other = open_medical(load_settings().settings)
+    assert [s.study_id for s in again.store.latest()] == ["s1"]
+    other.close()
+    log.close()

@@ -1,0 +1,250 @@
+"""Series to volumes, refusals, and the SEG round trip on phantoms that no flip maps onto themselves."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+
+from apps.medical.dicom.files import Instances, add_instance, read_instances
+from apps.medical.dicom.segmentation_object import write_segmentation
+from apps.medical.dicom.series import group_series, read_volume
+from apps.medical.errors import InputError, SeriesError
+from apps.medical.segmentation.hippocampus import HEAD_STRUCTURES
+from apps.medical.service import read_input
+from apps.medical.volume import Volume, read_nifti
+from tests.phantoms import AXIAL, OBLIQUE, as_bytes, blob, dicom_slices, save_series
+
+
+def load(slices: list[pydicom.Dataset]) -> Volume:
+    found = Instances()
+    shuffled = list(slices)
+    random.Random(1).shuffle(shuffled)
+    for number, ds in enumerate(shuffled):
+        add_instance(found, str(number), as_bytes(ds))
+    (series,) = group_series(found.datasets)
+    return read_volume(series)
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, OBLIQUE, (0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1)])
+def test_voxels_lie_where_the_header_puts_them(orientation: tuple[float, ...]) -> None:
+    pixels = blob()
+    volume = load(dicom_slices(pixels, orientation=orientation))
+    assert volume.voxels.shape == pixels.shape
+    np.testing.assert_allclose(volume.spacing_mm, (0.8, 0.9, 2.5), atol=1e-5)
+    row, column = np.array(orientation[:3], float), np.array(orientation[3:], float)
+    normal = np.cross(row, column)
+    index = np.array([3, 5, 7])
+    lps = np.array([-40.0, -50.0, 12.5]) + row * 0.8 * 3 + column * 0.9 * 5 + normal * 2.5 * 7
+    np.testing.assert_allclose(volume.affine @ [*index, 1], [-lps[0], -lps[1], lps[2], 1], atol=1e-3)
+    assert volume.voxels[3, 5, 7] == pixels[3, 5, 7]
+
+
+def test_rescale_is_applied_slice_by_slice() -> None:
+    slices = dicom_slices(blob())
+    for number, ds in enumerate(slices):
+        ds.RescaleSlope, ds.RescaleIntercept = str(1 + number), "-100"
+    volume = load(slices)
+    np.testing.assert_allclose(volume.voxels[:, :, 4], blob()[:, :, 4] * 5.0 - 100)
+
+
+def test_duplicates_of_an_instance_count_once() -> None:
+    slices = dicom_slices(blob())
+    assert load([*slices, slices[3]]).voxels.shape == (20, 24, 10)
+
+
+def without(slices: list[pydicom.Dataset], index: int) -> list[pydicom.Dataset]:
+    return slices[:index] + slices[index + 1 :]
+
+
+def sheared() -> list[pydicom.Dataset]:
+    slices = dicom_slices(blob())
+    for number, ds in enumerate(slices):
+        ds.ImagePositionPatient = [-40, -50 + 0.6 * number, 12.5 + 2.5 * number]
+    return slices
+
+
+def two_orientations() -> list[pydicom.Dataset]:
+    slices = dicom_slices(blob())
+    for ds in slices[:4]:
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    return slices
+
+
+def echoes() -> list[pydicom.Dataset]:
+    slices = dicom_slices(blob())
+    more = dicom_slices(blob(1))
+    for ds in more:
+        ds.SeriesInstanceUID, ds.StudyInstanceUID = slices[0].SeriesInstanceUID, slices[0].StudyInstanceUID
+    return slices + more
+
+
+def no_position() -> list[pydicom.Dataset]:
+    slices = dicom_slices(blob())
+    del slices[2].ImagePositionPatient
+    return slices
+
+
+def sizes() -> list[pydicom.Dataset]:
+    slices = dicom_slices(blob())
+    slices[1].Rows, slices[1].PixelData = 12, slices[1].PixelData[: 20 * 12 * 2]
+    return slices
+
+
+@pytest.mark.parametrize(
+    ("slices", "words"),
+    [
+        (lambda: without(dicom_slices(blob()), 4), ["5.00 mm", "2.50 mm", "about 1 missing"]),
+        (sheared, ["sheared by 13.5 degrees"]),
+        (two_orientations, ["mixes 2 orientations"]),
+        (echoes, ["10 slices at a place that another one takes"]),
+        (lambda: dicom_slices(blob())[:1], ["1 slices", "at least 3"]),
+        (no_position, ["ImagePositionPatient missing"]),
+        (sizes, ["different sizes", "(12, 20)"]),
+    ],
+)
+def test_what_is_not_one_regular_volume_is_refused_with_the_reason(slices: Callable[[], list[pydicom.Dataset]], words: list[str]) -> None:
+    with pytest.raises(SeriesError) as caught:
+        load(slices())
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "Test" not in str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    slices = dicom_slices(blob())
+    for ds in slices:
+        ds.Rows = ds.Columns = 65535
+        ds.NumberOfFrames = 300
+    with pytest.raises(SeriesError, match=r"claims .* bytes"):
+        load(slices)
+
+
+def test_truncated_pixels_are_refused() -> None:
+    slices = dicom_slices(blob())
+    slices[5].PixelData = slices[5].PixelData[:100]
+    with pytest.raises(InputError, match=r"can't be decoded .* send it again"):
+        load(slices)
+
+
+def test_damaged_and_foreign_files_are_passed_over_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = save_series(dicom_slices(blob()), tmp_path / "mixed")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "cut.dcm").write_bytes((folder / "0.dcm").read_bytes()[:300])
+    save_series(dicom_slices(blob(2)[:, :, :4]), folder / "second")
+    found = read_instances(folder)
+    assert {name for name, _ in found.skipped} >= {"notes.txt"}
+    series = group_series(found.datasets)
+    assert [len(s.instances) for s in series][:2] == [10, 4]
+    volume, notes = read_input(folder)
+    assert volume.voxels.shape == (20, 24, 10)
+    assert any("left aside" in note for note in notes)
+
+
+def test_a_zip_is_read_like_a_folder(tmp_path: Path) -> None:
+    archive = tmp_path / "study.zip"
+    with zipfile.ZipFile(archive, "w") as writer:
+        for number, ds in enumerate(dicom_slices(blob())):
+            writer.writestr(f"deep/{number}", as_bytes(ds))
+    assert read_input(archive)[0].voxels.shape == (20, 24, 10)
+    archive.write_bytes(archive.read_bytes()[:-200])
+    with pytest.raises(InputError):
+        read_input(archive)
+
+
+def test_nothing_to_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file or folder"):
+        read_input(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no DICOM series"):
+        read_input(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    voxels = np.random.default_rng(0).random((10, 10, 10)).astype(np.float32)
+    voxels[2, 3, 4] = value
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "x.nii.gz")
+    with pytest.raises(InputError, match="1 voxels that are NaN or infinite"):
+        read_nifti(tmp_path / "x.nii.gz")
+
+
+def test_a_nifti_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.nii").write_bytes(b"1234" * 200)
+    with pytest.raises(InputError, match="not a readable NIfTI"):
+        read_nifti(tmp_path / "x.nii")
+
+
+SYNTAXES = {
+    "MR_small.dcm": "explicit little endian",
+    "MR_small_bigendian.dcm": "explicit big endian",
+    "MR_small_implicit.dcm": "implicit little endian",
+    "MR_small_RLE.dcm": "RLE lossless",
+    "MR_small_jp2klossless.dcm": "JPEG 2000 lossless",
+    "MR_small_jpeg_ls_lossless.dcm": "JPEG-LS lossless",
+}
+
+
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_transfer_syntaxes_decode_to_the_same_pixels(name: str) -> None:
+    """pydicom's own files, made into a three-slice series; the first is the uncompressed truth."""
+    truth = pydicom.dcmread(get_testdata_file("MR_small.dcm")).pixel_array
+    ds = pydicom.dcmread(get_testdata_file(name))
+    slices = []
+    for number in range(3):
+        copy = pydicom.dcmread(get_testdata_file(name))
+        copy.SOPInstanceUID = f"{ds.SOPInstanceUID}.{number}"
+        copy.ImagePositionPatient = [*ds.ImagePositionPatient[:2], float(ds.ImagePositionPatient[2]) + number]
+        slices.append(copy)
+    found = Instances()
+    for copy in slices:
+        buffer = io.BytesIO()
+        copy.save_as(buffer)
+        add_instance(found, "x", buffer.getvalue())
+    volume = read_volume(group_series(found.datasets)[0])
+    np.testing.assert_array_equal(volume.voxels[:, :, 1].T, truth.astype(np.float32))
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, OBLIQUE])
+def test_seg_round_trip_keeps_place_labels_and_references(
+    tmp_path: Path, orientation: tuple[float, ...], program: Callable[[str], str]
+) -> None:
+    slices = dicom_slices(blob(), orientation=orientation)
+    volume = load(slices)
+    labels = np.zeros(volume.voxels.shape, np.uint8)
+    labels[2:9, 3:7, 1:3], labels[12:18, 10:21, 6:8], labels[4:6, 18:22, 8:] = 1, 3, 4
+    path = tmp_path / "seg.dcm"
+    write_segmentation(labels, HEAD_STRUCTURES, volume, "hippocampus-t1", "1.0.0", path)
+
+    seg = hd.seg.segread(path)
+    assert seg.FrameOfReferenceUID == slices[0].FrameOfReferenceUID
+    assert seg.PatientID == slices[0].PatientID
+    assert seg.StudyInstanceUID == slices[0].StudyInstanceUID
+    referred = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred <= {ds.SOPInstanceUID for ds in slices}
+    names = {n: seg.get_segment_description(n).segment_label for n in range(1, seg.number_of_segments + 1)}
+    assert list(names.values()) == ["left anterior hippocampus", "right anterior hippocampus", "right posterior hippocampus"]
+    sides = [seg.get_segment_description(n).AnatomicRegionSequence[0].AnatomicRegionModifierSequence[0].CodeMeaning for n in names]
+    assert sides == ["Left", "Right", "Right"]
+
+    back = seg.get_volume(combine_segments=True, rescale_fractional=False)
+    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    for number, structure in zip(names, (1, 3, 4), strict=True):
+        index = np.argwhere(back.array == number)
+        places = (lps_to_ras @ back.affine @ np.c_[index, np.ones(len(index))].T).T[:, :3]
+        expected = np.argwhere(labels == structure)
+        truth = (volume.affine @ np.c_[expected, np.ones(len(expected))].T).T[:, :3]
+        order = np.lexsort(np.round(places, 2).T), np.lexsort(np.round(truth, 2).T)
+        np.testing.assert_allclose(places[order[0]], truth[order[1]], atol=0.02)
+
+    answer = subprocess.run([program("dciodvfy"), str(path)], capture_output=True, text=True, check=False)
+    assert "Error" not in answer.stderr + answer.stdout, answer.stderr

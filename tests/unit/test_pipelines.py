@@ -1,0 +1,184 @@
+"""Envelopes, schemas and the processor."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipelines import Envelope, Message, PermanentError, Processor, SchemaError, Topic
+from pipelines.dead_letter import ATTEMPTS, ERROR, PLACE
+from pipelines.messages import TRACEPARENT, child_traceparent, new_traceparent, trace_id
+from pipelines.processor import Interrupted
+from pipelines.transport.base import Record
+from pipelines.transport.embedded import EmbeddedLog
+from pipelines.transport.memory import MemoryLog
+
+
+class Order(msgspec.Struct, frozen=True):
+    order_id: str
+    amount: int
+
+
+ORDERS = Topic("orders", Order, key="order_id", partitions=2)
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    made = MemoryLog()
+    ORDERS.create(made)
+    return made
+
+
+def run(log: MemoryLog, handle: object, **options: float) -> Processor:
+    processor = Processor(log, ORDERS, "g", handle, backoff=0.0, **options)  # type: ignore[arg-type]
+    processor.run(threading.Event(), until_idle=True)
+    return processor
+
+
+def read(log: MemoryLog, topic: str) -> list[Record]:
+    consumer = log.consumer("reader", [topic])
+    found = consumer.poll(timeout=0.1, max_records=1000)
+    consumer.close()
+    return found
+
+
+def test_the_envelope_travels_in_cloudevents_headers_and_the_value_stays_plain(log: MemoryLog) -> None:
+    envelope = ORDERS.send(log, Order("1", 5), source="shop")
+    (record,) = read(log, "orders")
+    assert record.value == b'{"order_id":"1","amount":5}'
+    assert record.key == "1"
+    assert record.headers["ce_type"] == b"orders.v1"
+    assert {"ce_id", "ce_source", "ce_time", "ce_traceparent", "ce_specversion", "content-type"} <= set(record.headers)
+    message = ORDERS.decode(record)
+    assert message.payload == Order("1", 5)
+    assert message.envelope == envelope
+
+
+def test_bare_json_from_a_stranger_is_read_with_defaults(log: MemoryLog) -> None:
+    log.produce("orders", b'{"order_id": "7", "amount": 1, "unknown": true}')
+    (record,) = read(log, "orders")
+    message = ORDERS.decode(record)
+    assert message.payload == Order("7", 1)
+    assert message.envelope.type == "orders.v1"
+    assert message.envelope.id == ORDERS.decode(record).envelope.id
+
+
+@pytest.mark.parametrize(("value", "word"), [(b'{"order_id": "7"}', "amount"), (b"\xff\xfe", "orders.v1"), (b'{"order_id": 7, "amount": 1}', "order_id")])
+def test_a_payload_that_does_not_fit_names_the_field(log: MemoryLog, value: bytes, word: str) -> None:
+    log.produce("orders", value)
+    with pytest.raises(SchemaError, match=word):
+        ORDERS.decode(read(log, "orders")[0])
+
+
+def test_a_newer_schema_is_refused(log: MemoryLog) -> None:
+    headers = Envelope(type="orders.v2", source="shop").headers()
+    log.produce("orders", b'{"order_id": "1", "amount": 2}', headers=headers)
+    with pytest.raises(SchemaError, match=r"orders\.v2.*up to v1"):
+        ORDERS.decode(read(log, "orders")[0])
+
+
+def test_the_trace_goes_on_in_the_handler(log: MemoryLog) -> None:
+    sent = ORDERS.send(log, Order("1", 5), source="shop")
+    seen: list[str] = []
+    run(log, lambda message: seen.append(TRACEPARENT.get()))
+    assert trace_id(seen[0]) == trace_id(sent.traceparent)
+    assert seen[0] != sent.traceparent
+    assert trace_id(child_traceparent("nonsense")) != ""
+    assert len(new_traceparent().split("-")) == 4
+
+
+def test_each_message_is_handled_and_committed(log: MemoryLog) -> None:
+    for number in range(20):
+        ORDERS.send(log, Order(str(number), number), source="shop")
+    seen: list[int] = []
+    processor = run(log, lambda message: seen.append(message.payload.amount))
+    assert sorted(seen) == list(range(20))
+    assert processor.counts.handled == 20
+    assert sum(log.lag("g", "orders").values()) == 0
+
+
+def test_a_passing_fault_is_retried(log: MemoryLog) -> None:
+    ORDERS.send(log, Order("1", 5), source="shop")
+    tries: list[int] = []
+
+    def handle(message: Message) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError("disk is busy")
+
+    processor = run(log, handle, retries=3)
+    assert len(tries) == 3
+    assert (processor.counts.handled, processor.counts.retried, processor.counts.dead) == (1, 2, 0)
+
+
+def test_a_lasting_fault_goes_to_the_dead_letters_with_bytes_place_reason_and_attempts(log: MemoryLog) -> None:
+    ORDERS.send(log, Order("1", 5), source="shop")
+    (original,) = read(log, "orders")
+
+    def handle(message: Message) -> None:
+        raise OSError("disk is gone")
+
+    processor = run(log, handle, retries=2)
+    (dead,) = read(log, "orders.dlq")
+    assert dead.value == original.value
+    assert dead.headers["ce_id"] == original.headers["ce_id"]
+    assert b"disk is gone" in dead.headers[ERROR]
+    assert dead.headers[ATTEMPTS] == b"3"
+    assert dead.headers[PLACE] == f"orders/{original.partition}/{original.offset}".encode()
+    assert processor.counts.dead == 1
+    assert sum(log.lag("g", "orders").values()) == 0
+
+
+def test_bad_input_is_not_retried_and_the_rest_goes_on(log: MemoryLog) -> None:
+    log.produce("orders", b"not json", key="a")
+    ORDERS.send(log, Order("2", 2), source="shop")
+    ORDERS.send(log, Order("3", 3), source="shop")
+    seen: list[int] = []
+
+    def handle(message: Message) -> None:
+        amount = message.payload.amount  # type: ignore[attr-defined]
+        if amount == 2:
+            raise PermanentError("order 2 can't be")
+        seen.append(amount)
+
+    processor = run(log, handle, retries=5)
+    assert seen == [3]
+    assert (processor.counts.retried, processor.counts.dead) == (0, 2)
+    assert {r.headers[ATTEMPTS] for r in read(log, "orders.dlq")} == {b"1"}
+
+
+def test_an_interrupted_message_comes_again(log: MemoryLog) -> None:
+    ORDERS.send(log, Order("1", 5), source="shop")
+
+    def stop(message: Message) -> None:
+        raise Interrupted
+
+    Processor(log, ORDERS, "g", stop).run(threading.Event())
+    seen: list[object] = []
+    run(log, lambda message: seen.append(message.payload))
+    assert seen == [Order("1", 5)]
+
+
+def test_a_foreign_payload_is_not_sent(log: MemoryLog) -> None:
+    class Other(msgspec.Struct):
+        order_id: str
+
+    with pytest.raises(SchemaError, match="carries Order, got Other"):
+        ORDERS.send(log, Other("1"), source="shop")
+
+
+def test_the_embedded_log_is_on_disk_when_produce_returns(tmp_path: Path) -> None:
+    log = EmbeddedLog(tmp_path)
+    log.create_topic("t", 1)
+    log.produce("t", b"kept")
+    mode = log.connection().execute("PRAGMA synchronous").fetchone()[0]
+    assert mode == 2, "fsync=always is SQLite's FULL"
+    other = EmbeddedLog(tmp_path)
+    consumer = other.consumer("g", ["t"])
+    assert [r.value for r in consumer.poll(1)] == [b"kept"]
+    consumer.close()
+    other.close()
+    log.close()

@@ -1,0 +1,186 @@
+"""Signatures, verified loading, planning and the session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import shared_runtime as rt
+from shared_runtime.backends import base
+from shared_runtime.planning import planner
+from shared_runtime.repository.store import ModelRepository
+from shared_runtime.signature import Tensors
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> Path:
+    """y = 2 x + 1 over (batch, 3)."""
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "two"], ["m"]), helper.make_node("Add", ["m", "one"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor("two", TensorProto.FLOAT, [1], [2.0]), helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])],
+    )
+    path = tmp_path / "linear.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_load_run_and_batch_dimension(linear: Path) -> None:
+    with rt.Session(rt.load(linear)) as session:
+        for rows in (0, 1, 5):
+            x = np.arange(3 * rows, dtype=np.float32).reshape(rows, 3)
+            np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1)
+
+
+def test_non_contiguous_and_safe_dtype_are_taken(linear: Path) -> None:
+    with rt.Session(rt.load(linear)) as session:
+        x = np.arange(12, dtype=np.float32).reshape(3, 4).T[:, ::1]
+        np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1)
+        np.testing.assert_allclose(session.run({"x": np.ones((2, 3), np.float16)})["y"], 3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({}, ["needs input", "x float32 (batch, 3)"]),
+        ({"z": np.zeros((1, 3), np.float32)}, ["no input 'z'", "['x']"]),
+        ({"x": np.zeros((1, 4), np.float32)}, ["[1, 4]", "['batch', 3]"]),
+        ({"x": np.zeros(3, np.float32)}, ["[3]", "['batch', 3]"]),
+        ({"x": np.zeros((1, 3), np.float64)}, ["float64", "float32", "astype"]),
+    ],
+)
+def test_wrong_input_names_what_was_seen_and_expected(linear: Path, inputs: dict[str, Any], words: list[str]) -> None:
+    with rt.Session(rt.load(linear)) as session, pytest.raises(rt.InputError) as caught:
+        session.run(inputs)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_changed_file_is_not_loaded(linear: Path) -> None:
+    digest = rt.load(linear).sha256
+    rt.load(linear, sha256=digest)
+    content = bytearray(linear.read_bytes())
+    content[-1] ^= 1
+    linear.write_bytes(content)
+    with pytest.raises(rt.ModelIntegrityError, match=digest):
+        rt.load(linear, sha256=digest)
+
+
+def test_a_changed_model_folder_is_not_loaded(tmp_path: Path) -> None:
+    source = ModelRepository.default().folder("hippocampus-t1")
+    copy = tmp_path / "models" / "hippocampus-t1"
+    copy.mkdir(parents=True)
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert rt.load(copy).name == "hippocampus-t1"
+    with (copy / "model.onnx").open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"\x00\x01\x02")
+    with pytest.raises(rt.ModelIntegrityError, match="changed or damaged"):
+        rt.load(copy)
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(rt.ModelNotFoundError, match="did you mean 'hippocampus-t1'"):
+        rt.load("hipocampus-t1")
+    with pytest.raises(rt.ModelNotFoundError, match=r"no model at .*missing\.onnx"):
+        rt.load("missing.onnx")
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(rt.UnsupportedModelError, match=r"\.pkl"):
+        rt.load(tmp_path / "model.pkl")
+    (tmp_path / "broken.onnx").write_bytes(b"not a protobuf at all")
+    with pytest.raises(rt.UnsupportedModelError, match="not a readable ONNX model"):
+        rt.load(tmp_path / "broken.onnx")
+    with pytest.raises(rt.UnsupportedModelError, match="can't load a dict"):
+        rt.load({"a": 1})
+
+
+def test_a_missing_device_is_an_error_that_names_what_is_missing(linear: Path) -> None:
+    if any(b.availability("cuda").available for b in base.backends().values() if "cuda" in b.devices):
+        pytest.skip("this host has a GPU")
+    with rt.Session(rt.load(linear), device="cuda") as session, pytest.raises(rt.BackendUnavailableError, match="lacks"):
+        session.run({"x": np.zeros((1, 3), np.float32)})
+    with pytest.raises(rt.BackendUnavailableError, match="unknown device 'tpu'"):
+        rt.Session(rt.load(linear), device="tpu")
+
+
+class _Engine:
+    """A backend with a chosen answer and speed, in place of the installed ones."""
+
+    requires, devices, planned = "", ("cpu",), ("cpu",)
+
+    def __init__(self, name: str, offset: float, cost: int) -> None:
+        self.name, self.offset, self.cost, self.device, self.precision, self.closed = name, offset, cost, "cpu", "float32", 0
+
+    def availability(self, device: str) -> base.Availability:
+        return base.Availability(version="1")
+
+    def compile(self, model: rt.Model, device: str, threads: int) -> _Engine:
+        return self
+
+    def run(self, inputs: Tensors) -> Tensors:
+        for _ in range(self.cost):
+            np.linalg.inv(np.eye(60))
+        return {"y": 2 * inputs["x"] + 1 + self.offset}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def _plan(monkeypatch: pytest.MonkeyPatch, model: Path, engines: list[_Engine], cache: Path | None = None) -> rt.Plan:
+    table: Mapping[str, Any] = {engine.name: engine for engine in engines}
+    monkeypatch.setattr(planner, "backends", lambda: table)
+    return planner.plan_and_compile(rt.load(model), "auto", 1, cache)[0]
+
+
+def test_the_fastest_backend_is_kept_and_the_others_are_explained(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("quick", 0, 1)])
+    assert plan.backend == "quick"
+    lost = {c.backend: c.lost for c in plan.candidates}
+    assert "times as slow" in lost["onnxruntime"]
+    assert "quick" in plan.describe()
+
+
+def test_a_fast_backend_with_other_numbers_loses(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("wrong", 0.5, 1)])
+    assert plan.backend == "onnxruntime"
+    assert "differ from the reference" in next(c.lost for c in plan.candidates if c.backend == "wrong")
+
+
+def test_a_plan_is_cached_for_the_model_and_the_host(linear: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tmp_path / "plans"
+    first = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 1), _Engine("other", 0, 60)], cache)
+    second = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache)
+    assert second == first
+    for file in cache.iterdir():
+        file.write_text("{ damaged")
+    assert _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache).backend == "other"
+
+
+def test_a_closed_session_says_so(linear: Path) -> None:
+    session = rt.Session(rt.load(linear))
+    session.run({"x": np.zeros((1, 3), np.float32)})
+    session.close()
+    with pytest.raises(rt.BackendUnavailableError, match="closed"):
+        session.run({"x": np.zeros((1, 3), np.float32)})
+
+
+def test_a_torch_module_is_loaded_through_export() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    with rt.Session(rt.load(module, example={"x": x[:1]})) as session:
+        (output,) = session.run({"x": x}).values()
+    np.testing.assert_allclose(output, module(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
