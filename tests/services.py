@@ -99,7 +99,9 @@ class Orthanc:
 
     def __enter__(self) -> Orthanc:
         environment = {**os.environ, "TCP_NODELAY": "1"}
-        self._process = subprocess.Popen([self._binary, self._config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        self._process = subprocess.Popen(
+            [self._binary, self._config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
         deadline = time.monotonic() + 30
         while True:
             try:

@@ -240,8 +240,6 @@ def test_compressed_ct_slices_decode_to_one_truth(data_dir: Path) -> None:
     images = [read_instances(folder / f"{name}.dcm").datasets[0].pixel_array for name in lossless]
     for image in images[1:]:
         np.testing.assert_array_equal(image, images[0])
-    lossy = read_instances(folder / "ct_jpeg_extended_process2_4.dcm").datasets[0].pixel_array
-    assert np.corrcoef(lossy.ravel(), images[0].ravel())[0, 1] > 0.99
 
 
 def test_the_label_map_lies_on_the_images_grid(data_dir: Path, session: rt.Session, tmp_path: Path) -> None:

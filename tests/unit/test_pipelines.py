@@ -66,7 +66,9 @@ def test_bare_json_from_a_stranger_is_read_with_defaults(log: MemoryLog) -> None
     assert message.envelope.id == ORDERS.decode(record).envelope.id
 
 
-@pytest.mark.parametrize(("value", "word"), [(b'{"order_id": "7"}', "amount"), (b"\xff\xfe", "orders.v1"), (b'{"order_id": 7, "amount": 1}', "order_id")])
+@pytest.mark.parametrize(
+    ("value", "word"), [(b'{"order_id": "7"}', "amount"), (b"\xff\xfe", "orders.v1"), (b'{"order_id": 7, "amount": 1}', "order_id")]
+)
 def test_a_payload_that_does_not_fit_names_the_field(log: MemoryLog, value: bytes, word: str) -> None:
     log.produce("orders", value)
     with pytest.raises(SchemaError, match=word):

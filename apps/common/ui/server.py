@@ -30,8 +30,8 @@ def _command(address: str, port: int) -> list[str]:
         "server.maxUploadSize": "2048",
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
-        "theme.primaryColor": "#1f77b4",
-        "theme.font": "sans-serif",
+        "theme.light.primaryColor": "#1f77b4",
+        "theme.dark.primaryColor": "#6db3e8",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     return [sys.executable, "-m", "streamlit", "run", str(pages), *flags]

@@ -121,10 +121,7 @@ def _numbers(series: Series, dataset: Dataset | None, keyword: str, count: int) 
         numbers = []
     if len(numbers) != count or not np.isfinite(numbers).all():
         seen = "missing" if value is None else repr(str(value)[:60])
-        raise SeriesError(
-            f"{series.name} has {keyword} {seen}; expected {count} numbers: "
-            "the image has no usable place in the patient"
-        )
+        raise SeriesError(f"{series.name} has {keyword} {seen}; expected {count} numbers: the image has no usable place in the patient")
     return numbers
 
 

@@ -27,7 +27,7 @@ CROP_LIMIT_MM = 90.0
 """An image no larger than this along any axis is a crop around one hippocampus."""
 REFUSE_SIMILARITY, DOUBT_SIMILARITY = 0.56, 0.66
 REFUSE_COVERAGE, DOUBT_COVERAGE = 0.45, 0.75
-REFUSE_CONTRAST = 1.03
+REFUSE_CONTRAST, DOUBT_CONTRAST = 1.1, 1.18
 PLAUSIBLE_ML = (1.2, 6.0)
 ASYMMETRY_PERCENT = 30.0
 CONFIDENCE = 0.75
@@ -174,6 +174,8 @@ def _head_flags(volume: Volume, registration: Registration) -> list[str]:
             "this looks like T2, FLAIR or another contrast"
         )
     flags = []
+    if contrast < DOUBT_CONTRAST:
+        flags.append(f"weak T1 contrast (white over grey matter {contrast:.2f}): check that the series is T1-weighted")
     if registration.similarity < DOUBT_SIMILARITY:
         flags.append(f"weak likeness to an average brain ({registration.similarity:.2f}): check the place of the structures")
     if registration.coverage < DOUBT_COVERAGE:
