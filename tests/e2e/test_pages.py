@@ -21,14 +21,8 @@ from tests.services import free_port
 PAGES = Path(__file__).parents[2] / "apps" / "pages.py"
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "images"
 CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-extensions",
+    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--no-first-run", "--disable-extensions"),
 ]
 
 

@@ -25,10 +25,10 @@ from tests.services import Orthanc, free_port
 
 
 @pytest.fixture
-def listener(commands: Commands) -> Iterator[int]:
+def listener(commands: Commands) -> int:
     port = free_port()
     commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="1")
-    yield port
+    return port
 
 
 def test_storescu_sends_a_series_that_becomes_one_study(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_variables_are_settings_and_ports_are_listened_on(name: str) -> None:
     assert set(variables) <= set(known_keys())
     listened = {variables.get("ui_port", str(Settings().ui_port)), variables.get("dicom_port", str(Settings().dicom_port))}
     for port in service.get("ports", []):
-        host, outside, inside = port.split(":")
+        host, _, inside = port.split(":")
         assert host == "127.0.0.1"
         assert inside in listened
         assert inside in re.findall(r"EXPOSE (.*)", DOCKERFILE)[0].split()
@@ -90,9 +91,7 @@ def test_what_the_dockerfile_copies_and_installs_exists() -> None:
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
     extras = {extra for found in re.findall(r"\.whl\)\[([a-z0-9,]+)\]", DOCKERFILE) for extra in found.split(",")}
-    declared = set(
-        re.findall(r"^([a-z0-9]+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M)
-    )
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     assert extras <= declared
     assert {f"--target {stage}" for stage in ("cpu", "gpu")} <= {f"--target {s}" for s in re.findall(r"AS (\w+)", DOCKERFILE)}
     command = re.findall(r"^CMD \[(.*)\]", DOCKERFILE, re.M)[0].replace('"', "").split(", ")
