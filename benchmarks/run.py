@@ -53,10 +53,8 @@ def demo() -> dict[str, Any]:
 
 def head() -> dict[str, Any]:
     """The sample head again and again in one process, with the plan made: the split of a study."""
-    splits = []
     with rt.Session(rt.load("hippocampus-t1")) as session, tempfile.TemporaryDirectory() as folder:
-        for _ in range(REPEATS + 1):
-            splits.append(segment_file(sample(HEAD_SAMPLE), session, Path(folder))["seconds"])
+        splits = [segment_file(sample(HEAD_SAMPLE), session, Path(folder))["seconds"] for _ in range(REPEATS + 1)]
         plan = msgspec.to_builtins(session.plan)
     keys = splits[0]
     return {"median_seconds": {k: statistics.median(s[k] for s in splits[1:]) for k in keys}, "first": splits[0], "plan": plan}
