@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from shared_runtime.model import Model
 from shared_runtime.planning.planner import Plan, plan_and_compile
 from shared_runtime.signature import Tensors
 
+logger = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -70,4 +72,5 @@ class Session:
                 raise BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
             if self._ready is None:
                 self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans)
+                logger.info("plan: %s", self._ready[0].describe())
             return self._ready

@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 
 from apps.medical.errors import InputError, NotHeadError
+from apps.medical.evaluation.evaluate import evaluate_case, summarise
 from apps.medical.evaluation.metrics import bootstrap_interval, dice, hd95_mm, volume_error_percent
 from apps.medical.preprocessing.normalise import normalise_mr
 from apps.medical.preview import write_preview
 from apps.medical.segmentation import hippocampus
 from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, segment_hippocampi
 from apps.medical.segmentation.window import WINDOW, place_in_window
-from apps.medical.volume import Volume
+from apps.medical.volume import Volume, write_nifti
 from shared_runtime.signature import Tensors
 
 
@@ -121,6 +122,20 @@ def test_a_crop_is_segmented_in_place_whatever_its_axis_order(flip: tuple[int, .
     posterior = np.argwhere(result.labels == 2).mean(0)
     toward_front = (volume.affine[:3, :3] @ (anterior - posterior))[1]
     assert toward_front > 5
+
+
+def test_a_refused_case_counts_as_an_empty_answer(tmp_path: Path) -> None:
+    flat = np.random.default_rng(0).normal(0, 0.01, (40, 50, 40)).astype(np.float32).clip(-0.01, 0.01)
+    labels = np.zeros(flat.shape, np.uint8)
+    labels[10:20, 10:30, 10:20], labels[10:20, 30:40, 10:20] = 2, 1
+    for name, array in (("image", flat), ("label", labels)):
+        write_nifti(array, np.eye(4), tmp_path / f"{name}.nii.gz")
+    case = evaluate_case(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", Threshold(), tmp_path)  # type: ignore[arg-type]
+    assert case["dice"] == {"anterior": 0, "posterior": 0, "whole": 0, "mean": 0}
+    assert case["flags"][0].startswith("refused: no hippocampus")
+    metrics = summarise([case])
+    assert metrics["failed"] == 1
+    assert metrics["hd95_mm"]["mean"] is None
 
 
 def test_an_anisotropic_crop_keeps_its_volume() -> None:

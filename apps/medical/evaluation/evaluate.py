@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import shared_runtime as rt
 from apps.medical.errors import InputError
 from apps.medical.evaluation.metrics import bootstrap_interval, dice, hd95_mm, volume_error_percent
-from apps.medical.segmentation.hippocampus import segment_hippocampi
+from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, segment_hippocampi
 from apps.medical.volume import Volume, read_nifti, write_nifti
 
 NAMES = {1: "anterior", 2: "posterior"}
@@ -36,16 +36,23 @@ def case_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 
 
 def evaluate_case(image: Path, label: Path, session: rt.Session, out: Path | None) -> dict[str, Any]:
-    """Metrics of one case by structure, its seconds, and its label map in `out`."""
+    """Metrics of one case by structure, its seconds, and its label map in `out`.
+
+    An image that the model refuses counts as an empty answer, with the reason as a flag.
+    """
     start = time.monotonic()
     volume = read_nifti(image)
-    result = segment_hippocampi(volume, session)
+    try:
+        result = segment_hippocampi(volume, session)
+        labels, structures, flags = result.labels, result.structures, list(result.flags)
+    except InputError as error:
+        labels, structures, flags = np.zeros(volume.voxels.shape, np.uint8), CROP_STRUCTURES, [f"refused: {error}"]
     seconds = time.monotonic() - start
-    predicted = _parts(result.labels, len(result.structures))
+    predicted = _parts(labels, len(structures))
     if out is not None:
-        write_nifti(result.labels, volume.affine, out / f"{image.name.removesuffix('.gz').removesuffix('.nii')}.nii.gz")
+        write_nifti(labels, volume.affine, out / f"{image.name.removesuffix('.gz').removesuffix('.nii')}.nii.gz")
     reference = _reference(label, volume)
-    case: dict[str, Any] = {"case": image.name, "seconds": round(seconds, 4), "flags": list(result.flags)}
+    case: dict[str, Any] = {"case": image.name, "seconds": round(seconds, 4), "flags": flags}
     scores = {name: _score(predicted == value, reference == value, volume) for value, name in NAMES.items()}
     scores["whole"] = _score(predicted > 0, reference > 0, volume)
     for metric in METRICS:
