@@ -165,7 +165,7 @@ def test_other_modalities_and_empty_answers_are_refused() -> None:
 
 def test_implausible_volumes_and_cut_structures_are_flagged() -> None:
     voxels = np.random.default_rng(0).normal(0, 0.1, (40, 52, 40)).astype(np.float32)
-    voxels[18:22, 20:26, 18:22] += 10
+    voxels[15:25, 20:28, 15:24] += 10
     result = segment_hippocampi(Volume(voxels, np.eye(4)), Threshold())  # type: ignore[arg-type]
     assert any("is outside of 1.2-6.0 mL" in flag for flag in result.flags)
     labels = np.zeros((9, 9, 9), np.uint8)

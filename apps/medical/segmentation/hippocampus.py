@@ -30,7 +30,9 @@ REFUSE_COVERAGE, DOUBT_COVERAGE = 0.45, 0.75
 REFUSE_CONTRAST, DOUBT_CONTRAST = 1.1, 1.18
 PLAUSIBLE_ML = (1.2, 6.0)
 ASYMMETRY_PERCENT = 30.0
-CONFIDENCE = 0.75
+CONFIDENCE = 0.93
+"""Mean probability of what was segmented: 0.97 and more in all cases of the training source, less elsewhere."""
+CROP_MINIMUM_ML = 0.5
 THICK_MM = 2.5
 
 ANTERIOR, POSTERIOR = (242, 142, 43), (78, 166, 214)
@@ -108,8 +110,11 @@ def _segment_crop(volume: Volume, session: rt.Session) -> Segmentation:
     volumes = _volumes(volume, labels, CROP_STRUCTURES)
     volumes["hippocampus"] = sum(volumes.values())
     flags, quality = _structure_flags("hippocampus", volumes["hippocampus"], window)
-    if volumes["hippocampus"] == 0:
-        raise NotHeadError("no hippocampus was found in the crop; expected a T1 head, or a crop around one hippocampus")
+    if volumes["hippocampus"] < CROP_MINIMUM_ML:
+        raise NotHeadError(
+            f"no hippocampus was found in the crop ({volumes['hippocampus']:.2f} mL at most, expected {CROP_MINIMUM_ML} or more); "
+            "expected a T1 head, or a crop around one hippocampus"
+        )
     flags += _grid_flags(volume)
     done = time.monotonic()
     return Segmentation(
