@@ -68,7 +68,7 @@ def demo(
     """Every app at work on the samples that travel with Triscope, then the pages."""
     from apps.demo import run_demo
 
-    write_json(run_demo(load_settings().settings, ui=not no_ui, port=port, report=console.print), json)
+    run_demo(load_settings().settings, ui=not no_ui, port=port, report=console.print, publish=lambda summary: write_json(summary, json))
 
 
 @model_app.command("list")

@@ -31,20 +31,21 @@ def sample(name: str) -> Path:
     return Path(str(importlib.resources.files("triscope_data"))) / "samples" / name
 
 
-def run_demo(settings: Settings, *, ui: bool, port: int | None, report: Callable[[str], None]) -> dict[str, Any]:
-    """Run the apps on their samples; with `ui`, serve the pages until interrupted. The summary, an entry an app."""
+def run_demo(
+    settings: Settings, *, ui: bool, port: int | None, report: Callable[[str], None], publish: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run the apps on their samples and `publish` the summary, an entry an app; with `ui`, serve the pages until interrupted."""
     started = time.monotonic()
     with stop_on_signals() as stop:
         if not ui:
-            return _summary(settings, stop, started, report)
+            publish(_summary(settings, stop, started, report))
+            return
         with page_server(settings.ui_address, port or settings.ui_port) as address:
-            summary = _summary(settings, stop, started, report)
+            publish(_summary(settings, stop, started, report))
             report(f"Triscope is at [bold]{address}[/bold] - end with Ctrl-C")
             service, log = open_medical(settings)
             run_worker(service, log, stop)
             log.close()
-            return summary
-    return {"interrupted": True}
 
 
 def _summary(settings: Settings, stop: threading.Event, started: float, report: Callable[[str], None]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def runtime() -> dict[str, Any]:
 
 
 def install() -> dict[str, Any]:
-    """Size of the base dependencies (what the CPU image installs, with postgres) and of the wheel [MB]."""
+    """The wheel in a clean environment (base dependencies and postgres, as the CPU image): sizes [MB], and its demo in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "venv" / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", Path(folder) / "venv"], check=True)
@@ -99,7 +99,18 @@ def install() -> dict[str, Any]:
         site = next((Path(folder) / "venv" / "lib").glob("python3*")) / "site-packages"
         sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) / 1e6 for p in site.iterdir() if p.is_dir()}
         largest = dict(sorted(sizes.items(), key=lambda item: -item[1])[:10])
-        return {"site_packages_mb": sum(sizes.values()), "wheel_mb": wheel.stat().st_size / 1e6, "largest_mb": largest}
+        empty = Path(folder) / "empty"
+        empty.mkdir()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRISCOPE_")} | {"TRISCOPE_HOME": str(Path(folder) / "home")}
+        begin = time.monotonic()
+        command = [str(python.parent / "triscope"), "demo", "--no-ui", "--json", "out.json"]
+        subprocess.run(command, cwd=empty, env=environment, check=True, capture_output=True)
+        return {
+            "demo_seconds": time.monotonic() - begin,
+            "site_packages_mb": sum(sizes.values()),
+            "wheel_mb": wheel.stat().st_size / 1e6,
+            "largest_mb": largest,
+        }
 
 
 SUITES: dict[str, Callable[[], dict[str, Any]]] = {"demo": demo, "head": head, "cases": cases, "runtime": runtime, "install": install}

@@ -88,6 +88,7 @@ def listen() -> None:
 
     provider = StorageProvider(
         deliver,
+        spool=settings.home_path / "incoming",
         address=settings.dicom_address,
         port=settings.dicom_port,
         ae_title=settings.dicom_ae_title,

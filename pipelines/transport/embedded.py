@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -67,8 +68,8 @@ class EmbeddedLog:
 
     def __init__(self, folder: Path, *, fsync: str = "always") -> None:
         self._file, self._fsync = folder / FILE, fsync
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,29 +79,40 @@ class EmbeddedLog:
         except (OSError, sqlite3.Error) as error:
             raise LogUnavailableError(f"the embedded log {self._file} can't be opened: {error}; check the folder and its rights") from error
 
-    def connection(self) -> sqlite3.Connection:
-        """This thread's connection."""
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+    @contextmanager
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection for one piece of work. They are few and shared: threads come and go, files must not."""
+        with self._lock:
+            db = self._idle.pop() if self._idle else None
         if db is None:
             db = sqlite3.connect(self._file, timeout=60, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self._fsync == 'always' else 'NORMAL'}")
-            self._local.db = db
+        try:
+            yield db
+        finally:
             with self._lock:
-                self._connections.append(db)
-        return db
+                if self._closed:
+                    db.close()
+                else:
+                    self._idle.append(db)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """A write transaction: taken at once, committed at the end, rolled back on any error."""
-        db = self.connection()
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
+        with self.connection() as db:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, parameters: tuple[object, ...] = ()) -> list[Any]:
+        with self.connection() as db:
+            return db.execute(query, parameters).fetchall()
 
     def create_topic(self, name: str, partitions: int) -> None:
         if name in self.topics():
@@ -109,15 +121,15 @@ class EmbeddedLog:
             db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (name, partitions))
 
     def topics(self) -> Mapping[str, int]:
-        return dict(self.connection().execute("SELECT name, partitions FROM topics ORDER BY name").fetchall())
+        return dict(self._rows("SELECT name, partitions FROM topics ORDER BY name"))
 
     def partitions(self, topic: str) -> int:
         """How many partitions `topic` has. Raises UnknownTopicError."""
-        row = self.connection().execute("SELECT partitions FROM topics WHERE name = ?", (topic,)).fetchone()
-        if row is None:
+        found = self._rows("SELECT partitions FROM topics WHERE name = ?", (topic,))
+        if not found:
             known = ", ".join(self.topics()) or "none"
             raise UnknownTopicError(f"no topic {topic!r} in {self._file}; known: {known}; run 'triscope pipeline topics --apply'")
-        return int(row[0])
+        return int(found[0][0])
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
         count = self.partitions(topic)
@@ -142,23 +154,21 @@ class EmbeddedLog:
         return EmbeddedConsumer(self, group, tuple(topics))
 
     def lag(self, group: str, topic: str) -> Mapping[int, int]:
-        db = self.connection()
         result = {}
         for partition in range(self.partitions(topic)):
-            last = db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition)).fetchone()[0]
+            ((last,),) = self._rows("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition))
             result[partition] = (0 if last is None else int(last) + 1) - self.committed(group, topic, partition)
         return result
 
     def committed(self, group: str, topic: str, partition: int) -> int:
         """The next offset that `group` has not committed."""
-        query = "SELECT pos FROM offsets WHERE grp = ? AND topic = ? AND part = ?"
-        row = self.connection().execute(query, (group, topic, partition)).fetchone()
-        return 0 if row is None else int(row[0])
+        found = self._rows("SELECT pos FROM offsets WHERE grp = ? AND topic = ? AND part = ?", (group, topic, partition))
+        return int(found[0][0]) if found else 0
 
     def read(self, part: Partition, offset: int, limit: int) -> list[Record]:
         """Up to `limit` records of a partition from `offset` on."""
         query = "SELECT pos, key, value, headers, time FROM records WHERE topic = ? AND part = ? AND pos >= ? ORDER BY pos LIMIT ?"
-        rows = self.connection().execute(query, (*part, offset, limit)).fetchall()
+        rows = self._rows(query, (*part, offset, limit))
         return [
             Record(part[0], part[1], pos, key, bytes(value), msgspec.msgpack.decode(headers, type=Headers), at)
             for pos, key, value, headers, at in rows
@@ -166,10 +176,10 @@ class EmbeddedLog:
 
     def close(self) -> None:
         with self._lock:
-            for db in self._connections:
+            self._closed = True
+            for db in self._idle:
                 db.close()
-            self._connections.clear()
-        self._local = threading.local()
+            self._idle.clear()
 
 
 class EmbeddedConsumer:

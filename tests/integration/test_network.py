@@ -62,6 +62,26 @@ def test_echo_answers_and_a_study_pending_at_the_end_is_not_lost(
     log.close()
 
 
+def test_what_a_killed_listener_had_acknowledged_is_handed_over_by_the_next(
+    commands: Commands, settings: Settings, tmp_path: Path, program: Callable[[str], str]
+) -> None:
+    port = free_port()
+    options = {"TRISCOPE_DICOM_PORT": str(port), "TRISCOPE_DICOM_QUIET_SECONDS": "600"}
+    process = commands.start("medical", "listen", **options)
+    folder = save_series(dicom_slices(blob()), tmp_path / "series")
+    subprocess.run([program("storescu"), "127.0.0.1", str(port), *map(str, folder.iterdir())], check=True, capture_output=True)
+    process.kill()
+    process.wait()
+    service, log = open_medical(settings)
+    assert service.store.latest() == []
+    commands.start("medical", "listen", **options | {"TRISCOPE_DICOM_QUIET_SECONDS": "1"})
+    eventually(lambda: len(service.store.latest()) == 1, timeout=20)
+    (study,) = service.store.latest()
+    assert service.volume_of(study).voxels.shape == (20, 24, 10)
+    assert list((settings.home_path / "incoming").iterdir()) == []
+    log.close()
+
+
 def test_a_port_in_use_is_one_clear_line(commands: Commands) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import subprocess
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -248,3 +249,20 @@ def test_seg_round_trip_keeps_place_labels_and_references(
 
     answer = subprocess.run([program("dciodvfy"), str(path)], capture_output=True, text=True, check=False)
     assert "Error" not in answer.stderr + answer.stdout, answer.stderr
+
+
+def test_none_of_pydicoms_own_files_does_worse_than_a_refusal() -> None:
+    """176 files that pydicom collected for their oddities: each is read, passed over with a reason, or refused."""
+    root = Path(get_testdata_file("MR_small.dcm")).parent
+    outcomes = {"read": 0, "passed over": 0, "refused": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for file in sorted(p for p in root.rglob("*") if p.is_file()):
+            try:
+                series = group_series(read_instances(file).datasets)
+                outcome = "read" if series and read_volume(series[0]) else "passed over"
+            except InputError:
+                outcome = "refused"
+            outcomes[outcome] += 1
+    assert outcomes["refused"] > 50
+    assert outcomes["passed over"] > 50

@@ -172,11 +172,25 @@ def test_a_foreign_payload_is_not_sent(log: MemoryLog) -> None:
         ORDERS.send(log, Other("1"), source="shop")
 
 
+def test_threads_that_come_and_go_leave_no_files_of_the_embedded_log_open(tmp_path: Path) -> None:
+    log = EmbeddedLog(tmp_path)
+    log.create_topic("t", 1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(40):
+        thread = threading.Thread(target=log.lag, args=("g", "t"))
+        thread.start()
+        thread.join()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    assert log.topics() == {"t": 1}
+    log.close()
+
+
 def test_the_embedded_log_is_on_disk_when_produce_returns(tmp_path: Path) -> None:
     log = EmbeddedLog(tmp_path)
     log.create_topic("t", 1)
     log.produce("t", b"kept")
-    mode = log.connection().execute("PRAGMA synchronous").fetchone()[0]
+    with log.connection() as db:
+        mode = db.execute("PRAGMA synchronous").fetchone()[0]
     assert mode == 2, "fsync=always is SQLite's FULL"
     other = EmbeddedLog(tmp_path)
     consumer = other.consumer("g", ["t"])

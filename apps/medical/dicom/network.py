@@ -1,25 +1,35 @@
-"""The DICOM network: a storage provider that collects series and hands each over when it is complete."""
+"""The DICOM network: a storage provider that collects series and hands each over when it is complete.
+
+An instance is on disk before its C-STORE is answered with success, and leaves it when its series was handed
+over; what a killed listener had acknowledged is handed over by the next one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+import os
+import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from pydicom.dataset import FileDataset
 from pydicom.filewriter import dcmwrite
-from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
+from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification
 
-from apps.medical.dicom.files import Instances, add_instance
+from apps.medical.dicom.files import Instances, add_instance, read_instances
 
 logger = logging.getLogger(__name__)
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
-MAX_PENDING_BYTES = 4 * 2**30
+RESERVE_BYTES = 2**30
+"""Below this much free disk an instance is answered with 'out of resources', and the sender keeps it."""
+SENDER_FILE = "sender"
 TRANSFER_SYNTAXES = [
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2",
@@ -40,29 +50,30 @@ TRANSFER_SYNTAXES = [
 class StorageProvider:
     """Receives C-STORE and C-ECHO. A series that was silent for `quiet_seconds` goes to `deliver`.
 
-    `allowed`: calling AE titles that may associate; empty allows every one. What is pending when the
-    provider closes is delivered then.
+    `spool`: folder for what was received and not yet handed over. `allowed`: calling AE titles that may
+    associate; empty allows every one. What is pending when the provider closes is delivered then.
     """
 
     def __init__(
         self,
         deliver: Callable[[Instances, str], None],
         *,
+        spool: Path,
         address: str,
         port: int,
         ae_title: str,
         allowed: Sequence[str] = (),
         quiet_seconds: float = 3.0,
     ) -> None:
-        self._deliver, self._quiet = deliver, quiet_seconds
+        self._deliver, self._quiet, self._spool = deliver, quiet_seconds, spool
         self._address, self._port, self._title, self._allowed = address, port, ae_title, list(allowed)
-        self._pending: dict[str, tuple[float, str, Instances]] = {}
-        self._bytes = 0
+        self._last: dict[Path, float] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
     def __enter__(self) -> StorageProvider:
-        _config.UNRESTRICTED_STORAGE_SERVICE = False
+        self._spool.mkdir(parents=True, exist_ok=True)
+        self._last = {folder: time.monotonic() for folder in self._spool.iterdir() if folder.is_dir()}
         entity = AE(ae_title=self._title)
         entity.supported_contexts = [build_context(c.abstract_syntax, TRANSFER_SYNTAXES) for c in AllStoragePresentationContexts]
         entity.add_supported_context(Verification)
@@ -106,18 +117,30 @@ class StorageProvider:
         add_instance(parsed, str(event.request.AffectedSOPInstanceUID), content)
         if not parsed.datasets:
             return CANNOT_UNDERSTAND
-        with self._lock:
-            if self._bytes + len(content) > MAX_PENDING_BYTES:
+        try:
+            if shutil.disk_usage(self._spool).free < RESERVE_BYTES + len(content):
                 return OUT_OF_RESOURCES
-            self._bytes += len(content)
-            self._keep(parsed.datasets[0], str(event.assoc.requestor.ae_title))
+            instance = parsed.datasets[0]
+            self._keep(str(instance.SeriesInstanceUID), str(instance.SOPInstanceUID), content, str(event.assoc.requestor.ae_title))
+        except OSError as error:
+            logger.error("an instance could not be kept: %s", error)
+            return OUT_OF_RESOURCES
         return SUCCESS
 
-    def _keep(self, dataset: FileDataset, sender: str) -> None:
-        uid = str(dataset.SeriesInstanceUID)
-        _, _, instances = self._pending.get(uid, (0.0, sender, Instances()))
-        instances.datasets.append(dataset)
-        self._pending[uid] = (time.monotonic(), sender, instances)
+    def _keep(self, series: str, instance: str, content: bytes, sender: str) -> None:
+        """Put an instance on disk; names are hashes, as UIDs come from outside."""
+        folder = self._spool / hashlib.sha256(series.encode()).hexdigest()[:32]
+        name = hashlib.sha256(instance.encode()).hexdigest()[:32]
+        with self._lock:
+            folder.mkdir(exist_ok=True)
+            (folder / SENDER_FILE).write_text(sender)
+            part = folder / f"{uuid.uuid4().hex}.part"
+            with part.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(folder / f"{name}.dcm")
+            self._last[folder] = time.monotonic()
 
     def _watch_series(self) -> None:
         while not self._stop.wait(min(0.5, self._quiet / 2)):
@@ -126,16 +149,29 @@ class StorageProvider:
     def _flush(self, *, everything: bool) -> None:
         now = time.monotonic()
         with self._lock:
-            ready = [uid for uid, (last, _, _) in self._pending.items() if everything or now - last >= self._quiet]
-            taken = [self._pending.pop(uid) for uid in ready]
-            if not self._pending:
-                self._bytes = 0
-        for _, sender, instances in taken:
-            try:
+            ready = [folder for folder, last in self._last.items() if everything or now - last >= self._quiet]
+            # Renamed, a series that goes on arriving starts a folder of its own.
+            taken = []
+            for folder in ready:
+                del self._last[folder]
+                moved = (
+                    folder if folder.suffix == ".ready" else folder.rename(folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}.ready"))
+                )
+                taken.append(moved)
+        for folder in taken:
+            self._hand_over(folder)
+
+    def _hand_over(self, folder: Path) -> None:
+        try:
+            for part in folder.glob("*.part"):
+                part.unlink()
+            sender_file = folder / SENDER_FILE
+            sender = sender_file.read_text() if sender_file.exists() else "unknown"
+            instances = read_instances(folder)
+            if instances.datasets:
                 self._deliver(instances, sender)
-            except Exception:
-                logger.exception("a received series could not be handed over; it is kept and tried again")
-                with self._lock:
-                    self._pending[str(instances.datasets[0].SeriesInstanceUID)] = (now, sender, instances)
-                if everything:
-                    raise
+            shutil.rmtree(folder)
+        except Exception:
+            logger.exception("a received series could not be handed over; it is kept and tried again")
+            with self._lock:
+                self._last[folder] = time.monotonic()

@@ -20,7 +20,7 @@ from apps.medical.service import MedicalService
 from apps.medical.store import DONE, RECEIVED, REFUSED, Study
 from apps.medical.ui.viewer import viewer, viewer_data
 from apps.medical.worker import GROUP
-from pipelines import Log
+from pipelines import Log, PipelineError
 
 COLUMNS = ("Status", "Patient", "Description", "Received", "Left mL", "Right mL", "Flags")
 DOWNLOADS = {
@@ -35,6 +35,15 @@ DOWNLOADS = {
 def medical() -> tuple[MedicalService, Log]:
     """The service and its log, opened once a server."""
     return open_medical(load_settings().settings)
+
+
+@st.cache_data(ttl=3.0, show_spinner=False)
+def waiting() -> int | None:
+    """Studies in the log that no worker has settled; None while the log does not answer."""
+    try:
+        return sum(medical()[1].lag(GROUP, STUDIES.name).values())
+    except PipelineError:
+        return None
 
 
 def tone(study: Study) -> str:
@@ -58,13 +67,12 @@ def row(study: Study) -> Row:
 @st.fragment(run_every=2.0)
 def studies() -> None:
     """The live worklist; a new choice redraws the page."""
-    service, log = medical()
+    service, _ = medical()
     latest = service.store.latest()
-    waiting = sum(log.lag(GROUP, STUDIES.name).values())
     counts = service.store.counts()
-    st.caption(
-        f"{counts.get(DONE, 0)} done, {counts.get(REFUSED, 0)} refused, {counts.get(RECEIVED, 0)} received; {waiting} waiting in the log"
-    )
+    behind = waiting()
+    state = "the log does not answer" if behind is None else f"{behind} waiting in the log"
+    st.caption(f"{counts.get(DONE, 0)} done, {counts.get(REFUSED, 0)} refused, {counts.get(RECEIVED, 0)} received; {state}")
     if not latest:
         st.info("No study yet. Send one by C-STORE to `triscope medical listen`, or run `triscope medical submit FOLDER`.")
         return
