@@ -162,6 +162,16 @@ def test_volumes_and_sides_stand_a_changed_image(name: str, head: Volume, untouc
     assert centroid(result, volume, "right")[0] > centroid(result, volume, "left")[0] + 25
 
 
+@pytest.mark.parametrize("size", [0.87, 1.12])
+def test_small_and_large_heads_are_found(size: float, head: Volume, untouched: Segmentation, session: rt.Session) -> None:
+    """The sample is 0.9 times as large as the average brain; these are 0.78 and 1.0 times."""
+    affine = head.affine.copy()
+    affine[:3, :3] *= size
+    result = segment_hippocampi(Volume(head.voxels, affine), session)
+    for side in SIDES:
+        assert result.volumes_ml[side] == pytest.approx(untouched.volumes_ml[side] * size**3, rel=0.15)
+
+
 def test_what_is_no_head_is_refused(session: rt.Session) -> None:
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(150, 150, 150)).astype(np.float32)

@@ -25,8 +25,10 @@ Array = NDArray[np.float64]
 TEMPLATE_FILE = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 WHITE_FILE = "mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz"
 GREY_FILE = "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz"
-SEARCH_MM, COARSE_MM, FINE_MM = 14.0, 10.0, 4.0
+SEARCH_MM, COARSE_MM, FINE_MM = 16.0, 10.0, 4.0
 """Spacing of the template points in the search over poses and in the two refinements."""
+SIZES = (1.0, 0.85)
+"""Sizes of a head, over that of the average brain (which is larger than most), that the search begins with."""
 
 
 @dataclass(frozen=True)
@@ -168,16 +170,20 @@ def _similarity(image: _Image, matrix: Array, points: Array, values: Array) -> t
     return (float((a * b).sum()) / norm if norm > 0 else -1.0), coverage
 
 
+TYPICAL = np.array([-0.7, -0.7, -0.7, 0.0, 0.0, 0.0])
+"""Scales and shears of an ordinary head, in the units of `_matrix`: 7 % smaller than the average brain's."""
+
+
 def _cost(parameters: Array, image: _Image, centre: Array, points: Array, values: Array) -> float:
-    full = np.zeros(12)
+    full = np.concatenate([np.zeros(6), TYPICAL])
     full[: len(parameters)] = parameters
     similarity, coverage = _similarity(image, _matrix(full, centre), points, values)
-    stretch = 0.02 * float((full[6:] ** 2).sum()) / 4
+    stretch = 0.005 * float(((full[6:] - TYPICAL) ** 2).sum())
     return -similarity * min(1.0, coverage / 0.7) + stretch
 
 
 def _starts(image: _Image, points: Array, values: Array) -> list[tuple[float, Array]]:
-    """Poses (shift, pitch, roll, yaw) over the whole image, best first, as parameters about the origin."""
+    """Poses (shift, pitch, roll, yaw) and sizes over the whole image, best first, as parameters about the origin."""
     shape = np.array(image.voxels.shape)
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (shape - 1)
     mm = corners @ image.affine[:3, :3].T + image.affine[:3, 3]
@@ -187,17 +193,18 @@ def _starts(image: _Image, points: Array, values: Array) -> list[tuple[float, Ar
     for pitch in (-0.4, 0.0, 0.4):
         for roll, yaw in ((0.0, 0.0), (0.3, 0.0), (-0.3, 0.0), (0.0, 0.3), (0.0, -0.3)):
             for shift in np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(-1, 3):
-                parameters = np.array([*(shift / 10), pitch * 10, roll * 10, yaw * 10])
-                found.append((_cost(parameters, image, np.zeros(3), points, values), parameters))
+                for size in SIZES:
+                    parameters = np.array([*(shift / 10), pitch * 10, roll * 10, yaw * 10, *[10 * np.log(size)] * 3])
+                    found.append((_cost(parameters, image, np.zeros(3), points, values), parameters))
     return sorted(found, key=lambda item: item[0])
 
 
 def _distinct(starts: list[tuple[float, Array]], number: int) -> list[Array]:
-    """The best starts that differ by more than 2 cm or 0.25 rad from each better one."""
+    """The best starts that differ by more than 2 cm, 0.25 rad or 8 % in size from each better one."""
     kept: list[Array] = []
+    apart = np.array([2.0, 2.0, 2.0, 2.5, 2.5, 2.5, 0.8, 0.8, 0.8])
     for _, candidate in starts:
-        scaled = candidate / np.array([2.0, 2.0, 2.0, 2.5, 2.5, 2.5])
-        if all(np.abs(scaled - other / np.array([2.0, 2.0, 2.0, 2.5, 2.5, 2.5])).max() > 1 for other in kept):
+        if all((np.abs(candidate - other) / apart).max() > 1 for other in kept):
             kept.append(candidate)
         if len(kept) == number:
             break
@@ -206,8 +213,7 @@ def _distinct(starts: list[tuple[float, Array]], number: int) -> list[Array]:
 
 def _refined(start: Array, freedom: int, image: _Image, spacing_mm: float, sweeps: int) -> tuple[float, Array]:
     """Powell's method from `start` with the first `freedom` parameters: (cost, parameters)."""
-    padded = np.zeros(freedom)
-    padded[: len(start)] = start[:freedom]
+    padded = np.concatenate([start, np.zeros(12)])[:freedom]
     arguments = (image, np.zeros(3), *_points(spacing_mm, 3.0))
     found = optimize.minimize(_cost, padded, arguments, "Powell", options={"xtol": 0.02, "ftol": 5e-4, "maxiter": sweeps})
     return float(found.fun), found.x
@@ -221,8 +227,8 @@ def register(voxels: NDArray[np.float32], affine: Array) -> Registration:
     """
     image = _Image(voxels, affine)
     starts = _distinct(_starts(image, *_points(SEARCH_MM, 3.0)), 18)
-    rigid = [_refined(start, 6, image, COARSE_MM, 4) for start in starts]
-    scaled = [_refined(start, 9, image, COARSE_MM, 4) for _, start in sorted(rigid, key=lambda item: item[0])[:5]]
+    posed = [_refined(start, 9, image, COARSE_MM, 2) for start in starts]
+    scaled = [_refined(start, 9, image, COARSE_MM, 4) for _, start in sorted(posed, key=lambda item: item[0])[:5]]
     _, start = min(scaled, key=lambda item: item[0])
     _, parameters = _refined(start, 12, image, FINE_MM, 4)
     matrix = _matrix(parameters, np.zeros(3))
