@@ -40,6 +40,10 @@ def store_half(graph: onnx.ModelProto) -> onnx.ModelProto:
         else:
             weights.append(item)
     nodes += list(graph.graph.node)
+    for node in nodes:  # the exporter notes where in whose folders each operator came from
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.graph.metadata_props[:], graph.metadata_props[:], graph.graph.value_info[:]
     del graph.graph.initializer[:], graph.graph.node[:]
     graph.graph.initializer.extend(weights)
     graph.graph.node.extend(nodes)
