@@ -130,8 +130,8 @@ def accuracy_lines() -> list[str]:
         "## Accuracy of `hippocampus-t1`",
         "",
         f"Five-fold cross-validation on {s['cases']} cases of the Medical Segmentation Decathlon's Task04 (1 mm MR crops, expert labels); every case was",
-        "held out once; the folds and the shipped model were trained by the same command. Means over cases with 95 % bootstrap intervals.",
-        "Command: `triscope medical train --data DIR --out DIR --folds 5 --seconds 242` on 4 NVIDIA H200; scores: `data/models/hippocampus-t1/cross_validation.json`.",
+        "held out once; the folds and the shipped model were trained by the same code. Means over cases with 95 % bootstrap intervals.",
+        "Its command: `triscope medical train --data DIR --out DIR --folds 5 --seconds 242` on 4 NVIDIA H200; scores: `data/models/hippocampus-t1/cross_validation.json`.",
         "",
         "| structure | Dice | HD95 [mm] | absolute volume error [%] |",
         "|---|---|---|---|",
@@ -193,7 +193,7 @@ def report() -> None:
     if found := load("gpu"):
         r = found["result"]
         lines += [
-            f"torch on an {r['gpu']} (torch {r['torch']}), the same ONNX file operator by operator, float32 without TF32, copies included:",
+            f"torch on an {r['gpu']} (torch {r['torch']}), the same network operator by operator with the weights of an earlier training run, float32 without TF32, copies included:",
             "",
         ]
         lines += ["| batch | median | relative error against ONNX Runtime on the CPU |", "|---|---|---|"]

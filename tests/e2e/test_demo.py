@@ -70,7 +70,7 @@ def cut(folder: Path) -> Path:
     ("make", "words"),
     [
         (lambda p: p / "nowhere", ["no file or folder"]),
-        (lambda p: save_series([*dicom_slices(blob())[:4], *dicom_slices(blob())[5:]][:4], p / "x"), ["to segment"]),
+        (lambda p: save_series([*dicom_slices(blob())[:4], *dicom_slices(blob())[5:]][:4], p / "x"), ["at least 15 mm"]),
         (lambda p: save_series(dicom_slices(blob(), modality="CT"), p / "ct"), ["modality CT"]),
         (lambda p: cut(p / "cut"), ["can't be decoded", "send it again"]),
     ],
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_exit_2(make: object, words: list[str], comman
     lines = answer.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("triscope: ")
-    assert words == ["to segment"] or all(word in lines[0] for word in words), lines
+    assert all(word in lines[0] for word in words), lines
 
 
 def test_a_changed_model_is_not_run(commands: Commands, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def segment_hippocampi(volume: Volume, session: rt.Session) -> Segmentation:
 
 
 def _segment_crop(volume: Volume, session: rt.Session) -> Segmentation:
-    if min(volume.extent_mm) < 15 or volume.voxels.shape < (4, 4, 4):
+    if min(volume.extent_mm) < 15 or min(volume.voxels.shape) < 4:
         raise NotHeadError(f"the image measures {_rounded(volume.extent_mm)} mm; expected a whole head, or a crop of at least 15 mm a side")
     start = time.monotonic()
     centre, axes = _crop_pose(volume)
