@@ -13,6 +13,8 @@ from apps.common.command_line import BAD_INPUT, console, write_json
 from apps.common.errors import TriscopeError
 from apps.common.logs import configure_logs, redact
 from apps.common.settings import load_settings
+from apps.finance.cli import app as finance
+from apps.finance.errors import FinanceError
 from apps.medical.cli import app as medical
 from apps.medical.errors import MedicalError
 from pipelines.errors import PipelineError
@@ -22,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 model_app = typer.Typer(no_args_is_help=True, help="The models of this installation.")
 pipeline_app = typer.Typer(no_args_is_help=True, help="The log: topics, lag.")
 app.add_typer(medical, name="medical")
+app.add_typer(finance, name="finance")
 app.add_typer(model_app, name="model")
 app.add_typer(pipeline_app, name="pipeline")
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
@@ -145,7 +148,7 @@ def main() -> None:
     """Run the command; errors of input and usage become one line and exit code 2."""
     try:
         app()
-    except (TriscopeError, MedicalError, PipelineError, SharedRuntimeError) as error:
+    except (TriscopeError, MedicalError, FinanceError, PipelineError, SharedRuntimeError) as error:
         sys.stderr.write("triscope: " + redact(" ".join(str(error).split())) + "\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import streamlit as st
 from PIL import Image, ImageDraw
 
+from apps.finance.ui.page import page as finance_page
+from apps.finance.ui.summary import summary as finance_summary
 from apps.medical.ui.page import page as medical_page
 from apps.medical.ui.summary import summary as medical_summary
 
@@ -14,6 +16,8 @@ def overview() -> None:
     """What each app has done."""
     st.subheader("Medical")
     medical_summary()
+    st.subheader("Finance")
+    finance_summary()
 
 
 def icon() -> Image.Image:
@@ -31,11 +35,13 @@ def start() -> None:
     st.write("For people who look for the rare thing that matters.")
     overview()
     st.page_link(PAGES[1], label="Open the medical page", icon=":material/neurology:")
+    st.page_link(PAGES[2], label="Open the finance page", icon=":material/credit_card:")
 
 
 PAGES = [
     st.Page(start, title="Start", icon=":material/home:", default=True),
     st.Page(medical_page, title="Medical", icon=":material/neurology:", url_path="medical"),
+    st.Page(finance_page, title="Finance", icon=":material/credit_card:", url_path="finance"),
 ]
 st.set_page_config(page_title="Triscope", page_icon=icon(), layout="wide")
 st.navigation(PAGES, position="top").run()

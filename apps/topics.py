@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apps.finance.messages import TOPICS as FINANCE
 from apps.medical.messages import TOPICS as MEDICAL
 
-TOPICS = (*MEDICAL,)
+TOPICS = (*MEDICAL, *FINANCE)

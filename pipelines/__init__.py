@@ -12,18 +12,20 @@ from pipelines.errors import (
     UnknownTopicError,
 )
 from pipelines.messages import Envelope, Message
-from pipelines.processor import Processor
+from pipelines.processor import BatchProcessor, Processor
 from pipelines.topics import Topic
 from pipelines.transport import open_log
-from pipelines.transport.base import Consumer, Log, Record
+from pipelines.transport.base import Consumer, Log, Outgoing, Record
 
 __all__ = [
+    "BatchProcessor",
     "Consumer",
     "ConsumerFencedError",
     "Envelope",
     "Log",
     "LogUnavailableError",
     "Message",
+    "Outgoing",
     "PermanentError",
     "PipelineError",
     "Processor",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines.dead_letter import send_to_dead_letters
-from pipelines.errors import ConsumerFencedError, PermanentError, SchemaError
+from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError
+from pipelines.merge import EventTimeMerge
 from pipelines.messages import TRACEPARENT, Message, child_traceparent
 from pipelines.topics import Topic
 from pipelines.transport.base import Consumer, Log, Record
@@ -107,6 +108,122 @@ class Processor:
         self.counts.dead += 1
         logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
         return True
+
+
+Rejection = tuple[Message, str]
+
+
+class BatchProcessor:
+    """Runs `handle` on batches of messages: one write for many records.
+
+    `handle` returns the messages that it refuses, with the reason; they go to the dead letters. It runs at
+    least once for each message and must bear a repetition. When it fails it is retried, then tried on each
+    message alone, and those that still fail go to the dead letters. The batch is committed afterwards.
+    With `time_of`, the event time of a record, partitions are read in the order of event time.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        topic: Topic,
+        group: str,
+        handle: Callable[[list[Message]], list[Rejection]],
+        *,
+        time_of: Callable[[Record], float] | None = None,
+        max_records: int = 256,
+        retries: int = 3,
+        backoff: float = 0.5,
+    ) -> None:
+        self._log, self._topic, self._group, self._handle = log, topic, group, handle
+        self._max_records, self._retries, self._backoff = max_records, retries, backoff
+        self._time_of = time_of
+        self._consumer: Consumer | None = None
+        self._merge: EventTimeMerge | None = None
+        self.counts = Counts()
+
+    def __enter__(self) -> BatchProcessor:
+        self._consumer = self._log.consumer(self._group, [self._topic.name])
+        self._merge = EventTimeMerge(self._consumer, self._time_of) if self._time_of else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._consumer is not None:
+            self._consumer.close()
+
+    @property
+    def consumer(self) -> Consumer:
+        """The group's member; there inside the `with` block."""
+        if self._consumer is None:
+            raise PipelineError("the processor is not running; use it inside 'with'")
+        return self._consumer
+
+    def poll(self, timeout: float) -> list[Record]:
+        """The next records, for `work`; earliest event first where `time_of` was given."""
+        return (self._merge or self.consumer).poll(timeout, self._max_records)
+
+    def drain(self, stop: threading.Event) -> None:
+        """Work until everything that is in the log now is done."""
+        while self.consumer.behind() and not stop.is_set():
+            self.work(self.poll(0.5), stop)
+
+    def idle(self) -> bool:
+        """Whether the group has committed everything."""
+        return not any(self._log.lag(self._group, self._topic.name).values())
+
+    def work(self, records: list[Record], stop: threading.Event) -> None:
+        """Handle `records` and commit them; nothing is committed where `stop` came first."""
+        messages = []
+        for record in records:
+            try:
+                messages.append(self._topic.decode(record))
+            except SchemaError as error:
+                self._bury(record, str(error), 1)
+        if messages and not self._settle(messages, stop):
+            return
+        for record in {(r.topic, r.partition): r for r in records}.values():
+            try:
+                self.consumer.commit(record)
+            except ConsumerFencedError as error:
+                logger.warning("%s", error)
+
+    def _settle(self, messages: list[Message], stop: threading.Event) -> bool:
+        for attempt in range(1, self._retries + 2):
+            try:
+                rejected = self._handle(messages)
+            except Exception as error:
+                if attempt > self._retries:
+                    logger.exception("handling a batch of %d failed %d times", len(messages), attempt, extra=_place(messages[0].record))
+                    self._one_by_one(messages, f"{type(error).__name__}: {error}", attempt)
+                    return True
+                logger.warning("handling a batch failed, attempt %d: %s", attempt, error, extra=_place(messages[0].record))
+                self.counts.retried += 1
+            else:
+                for message, reason in rejected:
+                    self._bury(message.record, reason, attempt)
+                self.counts.handled += len(messages) - len(rejected)
+                return True
+            if stop.wait(self._backoff * 2 ** (attempt - 1)):
+                return False
+        return False
+
+    def _one_by_one(self, messages: list[Message], reason: str, attempts: int) -> None:
+        if len(messages) == 1:
+            self._bury(messages[0].record, reason, attempts)
+            return
+        for message in messages:
+            try:
+                rejected = self._handle([message])
+            except Exception as error:
+                self._bury(message.record, f"{type(error).__name__}: {error}", attempts + 1)
+                continue
+            for refused, why in rejected:
+                self._bury(refused.record, why, attempts + 1)
+            self.counts.handled += 1 - len(rejected)
+
+    def _bury(self, record: Record, reason: str, attempts: int) -> None:
+        send_to_dead_letters(self._log, self._topic, record, reason, attempts)
+        self.counts.dead += 1
+        logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
 
 
 def _place(record: Record) -> dict[str, object]:

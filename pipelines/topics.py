@@ -8,7 +8,7 @@ import msgspec
 
 from pipelines.errors import SchemaError
 from pipelines.messages import Envelope, Message
-from pipelines.transport.base import Log, Record
+from pipelines.transport.base import Log, Outgoing, Record
 
 DEAD_LETTER_SUFFIX = ".dlq"
 
@@ -46,6 +46,15 @@ class Topic:
         key = str(getattr(payload, self.key))
         log.produce(self.name, msgspec.json.encode(payload), key=key, headers=envelope.headers())
         return envelope
+
+    def outgoing(self, payload: msgspec.Struct, source: str, traceparent: str = "", id: str = "") -> Outgoing:
+        """One payload with its envelope as a record for `Log.produce_many`."""
+        return self.stored(msgspec.json.encode(payload), str(getattr(payload, self.key)), source, traceparent, id)
+
+    def stored(self, value: bytes, key: str, source: str, traceparent: str = "", id: str = "") -> Outgoing:
+        """The same for a payload that is encoded already, as JSON of this topic's schema."""
+        given = {name: text for name, text in (("traceparent", traceparent), ("id", id)) if text}
+        return Outgoing(value, key, Envelope(type=self.type, source=source, **given).headers())
 
     def decode(self, record: Record) -> Message:
         """The record as a message. Raises SchemaError, naming the field that does not fit."""

@@ -53,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dicom_ae_title: str = "TRISCOPE"
     dicom_allowed_ae_titles: str = ""
     """Calling AE titles that may store, separated by commas; empty allows every one."""
+    finance_currencies: str = "EUR"
+    """Currencies of `finance.transactions` that are accepted, separated by commas; the models know amounts in one."""
     dicom_quiet_seconds: float = 3.0
     """How long a series must be silent before it counts as complete."""
 

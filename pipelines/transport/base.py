@@ -20,6 +20,14 @@ class Record(msgspec.Struct, frozen=True):
     timestamp: float
 
 
+class Outgoing(msgspec.Struct, frozen=True):
+    """A record to append."""
+
+    value: bytes
+    key: str | None = None
+    headers: dict[str, bytes] = {}
+
+
 class Consumer(Protocol):
     """A member of a consumer group. Use it from one thread."""
 
@@ -36,6 +44,10 @@ class Consumer(Protocol):
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on from `offset` in a partition that this member owns."""
+        ...
+
+    def behind(self) -> int:
+        """Records in the partitions that this member owns which it has not read yet."""
         ...
 
     def assignment(self) -> Sequence[tuple[str, int]]:
@@ -62,6 +74,13 @@ class Log(Protocol):
         """Append one record: (partition, offset). On return it is stored; equal keys share a partition.
 
         Raises UnknownTopicError.
+        """
+        ...
+
+    def produce_many(self, topic: str, records: Sequence[Outgoing]) -> None:
+        """Append records, in order within each partition. On return all are stored.
+
+        Raises UnknownTopicError. Where it fails midway some may be stored: send all again and let readers drop what they know.
         """
         ...
 

@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
-from pipelines.transport.base import Record
+from pipelines.transport.base import Outgoing, Record
 
 FILE = "log.sqlite"
 SESSION_SECONDS, HEARTBEAT_SECONDS, POLL_SECONDS = 10.0, 2.0, 0.02
@@ -132,21 +132,31 @@ class EmbeddedLog:
         return int(found[0][0])
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
-        count = self.partitions(topic)
-        packed = msgspec.msgpack.encode(dict(headers or {}))
+        return self._append(topic, [Outgoing(value, key, dict(headers or {}))])
+
+    def produce_many(self, topic: str, records: Sequence[Outgoing]) -> None:
+        if records:
+            self._append(topic, records)
+
+    def _append(self, topic: str, records: Sequence[Outgoing]) -> tuple[int, int]:
+        """Append `records` in one transaction; where the last one stands."""
+        count, now = self.partitions(topic), time.time()
         with self.transaction() as db:
-            if key is None:
-                spread = db.execute("SELECT COUNT(*) FROM records WHERE topic = ?", (topic,)).fetchone()[0]
-            else:
-                spread = zlib.crc32(key.encode())
-            partition = int(spread) % count
-            last = db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition)).fetchone()[0]
-            offset = 0 if last is None else int(last) + 1
-            db.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (topic, partition, offset, key, bytes(value), packed, time.time()),
-            )
-        return partition, offset
+            ends = [
+                0 if last is None else int(last) + 1
+                for (last,) in (
+                    db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition)).fetchone()
+                    for partition in range(count)
+                )
+            ]
+            rows = []
+            for record in records:
+                partition = (sum(ends) if record.key is None else zlib.crc32(record.key.encode())) % count
+                packed = msgspec.msgpack.encode(record.headers)
+                rows.append((topic, partition, ends[partition], record.key, bytes(record.value), packed, now))
+                ends[partition] += 1
+            db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        return rows[-1][1], rows[-1][2]
 
     def consumer(self, group: str, topics: Sequence[str]) -> EmbeddedConsumer:
         for topic in topics:
@@ -154,11 +164,13 @@ class EmbeddedLog:
         return EmbeddedConsumer(self, group, tuple(topics))
 
     def lag(self, group: str, topic: str) -> Mapping[int, int]:
-        result = {}
-        for partition in range(self.partitions(topic)):
-            ((last,),) = self._rows("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", (topic, partition))
-            result[partition] = (0 if last is None else int(last) + 1) - self.committed(group, topic, partition)
-        return result
+        return {partition: end - self.committed(group, topic, partition) for partition, end in self.ends(topic).items()}
+
+    def ends(self, topic: str) -> dict[int, int]:
+        """The offset that the next record of each partition will have."""
+        query = "SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?"
+        last = {partition: self._rows(query, (topic, partition))[0][0] for partition in range(self.partitions(topic))}
+        return {partition: 0 if at is None else int(at) + 1 for partition, at in last.items()}
 
     def committed(self, group: str, topic: str, partition: int) -> int:
         """The next offset that `group` has not committed."""
@@ -244,11 +256,11 @@ class EmbeddedConsumer:
             if time.monotonic() >= self._rebalance_at:
                 self._rebalance()
             found: list[Record] = []
-            for part in self._owned:
+            for parts, part in zip(range(len(self._owned), 0, -1), self._owned, strict=True):
                 at = self._position.get(part)
                 if at is None:
                     at = self._log.committed(self._group, *part)
-                records = self._log.read(part, at, max_records - len(found))
+                records = self._log.read(part, at, max(1, (max_records - len(found)) // parts))
                 self._position[part] = at + len(records)
                 found += records
                 if len(found) >= max_records:
@@ -275,6 +287,14 @@ class EmbeddedConsumer:
         if (topic, partition) not in self._owned:
             raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
         self._position[(topic, partition)] = offset
+
+    def behind(self) -> int:
+        total = 0
+        for topic in {name for name, _ in self._owned}:
+            ends = self._log.ends(topic)
+            owned = [part for part in self._owned if part[0] == topic]
+            total += sum(ends[part[1]] - self._position.get(part, self._log.committed(self._group, *part)) for part in owned)
+        return total
 
     def assignment(self) -> Sequence[Partition]:
         return tuple(self._owned)

@@ -13,7 +13,7 @@ from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata
 
 from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
-from pipelines.transport.base import Record
+from pipelines.transport.base import Outgoing, Record
 
 REQUEST_MS = 30_000
 
@@ -25,6 +25,7 @@ class KafkaLog:
         self._servers = list(servers)
         self._lock = threading.Lock()
         self._producer: KafkaProducer | None = None
+        self._partitions: dict[str, int] = {}
         try:
             self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS)
         except kafka_errors.KafkaError as error:
@@ -51,17 +52,27 @@ class KafkaLog:
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
         self._known(topic)
+        metadata = self._acknowledged(topic, [self._send(topic, Outgoing(value, key, dict(headers or {})))])
+        return metadata.partition, metadata.offset
+
+    def produce_many(self, topic: str, records: Sequence[Outgoing]) -> None:
+        self._known(topic)
+        if records:
+            self._acknowledged(topic, [self._send(topic, record) for record in records])
+
+    def _send(self, topic: str, record: Outgoing) -> Any:
         with self._lock:
             if self._producer is None:
-                self._producer = KafkaProducer(bootstrap_servers=self._servers, acks="all", retry_backoff_ms=20)
-        sent = self._producer.send(
-            topic, value=bytes(value), key=None if key is None else key.encode(), headers=list((headers or {}).items())
-        )
+                self._producer = KafkaProducer(bootstrap_servers=self._servers, acks="all", retry_backoff_ms=20, batch_size=128 * 1024)
+        key = None if record.key is None else record.key.encode()
+        return self._producer.send(topic, value=bytes(record.value), key=key, headers=list(record.headers.items()))
+
+    def _acknowledged(self, topic: str, sent: Sequence[Any]) -> Any:
+        """Wait until the brokers have stored what was sent; where the last record stands."""
         try:
-            metadata = sent.get(timeout=REQUEST_MS / 1e3)
+            return [future.get(timeout=REQUEST_MS / 1e3) for future in sent][-1]
         except kafka_errors.KafkaError as error:
-            raise LogUnavailableError(f"the record for {topic!r} was not acknowledged: {error!r}; send it again") from error
-        return metadata.partition, metadata.offset
+            raise LogUnavailableError(f"a record for {topic!r} was not acknowledged: {error!r}; send it again") from error
 
     def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:
         for topic in topics:
@@ -93,7 +104,11 @@ class KafkaLog:
         self._admin.close()
 
     def _known(self, topic: str) -> int:
+        """Partitions of `topic`; asked once, since a topic that was there stays."""
+        if topic in self._partitions:
+            return self._partitions[topic]
         topics = self.topics()
+        self._partitions |= topics
         if topic not in topics:
             known = ", ".join(sorted(topics)) or "none"
             raise UnknownTopicError(
@@ -138,6 +153,11 @@ class KafkaGroupConsumer:
         if part not in self._client.assignment():
             raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
         self._client.seek(part, offset)
+
+    def behind(self) -> int:
+        parts = list(self._client.assignment())
+        ends = self._client.end_offsets(parts) if parts else {}
+        return sum(ends[part] - self._client.position(part) for part in parts)
 
     def assignment(self) -> Sequence[tuple[str, int]]:
         return sorted((part.topic, part.partition) for part in self._client.assignment())

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from pipelines.errors import ConsumerFencedError, UnknownTopicError
-from pipelines.transport.base import Record
+from pipelines.transport.base import Outgoing, Record
 
 Partition = tuple[str, int]
 
@@ -39,6 +39,10 @@ class MemoryLog:
             records.append(Record(topic, partition, len(records), key, bytes(value), dict(headers or {}), time.time()))
             self._changed.notify_all()
             return partition, len(records) - 1
+
+    def produce_many(self, topic: str, records: Sequence[Outgoing]) -> None:
+        for record in records:
+            self.produce(topic, record.value, key=record.key, headers=record.headers)
 
     def consumer(self, group: str, topics: Sequence[str]) -> MemoryConsumer:
         with self._changed:
@@ -93,10 +97,13 @@ class MemoryConsumer:
         self._position = {part: at for part, at in self._position.items() if part in owned}
         found: list[Record] = []
         for part in owned:
-            at = self._position.get(part, self._log._committed.get((self.group, part), 0))
+            at = self._at(part)
             found += self._log._records.get(part, [])[at : at + limit - len(found)]
             self._position[part] = at + sum(1 for record in found if (record.topic, record.partition) == part)
         return found
+
+    def _at(self, part: Partition) -> int:
+        return self._position.get(part, self._log._committed.get((self.group, part), 0))
 
     def commit(self, record: Record) -> None:
         part = (record.topic, record.partition)
@@ -110,6 +117,10 @@ class MemoryConsumer:
             if (topic, partition) not in self._log.owned(self):
                 raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self.group!r}")
             self._position[(topic, partition)] = offset
+
+    def behind(self) -> int:
+        with self._log._changed:
+            return sum(len(self._log._records.get(part, ())) - self._at(part) for part in self._log.owned(self))
 
     def assignment(self) -> Sequence[Partition]:
         with self._log._changed:

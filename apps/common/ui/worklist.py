@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-HTML = '<div class="worklist" role="grid" tabindex="0"><table><thead></thead><tbody></tbody></table></div>'
+HTML = """<div class="worklist" role="grid" tabindex="0"><table><thead></thead><tbody></tbody></table></div>
+<div class="held" role="status"></div>"""
 CSS = """
 .worklist { max-height: 420px; overflow: auto; border: 1px solid var(--st-border-color, #8884); border-radius: 8px; outline: none; }
 .worklist:focus-visible { border-color: var(--st-primary-color); }
 table { width: 100%; border-collapse: collapse; font: 14px var(--st-font, sans-serif); color: var(--st-text-color); }
+.held { min-height: 1.4em; font: 13px var(--st-font, sans-serif); color: var(--st-text-color); opacity: 0.75; }
 th { position: sticky; top: 0; text-align: left; padding: 6px 10px; background: var(--st-secondary-background-color); font-weight: 600; }
 td { padding: 6px 10px; border-top: 1px solid var(--st-border-color, #8883); white-space: nowrap; max-width: 420px;
      overflow: hidden; text-overflow: ellipsis; }
@@ -37,21 +39,37 @@ export default function ({ data, parentElement, setStateValue }) {
     return tr;
   };
   head.replaceChildren(row(data.columns, "th"));
-  const known = new Map([...body.children].map((tr) => [tr.dataset.id, tr]));
-  const rows = data.rows.map((item) => {
-    const fresh = row(item.cells, "td");
-    const old = known.get(item.id);
-    const tr = old && old.dataset.text === item.cells.join("\\u0001") ? old : fresh;
-    tr.dataset.id = item.id;
-    tr.dataset.text = item.cells.join("\\u0001");
-    tr.className = item.tone;
-    tr.setAttribute("role", "row");
-    return tr;
-  });
-  body.replaceChildren(...rows);
+  const held = parentElement.querySelector(".held");
+  const show = (items) => {
+    const known = new Map([...body.children].map((tr) => [tr.dataset.id, tr]));
+    body.replaceChildren(...items.map((item) => {
+      const text = item.cells.join("\\u0001"), old = known.get(item.id);
+      const tr = old && old.dataset.text === text ? old : row(item.cells, "td");
+      tr.dataset.id = item.id;
+      tr.dataset.text = text;
+      tr.className = item.tone;
+      tr.setAttribute("role", "row");
+      return tr;
+    }));
+    mark(box.dataset.selected);
+  };
+  // Under the pointer rows keep their places: what is new waits until the pointer has left.
+  const place = () => {
+    const items = box.latest, shown = [...body.children].map((tr) => tr.dataset.id);
+    if (!box.matches(":hover") || !shown.length) { show(items); held.textContent = ""; return; }
+    const fresh = new Map(items.map((item) => [item.id, item]));
+    const kept = shown.map((id) => fresh.get(id) ?? box.before.get(id));
+    const waiting = items.filter((item) => !shown.includes(item.id)).length;
+    show(kept);
+    held.textContent = waiting ? `${waiting} new; shown when the pointer leaves the list` : "";
+  };
   const mark = (id) => { for (const tr of body.children) tr.setAttribute("aria-selected", String(tr.dataset.id === id)); };
-  const choose = (id) => { mark(id); setStateValue("selected", id); };
-  mark(data.selected);
+  const choose = (id) => { box.dataset.selected = id; mark(id); setStateValue("selected", id); };
+  box.dataset.selected = data.selected ?? "";
+  box.before = new Map([...(box.before ?? []), ...(box.latest ?? []).map((item) => [item.id, item])]);
+  box.latest = data.rows;
+  place();
+  box.onpointerleave = () => { box.before = new Map(); requestAnimationFrame(place); };
   body.onclick = (event) => { const tr = event.target.closest("tr"); if (tr) choose(tr.dataset.id); };
   box.onkeydown = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];

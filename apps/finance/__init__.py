@@ -1,0 +1,1 @@
+"""Card transactions: features, scores with reasons, alerts within a daily budget."""

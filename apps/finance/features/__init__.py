@@ -1,0 +1,1 @@
+"""Features of a transaction, computed as a batch and as a stream."""

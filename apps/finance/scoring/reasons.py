@@ -1,0 +1,104 @@
+"""Why a score is high: exact TreeSHAP of the boosting, and features in the analyst's words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import xgboost as xgb
+from numpy.typing import NDArray
+
+from apps.finance.errors import ModelMismatchError
+from apps.finance.features.schema import NEVER_DAYS
+
+BOOSTER_FILE = "booster.ubj"
+
+
+class Explainer:
+    """The boosting's trees, for exact TreeSHAP (Lundberg et al., Nature Machine Intelligence 2, 2020)."""
+
+    def __init__(self, folder: Path, sha256: str) -> None:
+        file = folder / BOOSTER_FILE
+        content = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ModelMismatchError(f"the trees {file} are missing or are not those of the card; install or train the models again")
+        self._booster = xgb.Booster({"nthread": 1})
+        self._booster.load_model(bytearray(content))
+        self._booster.set_param({"nthread": 1})
+
+    def contributions(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Each feature's share (N, F) of the boosting's log-odds; with the expected value they add up to them."""
+        if not len(features):
+            return np.zeros((0, features.shape[1]))
+        matrix = xgb.DMatrix(np.ascontiguousarray(features), nthread=1)
+        return np.asarray(self._booster.predict(matrix, pred_contribs=True), np.float64)[:, :-1]
+
+
+def reason_text(feature: str, values: Mapping[str, float]) -> str:
+    """A feature with its value as an analyst would say it."""
+    value = values[feature]
+    if feature.startswith("TERMINAL_ID_RISK"):
+        days = _days(feature)
+        count = values[feature.replace("RISK", "NB_TX")]
+        if not count:
+            return f"terminal had no transaction with a known label in the {days} before last week"
+        return f"terminal had {value:.0%} fraud among {count:.0f} transactions, {days} up to a week ago"
+    if feature.startswith("TERMINAL_ID_NB_TX"):
+        return f"terminal had {value:.0f} transactions, {_days(feature)} up to a week ago"
+    if feature.startswith("CUSTOMER_ID_NB_TX"):
+        return f"card made {value:.0f} transactions within {_days(feature)}"
+    if feature.startswith("CUSTOMER_ID_AVG_AMOUNT"):
+        return f"card spent {value:.2f} on average within {_days(feature)}"
+    if feature.startswith("CUSTOMER_MAX_TO_MEDIAN"):
+        return f"card's largest amount of the last {_days(feature)} was {value:.1f} times its usual one"
+    if feature.startswith("CUSTOMER_NB_HIGH"):
+        return f"card had {value:.0f} unusually high amounts within {_days(feature)}"
+    return _single(feature, value, values)
+
+
+def _days(feature: str) -> str:
+    days = next(part.removesuffix("DAY") for part in feature.split("_") if part.endswith("DAY"))
+    return "1 day" if days == "1" else f"{days} days"
+
+
+def _since(what: str, value: float) -> str:
+    return f"no {what} at the terminal within the known month" if value >= NEVER_DAYS else f"{what} at the terminal {value:.0f} days ago"
+
+
+def _single(feature: str, value: float, values: Mapping[str, float]) -> str:
+    usual = values["CUSTOMER_MEDIAN_AMOUNT"]
+    texts = {
+        "TX_AMOUNT": f"amount is {value:.2f}",
+        "TX_DURING_WEEKEND": "on a weekend" if value else "on a weekday",
+        "TX_DURING_NIGHT": "at night" if value else "by day",
+        "CUSTOMER_HOURS_SINCE_LAST": f"card's last transaction was {value:.1f} hours before",
+        "CUSTOMER_MEDIAN_AMOUNT": f"card usually spends {value:.2f}",
+        "CUSTOMER_UPPER_QUARTILE": f"a quarter of the card's amounts exceed {value:.2f}",
+        "AMOUNT_TO_MEDIAN": f"amount is {value:.1f} times the card's usual {usual:.2f}",
+        "AMOUNT_TO_UPPER_QUARTILE": f"amount is {value:.1f} times what three quarters of the card's amounts stay below",
+        "CUSTOMER_DAYS_SINCE_HIGH": "card had no unusually high amount within 30 days"
+        if value >= NEVER_DAYS
+        else f"card's last unusually high amount was {value:.1f} days before",
+        "TERMINAL_LAST_LABEL": {-1.0: "no label is known at the terminal", 0.0: "terminal's last known label is genuine"}.get(
+            value, "terminal's last known label is fraud"
+        ),
+        "TERMINAL_DAYS_SINCE_LABELLED": _since("a transaction with a known label", value),
+        "TERMINAL_RISK_LAST_5": f"{value:.0%} of the terminal's last five known labels are fraud",
+        "TERMINAL_NB_ORDINARY_FRAUD": f"terminal had {value:.0f} known frauds of ordinary amounts within a month",
+        "TERMINAL_NB_HIGH_FRAUD": f"terminal had {value:.0f} known frauds of high amounts within a month",
+        "TERMINAL_DAYS_SINCE_FRAUD": _since("a known fraud", value),
+        "TERMINAL_DAYS_SINCE_GENUINE": _since("a transaction known as genuine", value),
+        "TERMINAL_FRAUD_RUN": f"terminal's last {value:.0f} known labels are all fraud"
+        if value
+        else "terminal's last known label is not fraud",
+        "TERMINAL_DAYS_SINCE_RUN_START": "terminal has no present run of frauds"
+        if value >= NEVER_DAYS
+        else f"terminal's present run of frauds began {value:.0f} days ago",
+        "TERMINAL_DAYS_SINCE_FIRST_ORDINARY_FRAUD": _since("the first known fraud of an ordinary amount", value),
+        "TERMINAL_DAYS_SINCE_LAST_ORDINARY_FRAUD": _since("the last known fraud of an ordinary amount", value),
+        "TERMINAL_DAYS_SINCE_ONSET": _since("the last genuine transaction before its frauds", value),
+        "TERMINAL_NB_GENUINE_SINCE_ONSET": f"terminal had {value:.0f} genuine transactions since its first fraud",
+    }
+    return texts[feature]

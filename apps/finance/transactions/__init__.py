@@ -1,0 +1,1 @@
+"""Transactions as tables: read, checked, generated, replayed."""
