@@ -7,15 +7,23 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import polars as pl
 
 from apps.common.command_line import stop_on_signals
 from apps.common.errors import TriscopeError
 from apps.common.settings import Settings
 from apps.common.ui.server import page_server
+from apps.finance.bootstrap import open_finance
+from apps.finance.features.schema import LABEL_DELAY
+from apps.finance.service import FinanceService
+from apps.finance.transactions.generate import Generator, Population
+from apps.finance.transactions.replay import replay_table
+from apps.finance.worker import run_worker as run_finance_worker
 from apps.medical.bootstrap import open_medical
 from apps.medical.service import MedicalService
 from apps.medical.store import DONE
@@ -24,6 +32,10 @@ from pipelines import Log
 from shared_runtime.host import host
 
 HEAD_SAMPLE = "head_t1_dicom.zip"
+CARDS = Population(customers=150, terminals=300)
+HISTORY_DAYS, LIVE_DAYS, LIVE_A_SECOND = 40, 10, 3.0
+"""Simulated cards: so many days are decided at once, then more come live while the pages are open."""
+CARD_BUDGET, CARD_SEED = 5, 4
 
 
 def sample(name: str) -> Path:
@@ -43,21 +55,92 @@ def run_demo(
         with page_server(settings.ui_address, port or settings.ui_port) as address:
             publish(_summary(settings, stop, started, report))
             report(f"Triscope is at [bold]{address}[/bold] - end with Ctrl-C")
-            service, log = open_medical(settings)
-            run_worker(service, log, stop)
-            log.close()
+            _serve(settings, stop)
+
+
+def _serve(settings: Settings, stop: threading.Event) -> None:
+    """The workers, and live transactions for them, until `stop`."""
+    medical, medical_log = open_medical(settings)
+    finance, finance_log = open_finance(settings)
+    _, live = _cards()
+    speed = LIVE_A_SECOND * LIVE_DAYS * 86_400 / max(len(live), 1)
+    threads = [
+        threading.Thread(target=run_finance_worker, args=(finance, finance_log, stop), name="finance-worker"),
+        threading.Thread(target=replay_table, args=(live, finance_log), kwargs={"speed": speed, "stop": stop}, name="live-cards"),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        run_worker(medical, medical_log, stop)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        finance.close()
+        finance_log.close()
+        medical_log.close()
 
 
 def _summary(settings: Settings, stop: threading.Event, started: float, report: Callable[[str], None]) -> dict[str, Any]:
     service, log = open_medical(settings)
     medical = _medical(service, log, stop, report)
     log.close()
+    cards, log = open_finance(settings)
+    finance = _finance(cards, log, stop, report)
+    cards.close()
+    log.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "medical": medical,
+        "finance": finance,
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_mib": round(peak, 1),
         "host": msgspec.to_builtins(host()),
+    }
+
+
+def _cards() -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Simulated transactions: those of the demo's history, and those that come live. The last day is today."""
+    start = datetime.now(UTC).date() - timedelta(days=HISTORY_DAYS + LIVE_DAYS - 1)
+    days = list(Generator(CARDS, start, CARD_SEED).days(HISTORY_DAYS + LIVE_DAYS))
+    tables = (pl.concat(days[:HISTORY_DAYS]), pl.concat(days[HISTORY_DAYS:]))
+    name = pl.lit(f"{start:%y%m%d}-") + pl.col("TRANSACTION_ID").cast(pl.String)
+    history, live = (table.with_columns(name.alias("TRANSACTION_ID")) for table in tables)
+    return history, live
+
+
+def _finance(service: FinanceService, log: Log, stop: threading.Event, report: Callable[[str], None]) -> dict[str, Any]:
+    start = time.monotonic()
+    history, _ = _cards()
+    report(f"finance: {len(history):,} simulated card transactions through the log, both models and the store ...")
+    if service.store.latest() is None:
+        service.set_budget(CARD_BUDGET, "demo")
+        replay_table(history, log, stop=stop)
+    counts = run_finance_worker(service, log, stop, until_idle=True).counts
+    seconds = time.monotonic() - start
+    alerts = service.store.alerts(limit=1)
+    if not alerts:
+        raise TriscopeError("the simulated cards raised no alert; run 'triscope doctor', or the demo again with an empty TRISCOPE_HOME")
+    newest = alerts[0].transaction
+    found, frauds = service.store.matured(newest.event_us - LABEL_DELAY, 0)
+    report(f"finance: {service.store.total():,} decided, {frauds} of {found} alerts with a known label are fraud")
+    return {
+        "transactions": service.store.total(),
+        "decided_now": counts.handled,
+        "dead_letters": counts.dead,
+        "alerts": sum(number for _, number in service.store.alerts_by_day()),
+        "alert_budget": service.store.budget(),
+        "matured_alerts": found,
+        "matured_alerts_fraud": frauds,
+        "newest_alert": {
+            "transaction_id": newest.transaction_id,
+            "score": round(newest.score, 6),
+            "reasons": [r.text for r in newest.message.reasons],
+        },
+        "model": {s.model.name: s.model.version for s in (service.scorer().boosting, service.scorer().sequence)},
+        "plan": {s.model.name: msgspec.to_builtins(s.plan) for s in (service.scorer().boosting, service.scorer().sequence)},
+        "stages_seconds": {k: round(v, 3) for k, v in (service.engine().seconds | service.seconds).items()},
+        "seconds": round(seconds, 2),
     }
 
 

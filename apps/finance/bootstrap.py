@@ -14,16 +14,19 @@ from apps.finance.store import FinanceStore
 from pipelines import Log, open_log
 from shared_runtime.repository.store import ModelRepository, shipped_models
 
+THREADS = 1
+"""The models are small: a second thread costs more to wake than it computes."""
+
 
 def open_scorer(settings: Settings) -> FraudScorer:
     """Both models in sessions on the settings' device: those of this installation, else the shipped ones."""
     repository = ModelRepository((settings.home_path / "models", shipped_models()))
     boosting, sequence = (rt.load(name, repository=repository) for name in (BOOSTING, SEQUENCE))
-    plans, threads = settings.home_path / "plans", settings.model_threads
+    plans = settings.home_path / "plans"
     explainer = Explainer(boosting.graph.parent, str(boosting.card.get("artefact", {}).get("booster_sha256")))
     return FraudScorer(
-        rt.Session(boosting, settings.device, threads=threads, plans=plans),
-        rt.Session(sequence, settings.device, threads=threads, plans=plans),
+        rt.Session(boosting, settings.device, threads=THREADS, plans=plans),
+        rt.Session(sequence, settings.device, threads=THREADS, plans=plans),
         Combination.read(boosting.graph.parent),
         explainer,
     )

@@ -24,7 +24,7 @@ from apps.finance.scoring.scorer import FraudScorer, Scores
 
 RATIO = INDEX["AMOUNT_TO_MEDIAN"]
 FORGET_EVERY = 200_000
-CLOCK_WINDOW = 65
+CLOCK_WINDOW, CLOCK_MINIMUM = 65, 9
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Decided:
 
 
 class Clock:
-    """Where the stream stands in event time: the median of the last transactions, so that no single one moves it."""
+    """Where the stream stands in event time: the median of the last transactions, so that no single one moves it.
+
+    A few must have been seen before it says anything.
+    """
 
     def __init__(self) -> None:
         self._last: deque[int] = deque(maxlen=CLOCK_WINDOW)
@@ -64,12 +67,15 @@ class Clock:
 
     @property
     def now(self) -> int | None:
-        """Event time [us], or None before the first transaction."""
-        return sorted(self._last)[len(self._last) // 2] if self._last else None
+        """Event time [us], or None before enough transactions."""
+        return sorted(self._last)[len(self._last) // 2] if len(self._last) >= CLOCK_MINIMUM else None
 
 
 class Engine:
-    """Decides on transactions in the order of their arrival. One thread at a time."""
+    """Decides on transactions in the order of their arrival. One thread at a time.
+
+    Whoever accepts a transaction shows its time to the `clock`.
+    """
 
     def __init__(self, scorer: FraudScorer, budget: int) -> None:
         self.scorer = scorer
@@ -104,7 +110,6 @@ class Engine:
         sequences = np.empty((len(events), LENGTH, len(FEATURES)), np.float32)
         mask = np.empty((len(events), LENGTH), np.float32)
         for i, e in enumerate(events):
-            self.clock.see(e.time_us)
             key = transaction_key(e.transaction_id)
             features[i] = self._features.observe(e.time_us, e.customer_id, e.terminal_id, e.amount_minor, key, e.fraud)
             sequences[i], mask[i] = self._sequences.sequence(e.customer_id, e.time_us, features[i].astype(np.float32))

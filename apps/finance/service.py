@@ -193,6 +193,7 @@ class FinanceService:
         for message in messages:
             try:
                 accepted.append((message, self.check(message)))
+                self.engine().clock.see(accepted[-1][1].time_us)
             except PermanentError as error:
                 rejected.append((message, str(error)))
         ids = [event.transaction_id for _, event in accepted]

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -145,35 +145,6 @@ def test_a_study_through_a_real_kafka_broker(commands: Commands, kafka: str, mon
     code, seconds = commands.stop(worker)
     assert (code, seconds < 5) == (0, True)
     log.close()
-
-
-@pytest.fixture
-def postgres(tmp_path: Path, program: Callable[[str], str]) -> Iterator[str]:
-    """A PostgreSQL of this test's own, under a user that is not root where need be."""
-    candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")) if Path("/usr/lib/postgresql").exists() else []
-    binaries = candidates[-1].parent if candidates else Path(program("postgres")).parent
-    folder, port = tmp_path / "pg", free_port()
-    folder.mkdir()
-    prefix: list[str] = []
-    if os.geteuid() == 0:
-        for parent in [folder, *folder.parents][:4]:
-            parent.chmod(0o755)
-        shutil.chown(folder, "postgres")
-        prefix = ["runuser", "-u", "postgres", "--"]
-    data = folder / "data"
-    subprocess.run([*prefix, binaries / "initdb", "-D", data, "-U", "triscope", "-A", "trust"], check=True, capture_output=True)
-    start = [*prefix, binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
-    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def up() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    eventually(up, timeout=30)
-    time.sleep(0.5)
-    yield f"postgresql+psycopg://triscope@127.0.0.1:{port}/postgres"
-    process.terminate()
-    process.wait(20)
 
 
 def test_the_store_on_postgresql(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,23 @@ DEFAULT_BUDGET = 100
 HISTORY_DAYS = 7
 KEPT = 30
 """Of a past day the cards with the highest scores are kept, this many times the budget."""
-REFRESH = 60 * SECOND
+REFRESH = 180 * SECOND
 FIRST_THRESHOLD = 0.5
 LEARN_TRANSACTIONS = 300
 """On the first day of all the threshold follows from that day's own scores, once there are this many."""
 COMPROMISED_DAYS = 30
+SPARE = 0.05
+"""The last alerts of a day need a score that would do on a whole day; else they stay unspent."""
+
+
+def _exceeded_by(scores: NDArray[np.float64], number: int) -> float:
+    """The score that `number` of `scores` reach."""
+    return float(np.partition(scores, -number)[-number]) if len(scores) > number else 0.0
+
+
+def _best(scores: NDArray[np.float64], cards: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The highest score of each card; `scores` in descending order."""
+    return scores[np.unique(cards, return_index=True)[1]]
 
 
 class _Day:
@@ -48,7 +60,7 @@ class AlertBudget:
         self.budget = budget
         self._days: OrderedDict[int, _Day] = OrderedDict()
         self._past: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
-        self._past_of = -1
+        self._past_of, self._whole_day = -1, 0.0
         self._today = -1
         self._threshold, self._valid_until = FIRST_THRESHOLD, -1
         self._codes: dict[Hashable, int] = {}
@@ -99,7 +111,7 @@ class AlertBudget:
         return len(day.alerted) if day else 0
 
     def threshold(self, time: int) -> float:
-        """The threshold at `time` [us]; it is found again every minute of event time and after every alert."""
+        """The threshold at `time` [us]; it is found again every few minutes of event time and after every alert."""
         today = time // DAY
         if today == self._today and time < self._valid_until:
             return self._threshold
@@ -118,14 +130,11 @@ class AlertBudget:
         best = []
         for times, scores, cards in past:
             rest = (times >= of_day) & ~np.isin(cards, codes)
-            order = np.argsort(-scores[rest], kind="stable")
-            _, first = np.unique(cards[rest][order], return_index=True)
-            best.append(scores[rest][order][first])
-        pooled = np.concatenate(best)
-        wanted = left * len(past)
-        if len(pooled) <= wanted:
-            return 0.0
-        return float(np.partition(pooled, -wanted)[-wanted])
+            best.append(_best(scores[rest], cards[rest]))
+        threshold = _exceeded_by(np.concatenate(best), left * len(past))
+        if left <= SPARE * self.budget:
+            threshold = max(threshold, self._whole_day)
+        return threshold
 
     def _from_today(self, time: int) -> float:
         """Before there is a past day: the share of today's scores that the budget allows, spread over the day."""
@@ -173,4 +182,9 @@ class AlertBudget:
                     continue
                 kept = np.argsort(-scores, kind="stable")[: KEPT * self.budget]
                 self._past.append((times[kept], scores[kept], cards[kept]))
+            self._whole_day = (
+                _exceeded_by(np.concatenate([_best(scores, cards) for _, scores, cards in self._past]), self.budget * len(self._past))
+                if self._past
+                else 0.0
+            )
         return self._past
