@@ -35,7 +35,7 @@ HEAD_SAMPLE = "head_t1_dicom.zip"
 CARDS = Population(customers=150, terminals=300)
 HISTORY_DAYS, LIVE_DAYS, LIVE_A_SECOND = 40, 10, 3.0
 """Simulated cards: so many days are decided at once, then more come live while the pages are open."""
-CARD_BUDGET, CARD_SEED = 5, 4
+CARD_BUDGET, CARD_SEED, CARD_INTENSITY = 5, 4, 4.0
 
 
 def sample(name: str) -> Path:
@@ -102,7 +102,7 @@ def _summary(settings: Settings, stop: threading.Event, started: float, report: 
 def _cards() -> tuple[pl.DataFrame, pl.DataFrame]:
     """Simulated transactions: those of the demo's history, and those that come live. The last day is today."""
     start = datetime.now(UTC).date() - timedelta(days=HISTORY_DAYS + LIVE_DAYS - 1)
-    days = list(Generator(CARDS, start, CARD_SEED).days(HISTORY_DAYS + LIVE_DAYS))
+    days = list(Generator(CARDS, start, CARD_SEED, CARD_INTENSITY).days(HISTORY_DAYS + LIVE_DAYS))
     tables = (pl.concat(days[:HISTORY_DAYS]), pl.concat(days[HISTORY_DAYS:]))
     name = pl.lit(f"{start:%y%m%d}-") + pl.col("TRANSACTION_ID").cast(pl.String)
     history, live = (table.with_columns(name.alias("TRANSACTION_ID")) for table in tables)

@@ -55,10 +55,10 @@ export default function ({ data, parentElement, setStateValue }) {
   };
   // Under the pointer rows keep their places: what is new waits until the pointer has left.
   const place = () => {
-    const items = box.latest, shown = [...body.children].map((tr) => tr.dataset.id);
+    const items = box.latestRows, shown = [...body.children].map((tr) => tr.dataset.id);
     if (!box.matches(":hover") || !shown.length) { show(items); held.textContent = ""; return; }
     const fresh = new Map(items.map((item) => [item.id, item]));
-    const kept = shown.map((id) => fresh.get(id) ?? box.before.get(id));
+    const kept = shown.map((id) => fresh.get(id) ?? box.shownRows.get(id));
     const waiting = items.filter((item) => !shown.includes(item.id)).length;
     show(kept);
     held.textContent = waiting ? `${waiting} new; shown when the pointer leaves the list` : "";
@@ -66,10 +66,10 @@ export default function ({ data, parentElement, setStateValue }) {
   const mark = (id) => { for (const tr of body.children) tr.setAttribute("aria-selected", String(tr.dataset.id === id)); };
   const choose = (id) => { box.dataset.selected = id; mark(id); setStateValue("selected", id); };
   box.dataset.selected = data.selected ?? "";
-  box.before = new Map([...(box.before ?? []), ...(box.latest ?? []).map((item) => [item.id, item])]);
-  box.latest = data.rows;
+  box.shownRows = new Map([...(box.shownRows ?? []), ...(box.latestRows ?? []).map((item) => [item.id, item])]);
+  box.latestRows = data.rows;
   place();
-  box.onpointerleave = () => { box.before = new Map(); requestAnimationFrame(place); };
+  box.onpointerleave = () => { box.shownRows = new Map(); requestAnimationFrame(place); };
   body.onclick = (event) => { const tr = event.target.closest("tr"); if (tr) choose(tr.dataset.id); };
   box.onkeydown = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];

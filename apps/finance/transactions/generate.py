@@ -51,10 +51,10 @@ class Population:
 
 
 class Generator:
-    """Makes one day after another. Equal arguments make equal days."""
+    """Makes one day after another. Equal arguments make equal days. `intensity` multiplies the frauds of all kinds."""
 
-    def __init__(self, population: Population, start: date, seed: int) -> None:
-        self._population, self._start, self._seed = population, start, seed
+    def __init__(self, population: Population, start: date, seed: int, intensity: float = 1.0) -> None:
+        self._population, self._start, self._seed, self._intensity = population, start, seed, intensity
         generator = np.random.default_rng([seed, 0])
         homes, shops = generator.random((population.customers, 2)), generator.random((population.terminals, 2))
         near = min(NEAR_TERMINALS, population.terminals)
@@ -76,7 +76,7 @@ class Generator:
         drawn = []
         for begun in range(max(0, day - length + 1), day + 1):
             generator = np.random.default_rng([self._seed, kind, begun])
-            drawn.append(generator.choice(total, generator.poisson(share * total)))
+            drawn.append(generator.choice(total, generator.poisson(self._intensity * share * total)))
         return np.unique(np.concatenate(drawn))
 
     def _day(self, day: int) -> pl.DataFrame:
@@ -87,7 +87,7 @@ class Generator:
         terminals = self._near[customers, generator.integers(0, self._near.shape[1], number)]
         mean = self._mean[customers]
         amount = np.abs(generator.normal(mean, mean / 2))
-        large = generator.random(number) < LARGE_SHARE
+        large = generator.random(number) < self._intensity * LARGE_SHARE
         amount = np.where(large, generator.uniform(*LARGE_AMOUNT, number), np.minimum(amount, LARGE_AMOUNT[0]))
         scenario = np.where(large, 1, 0)
         bad = self._compromised(day, 2, self._population.terminals, TERMINALS_A_DAY, TERMINAL_DAYS)
