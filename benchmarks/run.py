@@ -1,13 +1,14 @@
 """Measures what the docs state, writes `benchmarks/results/*.json` with the host's facts, and makes docs/benchmarks.md.
 
-    python benchmarks/run.py [demo] [head] [cases] [runtime] [install]     # all but `install` by default
+    python benchmarks/run.py [demo] [head] [cases] [runtime] [install] [features] [protocol] [stream] [memory] [budget]
     python benchmarks/run.py report                                        # the page alone, from the results
 
-`cases` needs TRISCOPE_DATA_DIR. `install` makes a fresh environment of the base dependencies and takes minutes.
+Without a name all run but `install` and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import statistics
@@ -21,11 +22,14 @@ from typing import Any
 
 import msgspec
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import shared_runtime as rt
 from apps.demo import HEAD_SAMPLE, sample
 from apps.medical.evaluation.evaluate import case_files, evaluate_case, summarise
 from apps.medical.service import segment_file
 from apps.medical.training.export import summary
+from benchmarks import finance
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
 from shared_runtime.repository.store import shipped_models
@@ -47,7 +51,14 @@ def demo() -> dict[str, Any]:
             subprocess.run(command, env=environment, check=True, capture_output=True)
             wall = time.monotonic() - begin
             result = json.loads(out.read_text())
-            runs.append({"wall_seconds": wall, "peak_memory_mib": result["peak_memory_mib"], "stages": result["medical"]["stages_seconds"]})
+            runs.append(
+                {
+                    "wall_seconds": wall,
+                    "peak_memory_mib": result["peak_memory_mib"],
+                    "stages": result["medical"]["stages_seconds"],
+                    "finance": result["finance"]["seconds"],
+                }
+            )
     return {"runs": runs, "median_wall_seconds": statistics.median(r["wall_seconds"] for r in runs)}
 
 
@@ -95,7 +106,11 @@ def install() -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", Path(folder) / "dist", ROOT], check=True, capture_output=True)
         (wheel,) = (Path(folder) / "dist").glob("*.whl")
         constraints = ["-c", str(ROOT / "constraints.txt")]
-        subprocess.run([python, "-m", "pip", "install", "-q", *constraints, f"{wheel}[postgres]"], check=True, capture_output=True)
+        pip = [python, "-m", "pip"]
+        subprocess.run([*pip, "install", "-q", *constraints, f"{wheel}[postgres]"], check=True, capture_output=True)
+        engine = importlib.metadata.version("onnxruntime-gpu")  # as in deploy/Dockerfile: the CPU build in place of the GPU build
+        subprocess.run([*pip, "uninstall", "-q", "--yes", "onnxruntime-gpu"], check=True, capture_output=True)
+        subprocess.run([*pip, "install", "-q", "--no-deps", f"onnxruntime=={engine}"], check=True, capture_output=True)
         site = next((Path(folder) / "venv" / "lib").glob("python3*")) / "site-packages"
         sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) / 1e6 for p in site.iterdir() if p.is_dir()}
         largest = dict(sorted(sizes.items(), key=lambda item: -item[1])[:10])
@@ -113,7 +128,15 @@ def install() -> dict[str, Any]:
         }
 
 
-SUITES: dict[str, Callable[[], dict[str, Any]]] = {"demo": demo, "head": head, "cases": cases, "runtime": runtime, "install": install}
+SUITES: dict[str, Callable[[], dict[str, Any]]] = {
+    "demo": demo,
+    "head": head,
+    "cases": cases,
+    "runtime": runtime,
+    "install": install,
+    **finance.SUITES,
+}
+NEED_DATA = {"cases", *finance.NEED_DATA}
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -207,6 +230,7 @@ def report() -> None:
         ]
         lines += [f"`site-packages`; the wheel of Triscope with model and sample: {r['wheel_mb']:.1f} MB. Largest:", ""]
         lines += ["| package | MB |", "|---|---|", *(f"| {n} | {v:.0f} |" for n, v in r["largest_mb"].items()), ""]
+    lines += finance.report_lines(load, _where)
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -217,7 +241,7 @@ def _where(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the suites named on the command line, then write the page."""
-    names = sys.argv[1:] or [name for name in SUITES if name != "install" and (name != "cases" or "TRISCOPE_DATA_DIR" in os.environ)]
+    names = sys.argv[1:] or [name for name in SUITES if name != "install" and (name not in NEED_DATA or "TRISCOPE_DATA_DIR" in os.environ)]
     RESULTS.mkdir(exist_ok=True)
     for name in names:
         if name != "report":

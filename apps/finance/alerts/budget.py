@@ -26,7 +26,7 @@ KEPT = 30
 REFRESH = 180 * SECOND
 FIRST_THRESHOLD = 0.5
 LEARN_TRANSACTIONS = 300
-"""On the first day of all the threshold follows from that day's own scores, once there are this many."""
+"""Before past days hold this many the threshold follows from the day's own scores, once there are this many."""
 COMPROMISED_DAYS = 30
 SPARE = 0.05
 """The last alerts of a day need a score that would do on a whole day; else they stay unspent."""
@@ -152,10 +152,9 @@ class AlertBudget:
         day = self._days.get(number)
         if day is None:
             day = self._days[number] = _Day()
-            newest = max(self._days)
-            for old in [n for n in self._days if n < newest - HISTORY_DAYS - 1]:
+            for old in [n for n in self._days if n < number - HISTORY_DAYS - 1]:
                 del self._days[old]
-            if len(self._codes) > 100_000 and number == newest:
+            if len(self._codes) > 100_000:
                 self._recode()
         return day
 
@@ -178,10 +177,10 @@ class AlertBudget:
             self._past_of, self._past = today, []
             for number in sorted(n for n in self._days if today - HISTORY_DAYS <= n < today):
                 times, scores, cards = self._days[number].arrays()
-                if len(scores) < LEARN_TRANSACTIONS:
-                    continue
                 kept = np.argsort(-scores, kind="stable")[: KEPT * self.budget]
                 self._past.append((times[kept], scores[kept], cards[kept]))
+            if sum(len(scores) for _, scores, _ in self._past) < LEARN_TRANSACTIONS:
+                self._past = []
             self._whole_day = (
                 _exceeded_by(np.concatenate([_best(scores, cards) for _, scores, cards in self._past]), self.budget * len(self._past))
                 if self._past
