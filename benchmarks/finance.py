@@ -27,14 +27,15 @@ from apps.common.settings import load_settings
 from apps.finance.alerts.budget import ALERT, AlertBudget
 from apps.finance.bootstrap import open_finance, open_scorer
 from apps.finance.engine import Engine, Event
-from apps.finance.evaluation.metrics import card_precision
+from apps.finance.evaluation.metrics import average_precision, card_precision
 from apps.finance.evaluation.protocol import DELAY_DAYS, TEST_DAYS, TRAIN_DAYS, make_folds
 from apps.finance.features.batch import batch_features
-from apps.finance.features.schema import DAY, FEATURES, HANDBOOK, LABEL_DELAY
+from apps.finance.features.schema import CUSTOMER, DAY, FEATURES, HANDBOOK, INDEX, LABEL_DELAY, TERMINAL
 from apps.finance.features.state import FeatureState, transaction_key
 from apps.finance.messages import TransactionMessage
 from apps.finance.scoring.combination import sigmoid
 from apps.finance.service import parse_time
+from apps.finance.training.boosting import BoostingRecipe, predict_margin, train_boosting
 from apps.finance.training.prepared import Prepared
 from apps.finance.training.train import Recipe, train_models
 from apps.finance.transactions.generate import Generator, Population
@@ -234,14 +235,51 @@ def _fraud_cards(data: Prepared, rows: list[int], day: int, kept: set[int]) -> i
     return sum(data.customers[row].item() in bad for row in rows)
 
 
+GROUPS = {
+    "hours since the card's last transaction": ("CUSTOMER_HOURS_SINCE_LAST",),
+    "the card's usual amounts": ("CUSTOMER_MEDIAN_AMOUNT", "CUSTOMER_UPPER_QUARTILE"),
+    "this amount against them": ("AMOUNT_TO_MEDIAN", "AMOUNT_TO_UPPER_QUARTILE"),
+    "the card's largest amounts lately": tuple(f"CUSTOMER_MAX_TO_MEDIAN_{days}DAY" for days in (1, 7, 14)),
+    "the card's high amounts lately": (*(f"CUSTOMER_NB_HIGH_{days}DAY" for days in (3, 7, 14)), "CUSTOMER_DAYS_SINCE_HIGH"),
+    "the terminal's last labels": ("TERMINAL_LAST_LABEL", "TERMINAL_DAYS_SINCE_LABELLED", "TERMINAL_RISK_LAST_5"),
+    "the terminal's frauds, ordinary and high": ("TERMINAL_NB_ORDINARY_FRAUD", "TERMINAL_NB_HIGH_FRAUD"),
+    "since the terminal's last fraud and genuine one": ("TERMINAL_DAYS_SINCE_FRAUD", "TERMINAL_DAYS_SINCE_GENUINE"),
+    "the terminal's present run of frauds": ("TERMINAL_FRAUD_RUN", "TERMINAL_DAYS_SINCE_RUN_START"),
+    "since the terminal's ordinary frauds": ("TERMINAL_DAYS_SINCE_FIRST_ORDINARY_FRAUD", "TERMINAL_DAYS_SINCE_LAST_ORDINARY_FRAUD"),
+    "when the terminal's frauds began": ("TERMINAL_DAYS_SINCE_ONSET", "TERMINAL_NB_GENUINE_SINCE_ONSET"),
+    "all of ours about the card": CUSTOMER,
+    "all of ours about the terminal": TERMINAL,
+}
+SEEDS = (0, 1)
+
+
+def ablation() -> dict[str, Any]:
+    """The boosting with a group of our features left out: mean average precision of the three folds and two seeds, 7 days."""
+    data = Prepared(read_transactions(handbook(), labelled=True))
+    folds = make_folds(data.table, START, FOLDS)
+
+    def measure(left_out: tuple[str, ...]) -> float:
+        kept = [INDEX[name] for name in FEATURES if name not in left_out]
+        values = []
+        for fold in folds:
+            train, test = (np.ascontiguousarray(data.features[rows][:, kept]) for rows in (fold.train, fold.test))
+            for seed in SEEDS:
+                booster = train_boosting(train, data.labels[fold.train], BoostingRecipe(seed=seed), 2)
+                values.append(average_precision(data.labels[fold.test].astype(float), predict_margin(booster, test)))
+        return float(np.mean(values))
+
+    return {"all": measure(()), "without": {name: measure(group) for name, group in GROUPS.items()}}
+
+
 SUITES: dict[str, Callable[[], dict[str, Any]]] = {
     "features": features,
     "protocol": protocol,
     "stream": stream,
     "memory": memory,
     "budget": budget,
+    "ablation": ablation,
 }
-NEED_DATA = {"features", "protocol", "budget"}
+NEED_DATA = {"features", "protocol", "budget", "ablation"}
 
 
 def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[dict[str, Any]], str]) -> list[str]:
@@ -254,6 +292,19 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
     ]
     if found := load("protocol"):
         lines += _protocol_lines(found)
+    if found := load("ablation"):
+        whole, without = found["result"]["all"], found["result"]["without"]
+        lines += [
+            "## What each group of our features adds",
+            "",
+            f"Average precision of the boosting alone, 7 days of training, mean of three folds and two seeds: {whole:.4f} with all. Changes below",
+            "0.001 are within what another seed does.",
+            "",
+            "| left out | average precision | change |",
+            "|---|---|---|",
+            *(f"| {name} | {value:.4f} | {value - whole:+.4f} |" for name, value in sorted(without.items(), key=lambda item: item[1])),
+            "",
+        ]
     if found := load("features"):
         r = found["result"]
         lines += [

@@ -49,7 +49,7 @@ class EventTimeMerge:
         """Whether no partition can still hand out something earlier than what is held."""
         if all(self._held.get(part) for part in self._consumer.assignment()):
             return True
-        return self._consumer.behind() == 0
+        return not any(number for part, number in self._consumer.behind().items() if not self._held.get(part))
 
     def _earliest(self, number: int) -> list[Record]:
         found: list[Record] = []
@@ -57,8 +57,8 @@ class EventTimeMerge:
             ready = [(held[0][0], part) for part, held in self._held.items() if held]
             if not ready:
                 break
-            held = self._held[min(ready)[1]]
-            found.append(held.popleft()[1])
-            if not held and self._consumer.behind():
+            _, part = min(ready)
+            found.append(self._held[part].popleft()[1])
+            if not self._held[part] and self._consumer.behind().get(part):
                 break  # its next record may be earlier than the others' next ones
         return found

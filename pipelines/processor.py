@@ -163,7 +163,7 @@ class BatchProcessor:
 
     def drain(self, stop: threading.Event) -> None:
         """Work until everything that is in the log now is done."""
-        while self.consumer.behind() and not stop.is_set():
+        while any(self.consumer.behind().values()) and not stop.is_set():
             self.work(self.poll(0.5), stop)
 
     def idle(self) -> bool:

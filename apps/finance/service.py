@@ -122,7 +122,7 @@ class FinanceService:
             for partition, end in self._log.lag(group, topic.name).items():
                 consumer.seek(topic.name, partition, max(0, end - TAIL))
             found: set[str] = set()
-            while consumer.behind():
+            while any(consumer.behind().values()):
                 found |= {msgspec.json.decode(record.value, type=_Id).transaction_id for record in consumer.poll(1.0, 1000)}
             return found
         finally:

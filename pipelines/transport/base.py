@@ -46,8 +46,8 @@ class Consumer(Protocol):
         """Read on from `offset` in a partition that this member owns."""
         ...
 
-    def behind(self) -> int:
-        """Records in the partitions that this member owns which it has not read yet."""
+    def behind(self) -> Mapping[tuple[str, int], int]:
+        """Records that this member has not read yet, by the partition that it owns."""
         ...
 
     def assignment(self) -> Sequence[tuple[str, int]]:

@@ -288,13 +288,10 @@ class EmbeddedConsumer:
             raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
         self._position[(topic, partition)] = offset
 
-    def behind(self) -> int:
-        total = 0
-        for topic in {name for name, _ in self._owned}:
-            ends = self._log.ends(topic)
-            owned = [part for part in self._owned if part[0] == topic]
-            total += sum(ends[part[1]] - self._position.get(part, self._log.committed(self._group, *part)) for part in owned)
-        return total
+    def behind(self) -> Mapping[Partition, int]:
+        ends = {topic: self._log.ends(topic) for topic in {name for name, _ in self._owned}}
+        read = {part: self._position[part] if part in self._position else self._log.committed(self._group, *part) for part in self._owned}
+        return {part: ends[part[0]][part[1]] - at for part, at in read.items()}
 
     def assignment(self) -> Sequence[Partition]:
         return tuple(self._owned)

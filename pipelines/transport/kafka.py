@@ -154,10 +154,10 @@ class KafkaGroupConsumer:
             raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
         self._client.seek(part, offset)
 
-    def behind(self) -> int:
+    def behind(self) -> Mapping[tuple[str, int], int]:
         parts = list(self._client.assignment())
         ends = self._client.end_offsets(parts) if parts else {}
-        return sum(ends[part] - self._client.position(part) for part in parts)
+        return {(part.topic, part.partition): ends[part] - self._client.position(part) for part in parts}
 
     def assignment(self) -> Sequence[tuple[str, int]]:
         return sorted((part.topic, part.partition) for part in self._client.assignment())

@@ -96,10 +96,13 @@ class MemoryConsumer:
         owned = self._log.owned(self)
         self._position = {part: at for part, at in self._position.items() if part in owned}
         found: list[Record] = []
-        for part in owned:
+        for parts, part in zip(range(len(owned), 0, -1), owned, strict=True):
             at = self._at(part)
-            found += self._log._records.get(part, [])[at : at + limit - len(found)]
-            self._position[part] = at + sum(1 for record in found if (record.topic, record.partition) == part)
+            records = self._log._records.get(part, [])[at : at + max(1, (limit - len(found)) // parts)]
+            self._position[part] = at + len(records)
+            found += records
+            if len(found) >= limit:
+                break
         return found
 
     def _at(self, part: Partition) -> int:
@@ -118,9 +121,9 @@ class MemoryConsumer:
                 raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self.group!r}")
             self._position[(topic, partition)] = offset
 
-    def behind(self) -> int:
+    def behind(self) -> Mapping[Partition, int]:
         with self._log._changed:
-            return sum(len(self._log._records.get(part, ())) - self._at(part) for part in self._log.owned(self))
+            return {part: len(self._log._records.get(part, ())) - self._at(part) for part in self._log.owned(self)}
 
     def assignment(self) -> Sequence[Partition]:
         with self._log._changed:

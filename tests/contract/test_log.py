@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import ConsumerFencedError, Log, LogUnavailableError, UnknownTopicError, open_log
-from pipelines.transport.base import Consumer, Record
+from pipelines.transport.base import Consumer, Outgoing, Record
 
 KINDS = ["memory", "embedded", "kafka"]
 
@@ -140,6 +140,39 @@ def test_seek_reads_again_from_there(log: Log, topic: str) -> None:
     take(consumer, 4)
     consumer.seek(topic, *places[1])
     assert [r.value for r in take(consumer, 3)] == [b"1", b"2", b"3"]
+    consumer.close()
+
+
+def test_many_records_are_stored_at_once_in_order(log: Log, topic: str) -> None:
+    log.produce_many(topic, [])
+    log.produce_many(topic, [Outgoing(str(n).encode(), f"k{n % 4}", {"n": b"%d" % n}) for n in range(300)])
+    log.produce_many(topic, [Outgoing(b"last")])
+    consumer = log.consumer("g1", [topic])
+    found = take(consumer, 301)
+    assert sorted(int(r.value) for r in found if r.value != b"last") == list(range(300))
+    assert all(r.headers["n"] == r.value for r in found if r.value != b"last")
+    for key in ("k0", "k1", "k2", "k3"):
+        mine = sorted((r for r in found if r.key == key), key=lambda r: r.offset)
+        assert len({r.partition for r in mine}) == 1
+        assert [int(r.value) for r in mine] == sorted(int(r.value) for r in mine)
+    single = log.produce(topic, b"x", key="k0")
+    assert single == (next(r.partition for r in found if r.key == "k0"), single[1]), "the same partition as alone"
+    with pytest.raises(UnknownTopicError):
+        log.produce_many("nowhere", [Outgoing(b"x")])
+    consumer.close()
+
+
+def test_a_member_knows_how_far_it_is_behind(log: Log, topic: str) -> None:
+    log.produce_many(topic, [Outgoing(b"x", str(n)) for n in range(50)])
+    consumer = log.consumer("g1", [topic])
+    records = take(consumer, 50)
+    assert sum(consumer.behind().values()) == 0
+    log.produce_many(topic, [Outgoing(b"y", str(n)) for n in range(7)])
+    assert sum(consumer.behind().values()) == 7
+    take(consumer, 7)
+    assert sum(consumer.behind().values()) == 0, "what was read counts, committed or not"
+    consumer.seek(topic, records[0].partition, records[0].offset)
+    assert sum(consumer.behind().values()) > 0
     consumer.close()
 
 

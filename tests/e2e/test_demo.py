@@ -16,7 +16,14 @@ from tests.phantoms import HEAD, blob, dicom_slices, save_series
 def test_the_demo_without_pages_writes_a_summary(commands: Commands, tmp_path: Path) -> None:
     answer = commands.run("--log-format", "json", "demo", "--no-ui", "--json", tmp_path / "out.json")
     assert answer.returncode == 0, answer.stderr
-    summary = json.loads((tmp_path / "out.json").read_text())["medical"]
+    whole = json.loads((tmp_path / "out.json").read_text())
+    cards = whole["finance"]
+    assert cards["transactions"] == cards["decided_now"] > 5000
+    assert cards["dead_letters"] == 0
+    assert cards["alerts"] > 50
+    assert cards["matured_alerts_fraud"] > 0.5 * cards["matured_alerts"] > 10
+    assert cards["newest_alert"]["reasons"]
+    summary = whole["medical"]
     assert summary["status"] == "done"
     assert summary["volumes_ml"]["left hippocampus"] > 1
     assert {"segmentation.dcm", "segmentation.nii.gz", "preview.png", "report.json"} <= set(summary["files"])

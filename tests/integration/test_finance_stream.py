@@ -53,7 +53,7 @@ def records(log: Log, topic: str) -> list[Record]:
             break
     else:
         first = []
-    while consumer.behind():
+    while any(consumer.behind().values()):
         first += consumer.poll(0.5, 5000)
     consumer.close()
     return first
