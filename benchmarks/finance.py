@@ -31,6 +31,7 @@ from apps.finance.evaluation.metrics import average_precision, card_precision
 from apps.finance.evaluation.protocol import DELAY_DAYS, TEST_DAYS, TRAIN_DAYS, make_folds
 from apps.finance.features.batch import batch_features
 from apps.finance.features.schema import CUSTOMER, DAY, FEATURES, HANDBOOK, INDEX, LABEL_DELAY, TERMINAL
+from apps.finance.features.sequence import LENGTH
 from apps.finance.features.state import FeatureState, transaction_key
 from apps.finance.messages import TransactionMessage
 from apps.finance.scoring.combination import sigmoid
@@ -134,24 +135,28 @@ def single(number: int = 3000) -> dict[str, Any]:
         warm = [Event(str(i), us, str(c), str(t), a) for i, us, c, t, a in rows[:-number]]
         for low in range(0, len(warm), 256):
             engine.decide(warm[low : low + 256])
-        times, before = [], dict(engine.seconds)
+        times, decoded, before = [], [], dict(engine.seconds)
         for i, us, c, t, a in rows[-number:]:
             stamp = np.datetime64(us, "us").item().isoformat() + "Z"
             value = msgspec.json.encode(TransactionMessage(str(i), stamp, str(c), str(t), a))
             begin = time.perf_counter()
             m = msgspec.json.decode(value, type=TransactionMessage)
+            decoded.append(1e6 * (time.perf_counter() - begin))
             engine.decide([Event(m.transaction_id, parse_time(m.event_time), m.customer_id, m.terminal_id, m.amount_minor)])
             times.append(1e6 * (time.perf_counter() - begin))
         split = {name: 1e6 * (value - before[name]) / number for name, value in engine.seconds.items()}
         row = np.zeros((1, len(FEATURES)), np.float32)
         boosting = [_timed(lambda: scorer.boosting.run({"features": row})) for _ in range(number)]
+        sequence, mask = np.zeros((1, LENGTH, len(FEATURES)), np.float32), np.ones((1, LENGTH), np.float32)
+        attention = [_timed(lambda: scorer.sequence.run({"sequence": sequence, "mask": mask})) for _ in range(number)]
         bare = scorer.boosting._prepared()[1]
         engine_only = [_timed(lambda: bare.run({"features": row})) for _ in range(number)]
         scorer.close()
     return {
         "p50_us": statistics.median(times),
         "p99_us": float(np.percentile(times, 99)),
-        "mean_split_us": split,
+        "mean_split_us": {"decode": statistics.mean(decoded), **split},
+        "sequence_session_p50_us": statistics.median(attention),
         "boosting_session_p50_us": statistics.median(boosting),
         "boosting_engine_p50_us": statistics.median(engine_only),
     }
@@ -388,6 +393,7 @@ def _stream_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str])
         f"({r['transactions']:,} of them, {where(found)}). Microseconds a transaction: {split}.",
         "",
         f"One transaction at a time on one core: p50 {one['p50_us'] / 1000:.2f} ms, p99 {one['p99_us'] / 1000:.2f} ms (mean microseconds: {alone}).",
-        f"The boosting alone: p50 {one['boosting_engine_p50_us']:.1f} us in its engine, {one['boosting_session_p50_us']:.1f} us with the runtime's checks.",
+        f"The boosting alone: p50 {one['boosting_engine_p50_us']:.1f} us in its engine, {one['boosting_session_p50_us']:.1f} us with the runtime's checks;",
+        f"the sequence model {one['sequence_session_p50_us']:.1f} us.",
         "",
     ]

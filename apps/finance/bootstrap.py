@@ -12,6 +12,7 @@ from apps.finance.scoring.scorer import BOOSTING, SEQUENCE, FraudScorer
 from apps.finance.service import FinanceService
 from apps.finance.store import FinanceStore
 from pipelines import Log, open_log
+from shared_runtime.host import usable_cores
 from shared_runtime.repository.store import ModelRepository, shipped_models
 
 THREADS = 1
@@ -23,7 +24,9 @@ def open_scorer(settings: Settings) -> FraudScorer:
     repository = ModelRepository((settings.home_path / "models", shipped_models()))
     boosting, sequence = (rt.load(name, repository=repository) for name in (BOOSTING, SEQUENCE))
     plans = settings.home_path / "plans"
-    explainer = Explainer(boosting.graph.parent, str(boosting.card.get("artefact", {}).get("booster_sha256")))
+    explainer = Explainer(
+        boosting.graph.parent, str(boosting.card.get("artefact", {}).get("booster_sha256")), settings.model_threads or usable_cores()
+    )
     return FraudScorer(
         rt.Session(boosting, settings.device, threads=THREADS, plans=plans),
         rt.Session(sequence, settings.device, threads=THREADS, plans=plans),

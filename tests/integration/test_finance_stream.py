@@ -20,7 +20,7 @@ import pytest
 from apps.common.database import audit, open_database
 from apps.common.settings import Settings
 from apps.finance.bootstrap import open_finance, open_scorer
-from apps.finance.errors import InputError, UnknownTransactionError
+from apps.finance.errors import InputError, ModelMismatchError, UnknownTransactionError
 from apps.finance.features.schema import INDEX
 from apps.finance.messages import (
     ALERTS,
@@ -138,6 +138,7 @@ BAD = [
     ({"amount_minor": 10**12}, "amount_minor is 1000000000000"),
     ({"amount_minor": 12.5}, "amount_minor"),
     ({"amount_minor": None}, "amount_minor"),
+    ({"amount_minor": float("nan")}, "JSON is malformed"),
     ({"currency": "XXX"}, "currency is 'XXX'"),
     ({"event_time": "2199-01-01T00:00:00Z"}, "in the future"),
     ({"event_time": "1970-01-01T00:00:00Z"}, "before 1990"),
@@ -374,6 +375,31 @@ def test_evaluate_writes_the_documented_json_and_scores(commands: Commands, tmp_
     answer = commands.run("finance", "evaluate", "--transactions", tmp_path / "cards.parquet", "--train-start", "2025-03-01")
     assert answer.returncode == 2
     assert "the table holds 2025-01-01" in answer.stderr
+
+
+def test_models_trained_on_own_history_take_the_place_of_the_shipped_ones(commands: Commands, tmp_path: Path, settings: Settings) -> None:
+    pytest.importorskip("onnxmltools")
+    commands.run("finance", "generate", "--out", tmp_path / "cards.parquet", "--rows", "24000", "--days", "50", "--seed", "2")
+    out = settings.home_path / "models"
+    arguments = ("--transactions", tmp_path / "cards.parquet", "--out", out, "--days", "14", "--folds", "1", "--json", "-")
+    answer = commands.run("finance", "train", *arguments, timeout=500)
+    assert answer.returncode == 0, answer.stderr
+    assert {"protocol", "boosting", "sequence", "combination"} <= set(json.loads(answer.stdout)["table"])
+    shipped, trained = open_scorer(msgspec.structs.replace(settings, home=str(tmp_path))), open_scorer(settings)
+    assert shipped.boosting.model.sha256 != trained.boosting.model.sha256
+    assert trained.boosting.model.card["data"]["name"] == "own transactions"
+    table = pl.read_parquet(tmp_path / "cards.parquet")
+    scores = score_table(table, trained)
+    assert scores["score"].is_between(0, 1).all()
+    joined = table.join(scores, on="TRANSACTION_ID")
+    assert joined.filter(pl.col("TX_FRAUD") == 1)["score"].mean() > 5 * joined.filter(pl.col("TX_FRAUD") == 0)["score"].mean()
+    (out / "fraud-sequence" / "card.toml").write_text(
+        (out / "fraud-sequence" / "card.toml").read_text().replace('version = "1"', 'version = "0"')
+    )
+    with pytest.raises(ModelMismatchError, match="features version '0'"):
+        open_scorer(settings)
+    for scorer in (shipped, trained):
+        scorer.close()
 
 
 def test_replay_sends_transactions_and_labels(commands: Commands, settings: Settings, tmp_path: Path) -> None:

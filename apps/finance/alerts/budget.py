@@ -21,9 +21,9 @@ ALERT, PASS, ATTACHED, KNOWN = "alert", "pass", "attached", "known"
 """Decisions: a new alert; no alert; the card has an alert today already; the card is known as compromised."""
 DEFAULT_BUDGET = 100
 HISTORY_DAYS = 7
-KEPT = 30
+KEPT = 10
 """Of a past day the cards with the highest scores are kept, this many times the budget."""
-REFRESH = 180 * SECOND
+REFRESH = 600 * SECOND
 FIRST_THRESHOLD = 0.5
 LEARN_TRANSACTIONS = 300
 """Before past days hold this many the threshold follows from the day's own scores, once there are this many."""

@@ -120,6 +120,7 @@ def detail(case: Case) -> None:
         st.markdown("**Why**")
         if decision.reasons:
             st.altair_chart(reasons_chart(decision.reasons), width="stretch")
+        st.caption(attention(decision.attention))
         st.markdown(f"**Card {t.customer_id}**")
         st.altair_chart(timeline_chart(history, t.transaction_id, usual), width="stretch")
         st.markdown(f"**Terminal {t.terminal_id}**")
@@ -127,6 +128,15 @@ def detail(case: Case) -> None:
         st.altair_chart(timeline_chart(terminal, t.transaction_id), width="stretch")
     with right:
         verdict_form(case)
+
+
+def attention(shares: list[float]) -> str:
+    """Where the sequence model looked, in words."""
+    strongest = sorted(((share, len(shares) - 1 - i) for i, share in enumerate(shares)), reverse=True)[:3]
+    places = {0: "this transaction", 1: "the one before"}
+    return "The sequence model looked at " + ", ".join(
+        f"{places.get(back, f'the {back}. before')} ({share:.0%})" for share, back in strongest
+    )
 
 
 def verdict_form(case: Case) -> None:
