@@ -23,7 +23,7 @@ from apps.finance.features.schema import (
     WINDOWS_DAYS,
 )
 
-TRIM = 64
+TRIM = 8
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
 LATE = 7 * DAY
 """So late may a transaction come and still find what its windows need."""
@@ -49,12 +49,12 @@ class _Terminal:
     __slots__ = ("high", "keys", "marks", "times")
 
     def __init__(self) -> None:
-        self.times, self.keys, self.marks, self.high = array("q"), array("q"), bytearray(), bytearray()
+        self.times, self.keys, self.marks, self.high = array("q"), array("I"), bytearray(), bytearray()
 
 
 def transaction_key(transaction_id: str | int) -> int:
-    """A 63-bit key of an identifier, the same in every process that holds the same state."""
-    return hash(transaction_id) & 0x7FFF_FFFF_FFFF_FFFF
+    """A 32-bit key that tells apart the transactions of one terminal at one instant; good within one process."""
+    return hash(transaction_id) & 0xFFFF_FFFF
 
 
 class FeatureState:
