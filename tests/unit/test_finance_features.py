@@ -149,6 +149,18 @@ def test_sequences_of_the_stream_equal_those_of_the_batch() -> None:
     assert values.shape == (len(table), LENGTH, len(FEATURES))
 
 
+def test_the_place_of_a_forgotten_customer_is_clean_for_the_next() -> None:
+    state, row = SequenceState(), np.ones(len(FEATURES), np.float32)
+    for day in range(5):
+        state.sequence("old", day * DAY, row)
+    state.sequence("fresh", 40 * DAY, row)
+    state.forget(60 * DAY)
+    values, mask = state.sequence("new", 5 * DAY, row)
+    assert mask.tolist() == [0.0] * (LENGTH - 1) + [1.0]
+    assert not values[:-1].any()
+    assert state.sequence("fresh", 41 * DAY, row)[1].sum() == 2, "who is younger stays"
+
+
 def test_the_protocol_has_its_15_features_under_their_names() -> None:
     assert len(HANDBOOK) == 15
     assert {"TX_AMOUNT", "CUSTOMER_ID_AVG_AMOUNT_7DAY_WINDOW", "TERMINAL_ID_RISK_30DAY_WINDOW"} <= set(HANDBOOK)

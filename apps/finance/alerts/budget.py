@@ -21,8 +21,8 @@ ALERT, PASS, ATTACHED, KNOWN = "alert", "pass", "attached", "known"
 """Decisions: a new alert; no alert; the card has an alert today already; the card is known as compromised."""
 DEFAULT_BUDGET = 100
 HISTORY_DAYS = 7
-KEPT = 10
-"""Of a past day the cards with the highest scores are kept, this many times the budget."""
+KEPT, KEPT_AT_LEAST = 10, 20_000
+"""Of a past day the highest scores are kept, this many times the budget."""
 REFRESH = 600 * SECOND
 FIRST_THRESHOLD = 0.5
 LEARN_TRANSACTIONS = 300
@@ -48,6 +48,12 @@ class _Day:
     def __init__(self) -> None:
         self.times, self.scores, self.cards = array("q"), array("d"), array("q")
         self.alerted: set[Hashable] = set()
+
+    def keep(self, rows: NDArray[np.int64]) -> None:
+        """Drop all but `rows`; who was alerted stays."""
+        for name in ("times", "scores", "cards"):
+            values = getattr(self, name)
+            setattr(self, name, array(values.typecode, np.array(values)[rows].tobytes()))
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
         return np.array(self.times), np.array(self.scores), np.array(self.cards)
@@ -177,7 +183,8 @@ class AlertBudget:
             self._past_of, self._past = today, []
             for number in sorted(n for n in self._days if today - HISTORY_DAYS <= n < today):
                 times, scores, cards = self._days[number].arrays()
-                kept = np.argsort(-scores, kind="stable")[: KEPT * self.budget]
+                kept = np.argsort(-scores, kind="stable")[: max(KEPT * self.budget, KEPT_AT_LEAST)]
+                self._days[number].keep(kept)
                 self._past.append((times[kept], scores[kept], cards[kept]))
             if sum(len(scores) for _, scores, _ in self._past) < LEARN_TRANSACTIONS:
                 self._past = []

@@ -10,6 +10,8 @@ from apps.finance.features.schema import CUSTOMER_SPAN, FEATURES
 
 LENGTH = 8
 """Transactions in a sequence: the present one, last, and up to seven before it within 30 days."""
+BLOCK = 1024
+NEVER = np.iinfo(np.int64).min // 2
 
 
 def sequence_rows(table: pl.DataFrame) -> NDArray[np.int64]:
@@ -36,14 +38,20 @@ def gather(features: NDArray[np.float32], rows: NDArray[np.int64]) -> tuple[NDAr
 
 
 class SequenceState:
-    """The last transactions' features of every customer."""
+    """The last transactions' features of every customer, in blocks that many customers share."""
 
     def __init__(self) -> None:
-        self._recent: dict[object, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+        self._slots: dict[object, int] = {}
+        self._free: list[int] = []
+        self._blocks: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
 
     def sequence(self, customer: object, time: int, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Values (LENGTH, len(FEATURES)) and mask (LENGTH,) with the present transaction last; it is remembered."""
-        times, values = self._recent.get(customer) or self._new(customer)
+        slot = self._slots.get(customer)
+        if slot is None:
+            slot = self._slots[customer] = self._take()
+        block_times, block_values = self._blocks[slot // BLOCK]
+        times, values = block_times[slot % BLOCK], block_values[slot % BLOCK]
         times[:-1], values[:-1] = times[1:], values[1:]
         times[-1], values[-1] = time, features
         mask = (times > time - CUSTOMER_SPAN).astype(np.float32)
@@ -51,10 +59,15 @@ class SequenceState:
 
     def forget(self, before: int) -> None:
         """Drop customers whose last transaction is older than `before` [us] less their span."""
-        for customer in [c for c, (times, _) in self._recent.items() if times[-1] < before - CUSTOMER_SPAN]:
-            del self._recent[customer]
+        for customer, slot in list(self._slots.items()):
+            times, values = (block[slot % BLOCK] for block in self._blocks[slot // BLOCK])
+            if times[-1] < before - CUSTOMER_SPAN:
+                times[:], values[:] = NEVER, 0
+                self._free.append(self._slots.pop(customer))
 
-    def _new(self, customer: object) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        made = (np.full(LENGTH, np.iinfo(np.int64).min // 2), np.zeros((LENGTH, len(FEATURES)), np.float32))
-        self._recent[customer] = made
-        return made
+    def _take(self) -> int:
+        if not self._free:
+            first = len(self._blocks) * BLOCK
+            self._blocks.append((np.full((BLOCK, LENGTH), NEVER), np.zeros((BLOCK, LENGTH, len(FEATURES)), np.float32)))
+            self._free.extend(range(first + BLOCK - 1, first - 1, -1))
+        return self._free.pop()

@@ -40,7 +40,7 @@ class _Customer:
     __slots__ = ("amounts", "times")
 
     def __init__(self) -> None:
-        self.times, self.amounts = array("q"), array("q")
+        self.times, self.amounts = array("q"), array("I")
 
 
 class _Terminal:
