@@ -221,7 +221,10 @@ def budget() -> dict[str, Any]:
 
 
 def _hold(data: Prepared, test: np.ndarray, replayed: np.ndarray, score: np.ndarray, zero: int) -> dict[str, Any]:
-    """Replay two weeks; on the test week only cards that the protocol keeps take part, found ones drop out the next day."""
+    """Replay two weeks; on the test week only cards that the protocol keeps take part, and those found in it drop out the next day.
+
+    The week of delay only shows the rule what scores look like: the offline figure knows nothing of alerts in it.
+    """
     rule, kept = AlertBudget(BUDGET), set(test.tolist())
     times = data.table["TX_DATETIME"].dt.epoch("us").to_numpy()
     alerts: dict[int, list[int]] = {}
@@ -229,7 +232,7 @@ def _hold(data: Prepared, test: np.ndarray, replayed: np.ndarray, score: np.ndar
     for row, value in zip(replayed.tolist(), score.tolist(), strict=True):
         day = int(data.days[row])
         if day != last:
-            for found in [r for r in alerts.get(last, []) if data.labels[r]]:
+            for found in [r for r in alerts.get(last, []) if data.labels[r] and last >= zero + DELAY_DAYS]:
                 rule.mark_compromised(data.customers[found].item(), day * DAY)
             last = day
         if day >= zero + DELAY_DAYS and row not in kept:

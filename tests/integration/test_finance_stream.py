@@ -357,7 +357,7 @@ def test_evaluate_writes_the_documented_json_and_scores(commands: Commands, tmp_
     pytest.importorskip("torch")
     from sklearn.metrics import average_precision_score
 
-    commands.run("finance", "generate", "--out", tmp_path / "cards.parquet", "--rows", "24000", "--days", "50", "--seed", "2")
+    commands.run("finance", "generate", "--out", tmp_path / "cards.parquet", "--rows", "70000", "--days", "56", "--seed", "2")
     arguments = ("--train-start", "2025-01-26", "--folds", "2", "--scores", tmp_path / "scores.parquet", "--json", tmp_path / "r.json")
     answer = commands.run("finance", "evaluate", "--transactions", tmp_path / "cards.parquet", *arguments, timeout=500)
     assert answer.returncode == 0, answer.stderr
