@@ -58,7 +58,6 @@ def _show(result: dict[str, Any]) -> None:
 def _evaluate(transactions: Path, start: date, folds: int, train_days: int) -> tuple[dict[str, Any], Any]:
     try:
         import torch  # noqa: F401
-        import xgboost  # noqa: F401
     except ImportError as error:
         raise UsageError(f"this command trains models and needs torch ({error}); install it with pip install 'triscope[train]'") from error
     from apps.finance.evaluation.evaluate import evaluate as run

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ from apps.finance.messages import (
 )
 from apps.finance.scoring.scorer import FraudScorer
 from apps.finance.store import FinanceStore, Transaction, storable
+from apps.finance.transactions.event_time import rfc3339
 from apps.finance.transactions.table import EARLIEST_YEAR, LARGEST_MINOR
 from pipelines import Log, Message, Outgoing, PermanentError, PipelineError, Topic
 from pipelines.messages import child_traceparent, now_rfc3339
@@ -312,12 +313,6 @@ class FinanceService:
         """Take over a budget that the analyst changed."""
         self.engine().budget.change(self.store.budget())
 
-    def score_table(
-        self, transactions: pl.DataFrame, watch: Callable[[Iterable[int]], Iterable[int]] = lambda parts: parts
-    ) -> pl.DataFrame:
-        """Scores and reasons of a table in the handbook's columns: TRANSACTION_ID, score, boosting, sequence, reasons."""
-        return score_table(transactions, self.scorer(), watch)
-
     def close(self) -> None:
         """Note what was published and free the engines."""
         self.flush()
@@ -355,12 +350,6 @@ def parse_time(text: str) -> int:
     if when.year < EARLIEST_YEAR:
         raise PermanentError(f"event_time {text[:40]!r} lies before {EARLIEST_YEAR}; check the sender's clock")
     return round(when.timestamp() * SECOND)
-
-
-def rfc3339(time_us: int) -> str:
-    """Microseconds since the epoch -> RFC 3339 in UTC."""
-    whole = datetime.fromtimestamp(time_us // SECOND, UTC).replace(microsecond=time_us % SECOND)
-    return whole.isoformat().replace("+00:00", "Z")
 
 
 def _alert(row: Transaction) -> AlertMessage:

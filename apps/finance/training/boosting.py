@@ -7,7 +7,7 @@ and labels that are seven days old (the features see to that).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import xgboost as xgb
@@ -54,8 +54,3 @@ def train_boosting(features: NDArray[np.float32], labels: NDArray[np.int64], rec
 def predict_margin(booster: xgb.Booster, features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Log-odds (N,)."""
     return np.asarray(booster.inplace_predict(features, predict_type="margin"), np.float64)
-
-
-def describe(recipe: BoostingRecipe) -> dict[str, float]:
-    """The recipe for a card."""
-    return asdict(recipe)

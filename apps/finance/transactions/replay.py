@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 import msgspec
 import polars as pl
 
 from apps.finance.features.schema import LABEL_DELAY, SECOND
 from apps.finance.messages import LABELS, TRANSACTIONS, LabelMessage, TransactionMessage
+from apps.finance.transactions.event_time import rfc3339
 from apps.finance.transactions.table import LABEL
 from pipelines import Log, Outgoing
 
@@ -95,13 +95,9 @@ def _rows(table: pl.DataFrame, moved: int) -> Iterator[tuple[str, int, str, str,
     yield from columns.iter_rows()
 
 
-def _time(event_us: int) -> str:
-    return datetime.fromtimestamp(event_us // SECOND, UTC).replace(microsecond=event_us % SECOND).isoformat().replace("+00:00", "Z")
-
-
 def _transaction(row: tuple[str, int, str, str, int, int | None]) -> Outgoing:
-    return TRANSACTIONS.outgoing(TransactionMessage(row[0], _time(row[1]), row[2], row[3], row[4]), SOURCE)
+    return TRANSACTIONS.outgoing(TransactionMessage(row[0], rfc3339(row[1]), row[2], row[3], row[4]), SOURCE)
 
 
 def _label(row: tuple[str, int, str, str, int, int | None]) -> Outgoing:
-    return LABELS.outgoing(LabelMessage(row[0], _time(row[1] + LABEL_DELAY), bool(row[5]), "replay"), SOURCE)
+    return LABELS.outgoing(LabelMessage(row[0], rfc3339(row[1] + LABEL_DELAY), bool(row[5]), "replay"), SOURCE)
