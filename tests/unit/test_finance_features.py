@@ -111,8 +111,24 @@ def test_a_label_that_is_taken_back_is_forgotten() -> None:
     state.label(0, "shop", 1, True)
     state.label(0, "shop", 1, False)
     assert state.observe(8 * DAY, "b", "shop", 100, 2)[INDEX["TERMINAL_NB_ORDINARY_FRAUD"]] == 0
-    assert not state.label(0, "shop", 99, True), "another transaction"
+    assert not state.label(1, "shop", 1, True), "another instant"
     assert not state.label(0, "nowhere", 1, True)
+
+
+@pytest.mark.parametrize("labelled", range(3))
+def test_of_transactions_at_one_instant_the_one_that_was_meant_is_labelled(labelled: int) -> None:
+    """Three cards at one terminal at one instant, each with another amount against its habit: only one is high."""
+    state = FeatureState()
+    for card in range(3):
+        state.observe(0, f"card {card}", "elsewhere", 1000, card)
+    for card, amount in enumerate((1000, 9000, 1000)):
+        state.observe(DAY, f"card {card}", "shop", amount, 10 + card)
+    assert state.label(DAY, "shop", 10 + labelled, True)
+    seen = state.observe(9 * DAY, "another", "shop", 100, 99)
+    assert seen[INDEX["TERMINAL_NB_HIGH_FRAUD"]] == (1 if labelled == 1 else 0)
+    assert seen[INDEX["TERMINAL_NB_ORDINARY_FRAUD"]] == (0 if labelled == 1 else 1)
+    state.label(DAY, "shop", 10 + labelled, False)
+    assert state.observe(9 * DAY, "another", "shop", 100, 98)[INDEX["TERMINAL_RISK_LAST_5"]] == 0
 
 
 def test_state_does_not_grow_with_time() -> None:

@@ -124,6 +124,17 @@ def test_a_crop_is_segmented_in_place_whatever_its_axis_order(flip: tuple[int, .
     assert toward_front > 5
 
 
+@pytest.mark.parametrize("shape", [(35, 50, 36), (36, 51, 37), (48, 64, 48)])
+def test_a_crop_of_one_millimetre_is_seen_as_it_is(shape: tuple[int, int, int]) -> None:
+    """Nothing is interpolated, whether its sides are odd or even."""
+    voxels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    volume = Volume(voxels, np.eye(4))
+    centre, axes = hippocampus._crop_pose(volume)
+    values, inside = hippocampus._sampled(volume, hippocampus._frame(axes, centre))
+    assert inside.sum() == voxels.size
+    np.testing.assert_allclose(values[inside], place_in_window(voxels)[inside], atol=1e-5)
+
+
 def test_a_refused_case_counts_as_an_empty_answer(tmp_path: Path) -> None:
     flat = np.random.default_rng(0).normal(0, 0.01, (40, 50, 40)).astype(np.float32).clip(-0.01, 0.01)
     labels = np.zeros(flat.shape, np.uint8)

@@ -49,11 +49,12 @@ class _Day:
         self.times, self.scores, self.cards = array("q"), array("d"), array("q")
         self.alerted: set[Hashable] = set()
 
-    def keep(self, rows: NDArray[np.int64]) -> None:
-        """Drop all but `rows`; who was alerted stays."""
+    def trim(self, number: int) -> None:
+        """Keep the `number` highest scores, in descending order; who was alerted stays."""
+        kept = np.argsort(-np.array(self.scores), kind="stable")[:number]
         for name in ("times", "scores", "cards"):
             values = getattr(self, name)
-            setattr(self, name, array(values.typecode, np.array(values)[rows].tobytes()))
+            setattr(self, name, array(values.typecode, np.array(values)[kept].tobytes()))
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
         return np.array(self.times), np.array(self.scores), np.array(self.cards)
@@ -160,9 +161,14 @@ class AlertBudget:
             day = self._days[number] = _Day()
             for old in [n for n in self._days if n < number - HISTORY_DAYS - 1]:
                 del self._days[old]
+            for past in (n for n in self._days if n < number):
+                self._days[past].trim(self._kept())
             if len(self._codes) > 100_000:
                 self._recode()
         return day
+
+    def _kept(self) -> int:
+        return max(KEPT * self.budget, KEPT_AT_LEAST)
 
     def _recode(self) -> None:
         """Forget the codes of cards that no kept day holds."""
@@ -182,10 +188,8 @@ class AlertBudget:
         if self._past_of != today:
             self._past_of, self._past = today, []
             for number in sorted(n for n in self._days if today - HISTORY_DAYS <= n < today):
-                times, scores, cards = self._days[number].arrays()
-                kept = np.argsort(-scores, kind="stable")[: max(KEPT * self.budget, KEPT_AT_LEAST)]
-                self._days[number].keep(kept)
-                self._past.append((times[kept], scores[kept], cards[kept]))
+                self._days[number].trim(self._kept())
+                self._past.append(self._days[number].arrays())
             if sum(len(scores) for _, scores, _ in self._past) < LEARN_TRANSACTIONS:
                 self._past = []
             self._whole_day = (

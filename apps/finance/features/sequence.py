@@ -51,11 +51,13 @@ class SequenceState:
         if slot is None:
             slot = self._slots[customer] = self._take()
         block_times, block_values = self._blocks[slot // BLOCK]
-        times, values = block_times[slot % BLOCK], block_values[slot % BLOCK]
-        times[:-1], values[:-1] = times[1:], values[1:]
-        times[-1], values[-1] = time, features
-        mask = (times > time - CUSTOMER_SPAN).astype(np.float32)
-        return values * mask[:, None], mask
+        times, past = block_times[slot % BLOCK], block_values[slot % BLOCK]
+        mask = np.ones(LENGTH, np.float32)
+        mask[:-1] = times > time - CUSTOMER_SPAN
+        values = np.concatenate((past, features[None])) * mask[:, None]
+        times[:-1], past[:-1] = times[1:], past[1:]
+        times[-1], past[-1] = time, features
+        return values, mask
 
     def forget(self, before: int) -> None:
         """Drop customers whose last transaction is older than `before` [us] less their span."""
@@ -68,6 +70,7 @@ class SequenceState:
     def _take(self) -> int:
         if not self._free:
             first = len(self._blocks) * BLOCK
-            self._blocks.append((np.full((BLOCK, LENGTH), NEVER), np.zeros((BLOCK, LENGTH, len(FEATURES)), np.float32)))
+            past = LENGTH - 1
+            self._blocks.append((np.full((BLOCK, past), NEVER), np.zeros((BLOCK, past, len(FEATURES)), np.float32)))
             self._free.extend(range(first + BLOCK - 1, first - 1, -1))
         return self._free.pop()

@@ -7,7 +7,7 @@ order within that time; those of one customer arrive in order of event time, tie
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable
 
 from apps.finance.features.schema import (
@@ -44,12 +44,12 @@ class _Customer:
 
 
 class _Terminal:
-    """Times [us], transaction keys and marks of a terminal's last transactions, in order."""
+    """Times [us] and marks of a terminal's last transactions, in order; bit i of `high`: whether the i-th is high."""
 
-    __slots__ = ("high", "keys", "marks", "times")
+    __slots__ = ("high", "marks", "times")
 
     def __init__(self) -> None:
-        self.times, self.keys, self.marks, self.high = array("q"), array("I"), bytearray(), bytearray()
+        self.times, self.marks, self.high = array("q"), bytearray(), 0
 
 
 def transaction_key(transaction_id: str | int) -> int:
@@ -63,6 +63,8 @@ class FeatureState:
     def __init__(self) -> None:
         self._customers: dict[Hashable, _Customer] = {}
         self._terminals: dict[Hashable, _Terminal] = {}
+        self._ties: dict[tuple[Hashable, int], list[int]] = {}
+        """Keys of the transactions that a terminal saw at one instant, in order, but for the first of them."""
         self.clock: int | None = None
         """Where the stream stands [us]; nothing younger than its windows is dropped. None: at each transaction."""
 
@@ -103,24 +105,28 @@ class FeatureState:
         if known is None:
             known = self._terminals[terminal] = _Terminal()
         at = bisect_right(known.times, time)
+        if at and known.times[at - 1] == time:
+            self._ties.setdefault((terminal, time), []).append(key)
         known.times.insert(at, time)
-        known.keys.insert(at, key)
-        known.high.insert(at, high)
+        known.high = known.high >> at << at + 1 | high << at | known.high & ~(-1 << at)
         known.marks.insert(at, (HIGH_FRAUD if high else ORDINARY_FRAUD) if fraud else GENUINE)
         old = bisect_right(known.times, self._horizon(time, TERMINAL_SPAN + LATE))
         if old > TRIM:
-            del known.times[:old], known.keys[:old], known.high[:old], known.marks[:old]
+            del known.times[:old], known.marks[:old]
+            known.high >>= old
 
     def label(self, time: int, terminal: Hashable, key: int, fraud: bool) -> bool:
-        """Set the label of a transaction; False where the terminal does not hold it (any more)."""
+        """Set the label of a transaction that was observed; False where the terminal does not hold it (any more)."""
         known = self._terminals.get(terminal)
         if known is None:
             return False
-        for at in range(bisect_right(known.times, time - 1), bisect_right(known.times, time)):
-            if known.keys[at] == key:
-                known.marks[at] = (HIGH_FRAUD if known.high[at] else ORDINARY_FRAUD) if fraud else GENUINE
-                return True
-        return False
+        at, end = bisect_left(known.times, time), bisect_right(known.times, time)
+        if at == end:
+            return False
+        later = self._ties.get((terminal, time), ())
+        at += later.index(key) + 1 if key in later else 0
+        known.marks[at] = (HIGH_FRAUD if known.high >> at & 1 else ORDINARY_FRAUD) if fraud else GENUINE
+        return True
 
     def forget(self, before: int) -> None:
         """Drop customers and terminals that no transaction at `before` [us] or later can ask for."""
@@ -128,6 +134,8 @@ class FeatureState:
             del self._customers[customer]
         for terminal in [k for k, t in self._terminals.items() if t.times[-1] < before - TERMINAL_SPAN]:
             del self._terminals[terminal]
+        for tie in [tie for tie in self._ties if tie[1] < before - TERMINAL_SPAN - LATE]:
+            del self._ties[tie]
 
     def sizes(self) -> tuple[int, int]:
         """Customers and terminals that are held."""

@@ -215,11 +215,16 @@ def _rounded(values: Sequence[float]) -> str:
 
 
 def _crop_pose(volume: Volume) -> tuple[Array, Array]:
-    """The middle of the image and the directions of its axes, in the order and sense nearest to RAS."""
+    """Where the window's middle goes in a crop, and the directions of its axes, in the order and sense nearest to RAS.
+
+    The window has an even number of voxels: along an axis with an odd number its middle lies half a voxel on,
+    so that a crop of 1 mm voxels is seen as it is and nothing is interpolated.
+    """
     linear = volume.affine[:3, :3] / np.array(volume.spacing_mm)
     order = [int(i) for i in _nearest_axes(linear)]
     axes = np.stack([linear[:, i] * np.sign(linear[row, i]) for row, i in enumerate(order)], axis=1)
-    middle = (np.array(volume.voxels.shape) - 1) / 2
+    shape = np.array(volume.voxels.shape)
+    middle = (shape - 1 + shape % 2) / 2
     return volume.affine[:3, :3] @ middle + volume.affine[:3, 3], axes
 
 
@@ -234,7 +239,7 @@ def _nearest_axes(linear: Array) -> list[int]:
 
 
 def _frame(axes: Array, centre: Array) -> Array:
-    """Window index -> mm, with the window's middle at `centre`, snapped to half voxels of the window."""
+    """Window index -> mm, with the window's middle at `centre`."""
     frame = np.eye(4)
     frame[:3, :3] = axes
     frame[:3, 3] = centre - axes @ ((np.array(WINDOW) - 1) / 2)
