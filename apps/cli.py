@@ -15,6 +15,8 @@ from apps.common.logs import configure_logs, redact
 from apps.common.settings import load_settings
 from apps.finance.cli import app as finance
 from apps.finance.errors import FinanceError
+from apps.industrial.cli import app as industrial
+from apps.industrial.errors import IndustrialError
 from apps.medical.cli import app as medical
 from apps.medical.errors import MedicalError
 from pipelines.errors import PipelineError
@@ -25,6 +27,7 @@ model_app = typer.Typer(no_args_is_help=True, help="The models of this installat
 pipeline_app = typer.Typer(no_args_is_help=True, help="The log: topics, lag.")
 app.add_typer(medical, name="medical")
 app.add_typer(finance, name="finance")
+app.add_typer(industrial, name="industrial")
 app.add_typer(model_app, name="model")
 app.add_typer(pipeline_app, name="pipeline")
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
@@ -148,7 +151,7 @@ def main() -> None:
     """Run the command; errors of input and usage become one line and exit code 2."""
     try:
         app()
-    except (TriscopeError, MedicalError, FinanceError, PipelineError, SharedRuntimeError) as error:
+    except (TriscopeError, MedicalError, FinanceError, IndustrialError, PipelineError, SharedRuntimeError) as error:
         sys.stderr.write("triscope: " + redact(" ".join(str(error).split())) + "\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

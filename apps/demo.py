@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,12 @@ from apps.finance.service import FinanceService
 from apps.finance.transactions.generate import Generator, Population
 from apps.finance.transactions.replay import replay_table
 from apps.finance.worker import run_worker as run_finance_worker
+from apps.industrial.acquisition.generated import GeneratedSource
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.images import png
+from apps.industrial.service import IndustrialService
+from apps.industrial.worker import run_worker as run_industrial_worker
 from apps.medical.bootstrap import open_medical
 from apps.medical.service import MedicalService
 from apps.medical.store import DONE
@@ -35,6 +42,8 @@ HEAD_SAMPLE = "head_t1_dicom.zip"
 CARDS = Population(customers=150, terminals=300)
 HISTORY_DAYS, LIVE_DAYS, LIVE_A_SECOND = 40, 10, 3.0
 """Simulated cards: so many days are decided at once, then more come live while the pages are open."""
+PART, PART_TEXTURE, GOOD_PARTS, FIRST_PARTS, PARTS_A_SECOND = "demo-brushed", "brushed", 48, 60, 1.0
+"""Generated parts of a brushed plate: so many good ones to teach from, so many inspected at once, then more come live."""
 CARD_BUDGET, CARD_SEED, CARD_INTENSITY = 5, 4, 4.0
 
 
@@ -64,7 +73,10 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     finance, finance_log = open_finance(settings)
     _, live = _cards()
     speed = LIVE_A_SECOND * LIVE_DAYS * 86_400 / max(len(live), 1)
+    industrial, industrial_log = open_industrial(settings)
     threads = [
+        threading.Thread(target=run_industrial_worker, args=(industrial, industrial_log, stop), name="industrial-worker"),
+        threading.Thread(target=_live_parts, args=(industrial, stop), name="live-parts"),
         threading.Thread(target=run_finance_worker, args=(finance, finance_log, stop), name="finance-worker"),
         threading.Thread(target=replay_table, args=(live, finance_log), kwargs={"speed": speed, "stop": stop}, name="live-cards"),
     ]
@@ -78,6 +90,8 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
             thread.join()
         finance.close()
         finance_log.close()
+        industrial.close()
+        industrial_log.close()
         medical_log.close()
 
 
@@ -89,10 +103,15 @@ def _summary(settings: Settings, stop: threading.Event, started: float, report: 
     finance = _finance(cards, log, stop, report)
     cards.close()
     log.close()
+    line, log = open_industrial(settings)
+    industrial = _industrial(line, log, stop, report)
+    line.close()
+    log.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "medical": medical,
         "finance": finance,
+        "industrial": industrial,
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_mib": round(peak, 1),
         "host": msgspec.to_builtins(host()),
@@ -141,6 +160,48 @@ def _finance(service: FinanceService, log: Log, stop: threading.Event, report: C
         "plan": {s.model.name: msgspec.to_builtins(s.plan) for s in (service.scorer().boosting, service.scorer().sequence)},
         "stages_seconds": {k: round(v, 3) for k, v in (service.engine().seconds | service.seconds).items()},
         "seconds": round(seconds, 2),
+    }
+
+
+def _live_parts(service: IndustrialService, stop: threading.Event) -> None:
+    for frame in GeneratedSource(PART_TEXTURE, per_second=PARTS_A_SECOND, seed=int(time.time())).frames(stop):
+        service.submit(frame.content, PART, "demo", frame.serial, "demo", frame.time)
+
+
+def _industrial(service: IndustrialService, log: Log, stop: threading.Event, report: Callable[[str], None]) -> dict[str, Any]:
+    start = time.monotonic()
+    report(f"industrial: a recipe from {GOOD_PARTS} generated good parts, then {FIRST_PARTS} parts through the log ...")
+    if PART not in service.recipes.names():
+        with tempfile.TemporaryDirectory() as folder:
+            samples = []
+            for number, (image, _) in enumerate(GeneratedSource(PART_TEXTURE, GOOD_PARTS, defect_share=0.0, seed=1).parts()):
+                path = Path(folder) / f"{number:03d}.png"
+                path.write_bytes(png(image))
+                samples.append(Sample(path, "good"))
+            service.teach(PART, samples, actor="demo")
+    taught = time.monotonic() - start
+    sent = {}
+    for frame in GeneratedSource(PART_TEXTURE, FIRST_PARTS, seed=2).frames(stop):
+        sent[service.submit(frame.content, PART, "demo", frame.serial, "demo", frame.time)] = "-" in frame.serial
+    counts = run_industrial_worker(service, log, stop, until_idle=True).counts
+    found = {frame: part.verdict.verdict for frame in sent if (part := service.store.find(frame)) is not None}
+    defective = [frame for frame, bad in sent.items() if bad]
+    caught = sum(found.get(frame) in ("review", "fail") for frame in defective)
+    passed = sum(found.get(frame) == "pass" for frame, bad in sent.items() if not bad)
+    report(f"industrial: {caught} of {len(defective)} defective parts held, {passed} of {len(sent) - len(defective)} good ones passed")
+    session = service.inspector(PART).session
+    return {
+        "recipe": PART,
+        "parts": len(found),
+        "dead_letters": counts.dead,
+        "verdicts": {v: sum(x == v for x in found.values()) for v in ("pass", "review", "fail")},
+        "defective": len(defective),
+        "defective_held": caught,
+        "good_passed": passed,
+        "model": {session.model.name: session.model.version},
+        "plan": {session.model.name: msgspec.to_builtins(session.plan)},
+        "stages_seconds": {"teach": round(taught, 3), "inspect": round(time.monotonic() - start - taught, 3)},
+        "seconds": round(time.monotonic() - start, 2),
     }
 
 

@@ -7,6 +7,8 @@ from PIL import Image, ImageDraw
 
 from apps.finance.ui.page import page as finance_page
 from apps.finance.ui.summary import summary as finance_summary
+from apps.industrial.ui.page import page as industrial_page
+from apps.industrial.ui.summary import summary as industrial_summary
 from apps.medical.ui.page import page as medical_page
 from apps.medical.ui.summary import summary as medical_summary
 
@@ -18,6 +20,8 @@ def overview() -> None:
     medical_summary()
     st.subheader("Finance")
     finance_summary()
+    st.subheader("Industrial")
+    industrial_summary()
 
 
 def icon() -> Image.Image:
@@ -36,12 +40,14 @@ def start() -> None:
     overview()
     st.page_link(PAGES[1], label="Open the medical page", icon=":material/neurology:")
     st.page_link(PAGES[2], label="Open the finance page", icon=":material/credit_card:")
+    st.page_link(PAGES[3], label="Open the industrial page", icon=":material/precision_manufacturing:")
 
 
 PAGES = [
     st.Page(start, title="Start", icon=":material/home:", default=True),
     st.Page(medical_page, title="Medical", icon=":material/neurology:", url_path="medical"),
     st.Page(finance_page, title="Finance", icon=":material/credit_card:", url_path="finance"),
+    st.Page(industrial_page, title="Industrial", icon=":material/precision_manufacturing:", url_path="industrial"),
 ]
 st.set_page_config(page_title="Triscope", page_icon=icon(), layout="wide")
 st.navigation(PAGES, position="top").run()

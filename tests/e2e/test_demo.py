@@ -23,6 +23,11 @@ def test_the_demo_without_pages_writes_a_summary(commands: Commands, tmp_path: P
     assert cards["alerts"] > 50
     assert cards["matured_alerts_fraud"] > 0.5 * cards["matured_alerts"] > 10
     assert cards["newest_alert"]["reasons"]
+    parts = whole["industrial"]
+    assert parts["parts"] == 60
+    assert parts["dead_letters"] == 0
+    assert parts["defective_held"] >= 0.7 * parts["defective"] > 3
+    assert parts["good_passed"] >= 40
     summary = whole["medical"]
     assert summary["status"] == "done"
     assert summary["volumes_ml"]["left hippocampus"] > 1

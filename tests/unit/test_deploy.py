@@ -33,7 +33,7 @@ def exists(words: list[str]) -> bool:
 
 
 def test_there_are_services_of_ours() -> None:
-    assert set(OURS) == {"worker", "finance-worker", "listener", "pages"}
+    assert set(OURS) == {"worker", "finance-worker", "industrial-worker", "listener", "pages"}
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,0 +1,56 @@
+"""Two thresholds from good parts that were held back: above the first a person looks, above the second the part fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from scipy import stats
+
+REVIEW_RATE, FAIL_RATE = 0.05, 0.01
+
+
+class Threshold(msgspec.Struct, frozen=True):
+    """A limit of the score, the share of good parts that is expected above it, and the 95 % interval of that share."""
+
+    value: float
+    expected: float
+    interval: tuple[float, float]
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """`review` and `fail` thresholds, from `parts` good parts that were held back."""
+
+    review: Threshold
+    fail: Threshold
+    parts: int
+
+
+def calibrate(scores: Sequence[float], review_rate: float = REVIEW_RATE, fail_rate: float = FAIL_RATE) -> Calibration:
+    """Thresholds from the scores of good parts that the statistics did not see.
+
+    A threshold that k of n parts exceed has an expected rate of (k + 1) / (n + 1) with a Beta distribution (order
+    statistics). Where n is too small for the wanted rate the limit lies beyond the largest score, by the spread
+    of the upper tail; the rate stated is then the one that n parts can prove.
+    """
+    values = np.sort(np.asarray(scores, float))
+    n = len(values)
+    fail = _threshold(values, fail_rate)
+    review = _threshold(values, review_rate)
+    if review.value >= fail.value:
+        review = msgspec.structs.replace(review, value=float(np.nextafter(fail.value, -np.inf)))
+    return Calibration(review, fail, n)
+
+
+def _threshold(values: np.ndarray, rate: float) -> Threshold:
+    n = len(values)
+    above = int(np.floor(rate * (n + 1))) - 1
+    if above >= 0:
+        value = float(values[n - 1 - above])
+    else:
+        above = 0
+        tail = float(np.diff(np.percentile(values, (50, 90)))[0]) / np.log(5)
+        value = float(values[-1] + max(0.0, tail * np.log(1 / (rate * (n + 1)))))
+    low, high = stats.beta.ppf((0.025, 0.975), above + 1, n - above)
+    return Threshold(value, (above + 1) / (n + 1), (float(low), float(high)))

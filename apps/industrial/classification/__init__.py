@@ -1,0 +1,1 @@
+"""The kind of a defect, from few samples a kind."""

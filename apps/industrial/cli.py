@@ -1,0 +1,355 @@
+"""`triscope industrial`: teach, inspect, evaluate, station, submit, feed, generate, recipes, train, ui."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import msgspec
+import typer
+from rich.progress import Progress
+
+from apps.common.command_line import console, progress, stop_on_signals, write_json
+from apps.common.errors import UsageError
+from apps.common.settings import load_settings
+from apps.industrial.errors import InputError
+from shared_runtime.host import host
+
+app = typer.Typer(no_args_is_help=True, help="Inspection stations: taught from good parts, pass / review / fail with a defect map.")
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
+RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Letters, digits, '-' and '_'.")]
+Defects = Annotated[
+    Optional[Path],
+    typer.Option("--defects", metavar="DIR", help="Labelled defects: test/KIND with ground_truth/KIND, boxes.csv, or neither."),
+]
+Seconds = Annotated[Optional[float], typer.Option("--seconds", min=1, help="How long to learn from labelled defects.")]
+Device = Annotated[str, typer.Option("--device", help="Where to learn: auto, cuda or cpu.")]
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A progress bar a step, where standard error is a terminal."""
+    with Progress(console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(step: str, share: float) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=1.0)
+            bars.update(tasks[step], completed=share)
+
+        yield report
+
+
+def _device(device: str) -> str:
+    if device not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device is {device!r}; expected auto, cuda or cpu")
+    return device
+
+
+@app.command()
+def teach(
+    good: Annotated[Path, typer.Option(metavar="DIR", help="Images of good parts.")],
+    recipe: RecipeName,
+    defects: Defects = None,
+    seconds: Seconds = None,
+    device: Device = "auto",
+    from_line: Annotated[bool, typer.Option("--from-line", help="Add the parts that the operator decided on.")] = False,
+    json: Json = None,
+) -> None:
+    """Teach a recipe from good parts, and from labelled defects where there are some."""
+    from apps.industrial.bootstrap import open_industrial
+    from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+
+    service, log = open_industrial(load_settings().settings)
+    samples = good_samples(good)
+    bad = labelled_samples(defects, defects_only=True) if defects else []
+    with tempfile.TemporaryDirectory() as folder, _bars() as report:
+        if from_line:
+            more_good, more_bad = service.learned_from_line(recipe, Path(folder))
+            samples, bad = samples + more_good, bad + more_bad
+        taught = service.teach(recipe, samples, bad, seconds=seconds, device=_device(device), report=report)
+    service.close()
+    log.close()
+    facts = taught.recipe.facts
+    for name, threshold in (("review", facts.calibration.review), ("fail", facts.calibration.fail)):
+        low, high = threshold.interval
+        console.print(
+            f"{name:6} above {threshold.value:6.2f}: expected of good parts {100 * threshold.expected:.1f} % "
+            f"({100 * low:.1f}-{100 * high:.1f} %)"
+        )
+    for name, why in taught.skipped:
+        console.print(f"[yellow]left out[/yellow] {name}: {why}")
+    for name in taught.outliers:
+        console.print(f"[yellow]stands apart:[/yellow] {name}")
+    for warning in facts.warnings:
+        console.print(f"[yellow]check:[/yellow] {warning}")
+    console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {sum(taught.seconds.values()):.1f} s")
+    if not facts.defects:
+        console.print("a few labelled defects help a lot: add them with --defects DIR (docs/benchmarks.md shows what 5, 20 and 50 bring)")
+    write_json(
+        {
+            "recipe": msgspec.to_builtins(facts),
+            "outliers": taught.outliers,
+            "skipped": taught.skipped,
+            "seconds": {k: round(v, 2) for k, v in taught.seconds.items()},
+        },
+        json,
+    )
+
+
+@app.command()
+def inspect(
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="An image or a folder of images.")],
+    recipe: RecipeName,
+    out: Annotated[Optional[Path], typer.Option("--out", metavar="DIR", help="Folder for the pictures with defect map and boxes.")] = None,
+    json: Json = None,
+) -> None:
+    """Judge one image or each of a folder: verdict, score, boxes, picture."""
+    from apps.industrial.bootstrap import open_recipes, open_session
+    from apps.industrial.images import image_files, png, read_image
+    from apps.industrial.inspection.inspector import Inspector, overlay
+
+    settings = load_settings().settings
+    loaded = open_recipes(settings).load(recipe)
+    if input.is_dir() and not image_files(input):
+        raise InputError(f"{input} holds no image; expected pictures of parts")
+    paths = image_files(input) if input.is_dir() else [input]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    found, refused = [], []
+    with open_session(settings, loaded.model) as session:
+        inspector = Inspector(loaded, session)
+        for path in progress(paths, "inspecting", len(paths)):
+            try:
+                image = read_image(path)
+            except InputError as error:
+                if not input.is_dir():
+                    raise
+                refused.append({"path": path.name, "reason": str(error)})
+                console.print(f"[yellow]refused[/yellow] {path.name}: {error}")
+                continue
+            result = inspector.inspect(image)
+            picture = ""
+            if out is not None:
+                picture = f"{path.stem}.inspected.png"
+                (out / picture).write_bytes(png(overlay(image, result)))
+            entry = {"path": path.name, "verdict": result.verdict, "score": round(result.score, 5), "reasons": list(result.reasons)}
+            found.append(entry | {"boxes": msgspec.to_builtins(result.boxes), "kind": result.kind, "picture": picture})
+            console.print(f"{path.name:40} {result.verdict.upper():7} {result.score:7.2f}  {result.kind} {'; '.join(result.reasons)}")
+    write_json({"recipe": recipe, "images": found, "refused": refused}, json)
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Option(metavar="DIR", help="train/good, test/KIND, ground_truth/KIND.")],
+    defects: Defects = None,
+    seconds: Seconds = None,
+    device: Device = "auto",
+    scores: Annotated[Optional[Path], typer.Option(metavar="FILE", help="CSV with path, score, verdict.")] = None,
+    json: Json = None,
+) -> None:
+    """Teach from train/good (and labelled defects), judge test: AUROC of images and pixels, PRO, recall, ms."""
+    from apps.industrial.bootstrap import open_session
+    from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+    from apps.industrial.evaluation.evaluate import judge, metrics
+    from apps.industrial.inspection.inspector import Inspector
+    from apps.industrial.teaching import teach as run_teach
+
+    settings = load_settings().settings
+    tests = labelled_samples(dataset)
+    bad = labelled_samples(defects, defects_only=True) if defects else []
+    seen = {sample.path.resolve() for sample in bad}
+    kept = [sample for sample in tests if sample.path.resolve() not in seen]
+    if len(kept) < len(tests):
+        console.print(f"{len(tests) - len(kept)} images that it learned from are left out of the test")
+    with _bars() as report:
+        good = good_samples(dataset / "train" / "good")
+        taught = run_teach(
+            "evaluation", good, bad, lambda m: open_session(settings, m), seconds=seconds, device=_device(device), report=report
+        )
+    with open_session(settings, taught.recipe.model) as session:
+        judged = judge(Inspector(taught.recipe, session), kept, lambda items: progress(items, "judging", len(items)))
+        model = {"name": session.model.name, "sha256": session.model.sha256, "bytes": session.model.graph.stat().st_size}
+        plan = msgspec.to_builtins(session.plan)
+    result = metrics(judged)
+    names = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "ms_per_image")
+    for name in names:
+        console.print(f"{name:20} {result[name]}")
+    if scores is not None:
+        scores.parent.mkdir(parents=True, exist_ok=True)
+        with scores.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("path", "score", "verdict"))
+            writer.writerows((str(j.sample.path.relative_to(dataset)), f"{j.score:.6f}", j.verdict) for j in judged)
+    about = {"good": taught.recipe.facts.good, "defects": taught.recipe.facts.defects, "seconds": taught.seconds}
+    write_json(
+        {"metrics": result, "model": model, "plan": plan, "taught": about, "images": len(judged), "host": msgspec.to_builtins(host())}, json
+    )
+
+
+@app.command()
+def station() -> None:
+    """One worker process in the foreground: industrial.frames -> industrial.verdicts and store."""
+    from apps.industrial.bootstrap import open_industrial
+    from apps.industrial.worker import run_worker
+
+    with stop_on_signals() as stop:
+        service, log = open_industrial(load_settings().settings)
+        run_worker(service, log, stop)
+        service.close()
+        log.close()
+
+
+app.command(name="stream", hidden=True, help="The same as station.")(station)
+app.command(name="worker", hidden=True, help="The same as station.")(station)
+
+
+@app.command()
+def feed(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="folder:DIR, video:FILE, camera:0, rtsp://..., genicam:FILE.cti, texture:NAME.")
+    ],
+    recipe: RecipeName,
+    station: Annotated[str, typer.Option(help="Name of the station.")] = "station-1",
+    lot: Annotated[str, typer.Option(help="Lot of the parts.")] = "",
+    policy: Annotated[str, typer.Option(help="When the log is slower: wait, drop-oldest or drop-newest.")] = "wait",
+    number: Annotated[int, typer.Option(min=0, help="End after so many frames; 0 for no end.")] = 0,
+    follow: Annotated[bool, typer.Option(help="folder: wait for new images.")] = True,
+    per_second: Annotated[float, typer.Option(min=0, help="texture: parts a second.")] = 2.0,
+    json: Json = None,
+) -> None:
+    """Send frames of a source to the line, through a bounded buffer."""
+    from apps.industrial.acquisition.base import FrameBuffer, fill
+    from apps.industrial.bootstrap import open_industrial
+
+    if policy not in ("wait", "drop-oldest", "drop-newest"):
+        raise UsageError(f"--policy is {policy!r}; expected wait, drop-oldest or drop-newest")
+    opened = _source(source, follow, per_second)
+    service, log = open_industrial(load_settings().settings)
+    service.recipes.folder(recipe)
+    buffer = FrameBuffer(policy=policy)  # type: ignore[arg-type]
+    sent, failures = 0, []
+    with stop_on_signals() as stop:
+
+        def run() -> None:
+            try:
+                fill(opened, buffer, stop)
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="source", daemon=True)
+        thread.start()
+        while not stop.is_set() and not buffer.done and not (number and sent >= number):
+            frame = buffer.get(0.5)
+            if frame is not None:
+                service.submit(frame.content, recipe, station, frame.serial, lot, frame.time)
+                sent += 1
+    stop.set()
+    buffer.close()
+    service.close()
+    log.close()
+    if failures:
+        raise failures[0]
+    console.print(f"{sent} frames sent, {buffer.dropped} dropped")
+    write_json({"sent": sent, "dropped": buffer.dropped}, json)
+
+
+def _source(text: str, follow: bool, per_second: float) -> Any:
+    from apps.industrial.acquisition.folder import FolderSource
+    from apps.industrial.acquisition.generated import GeneratedSource
+    from apps.industrial.acquisition.genicam import GenicamSource
+    from apps.industrial.acquisition.video import VideoSource
+
+    kind, _, rest = text.partition(":")
+    if kind == "folder":
+        return FolderSource(Path(rest), follow=follow)
+    if kind in ("video", "camera"):
+        return VideoSource(rest)
+    if kind == "rtsp":
+        return VideoSource(text)
+    if kind == "genicam":
+        return GenicamSource(Path(rest))
+    if kind == "texture":
+        return GeneratedSource(rest, per_second=per_second)
+    raise UsageError(
+        f"source {text[:80]!r} is unknown; expected folder:DIR, video:FILE, camera:0, rtsp://..., genicam:FILE.cti or texture:NAME"
+    )
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for train/good, test/KIND, ground_truth/KIND.")],
+    texture: Annotated[str, typer.Option(help="Which of the ten textures.")] = "brushed",
+    good: Annotated[int, typer.Option(min=1)] = 60,
+    each: Annotated[int, typer.Option(min=1, help="Test images of good parts and of each kind of defect.")] = 10,
+    seed: int = 0,
+) -> None:
+    """Make a data set of procedural parts with eight kinds of defect and exact masks."""
+    from apps.industrial.acquisition.generated import GeneratedSource, write_dataset
+
+    GeneratedSource(texture)
+    write_dataset(out, texture, good=good, each=each, seed=seed)
+    console.print(f"data set in {out}")
+
+
+@app.command()
+def recipes(json: Json = None) -> None:
+    """The recipes of this installation."""
+    from apps.industrial.bootstrap import open_recipes
+
+    book = open_recipes(load_settings().settings)
+    facts = [book.facts(name) for name in book.names()]
+    for f in facts:
+        console.print(f"{f.name:30} {f.good} good, {f.defects} defects, taught {f.taught[:19]}")
+    write_json({"recipes": msgspec.to_builtins(facts)}, json)
+
+
+@app.command()
+def compare(
+    template: Annotated[Path, typer.Argument(metavar="TEMPLATE", help="The golden template.")],
+    tested: Annotated[Path, typer.Argument(metavar="TESTED", help="The printed pattern to test.")],
+    json: Json = None,
+) -> None:
+    """Compare a printed pattern with its golden template: aligned, differences as boxes."""
+    from apps.industrial.images import grey, read_image
+    from apps.industrial.inspection.template import compare as run
+
+    result = run(grey(read_image(template)), grey(read_image(tested)))
+    for box in result.boxes:
+        console.print(f"{box.kind:8} at {box.x}, {box.y}: {box.width} x {box.height} pixels, area {box.area}")
+    console.print(f"{len(result.boxes)} differences; shift {result.shift[0]:.1f}, {result.shift[1]:.1f} pixels")
+    write_json({"boxes": msgspec.to_builtins(result.boxes), "shift": result.shift}, json)
+
+
+@app.command()
+def train(
+    backbones: Annotated[Path, typer.Option(metavar="DIR", help="MobileNetV1 and V2 as safetensors.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model.")],
+    textures: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Grey images to take pieces of, besides the procedural textures.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1)] = 210.0,
+    pool: Annotated[int, typer.Option(min=32, help="Surfaces that are drawn before training.")] = 24_000,
+    device: Device = "auto",
+) -> None:
+    """Train texture-features by distillation and on synthetic defects. Needs the extra 'train'."""
+    try:
+        from apps.industrial.training.run import train_and_write
+    except ImportError as error:
+        raise UsageError(f"training needs torch ({error}); install it with pip install 'triscope[train]'") from error
+    folder = train_and_write(backbones, textures, out, seconds, pool, _device(device))
+    console.print(f"model in {folder}; copy it to TRISCOPE_HOME/models to use it by name")
+
+
+@app.command()
+def ui(port: Annotated[Optional[int], typer.Option(help="Port of the pages.")] = None) -> None:
+    """Serve the pages (all apps together)."""
+    from apps.common.ui.server import serve_pages
+
+    settings = load_settings().settings
+    serve_pages(settings.ui_address, port or settings.ui_port)

@@ -1,0 +1,1 @@
+"""Accuracy on data sets in the MVTec layout."""

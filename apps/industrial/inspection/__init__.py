@@ -1,0 +1,1 @@
+"""Recipes, verdicts, defect maps and golden templates."""

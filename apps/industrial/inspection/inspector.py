@@ -1,0 +1,155 @@
+"""Judges one image by a recipe: pass, review or fail, with a score, a defect map and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+import shared_runtime as rt
+from apps.industrial.features import MAP, prepared
+from apps.industrial.images import Pixels, unusable
+from apps.industrial.inspection.recipe import Recipe
+
+PASS, REVIEW, FAIL = "pass", "review", "fail"
+Array = NDArray[np.float32]
+PEAK = 5
+"""Cells of the learned map whose mean stands for its peak."""
+LARGEST_BOXES = 20
+
+
+class Box(msgspec.Struct, frozen=True):
+    """A place that is not as it should be, in pixels of the image; `area`: pixels inside its outline; `peak`: times the map's threshold."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the inspector says of an image. `map` (MAP, MAP): the defect map, 1 at its threshold."""
+
+    verdict: str
+    score: float
+    reasons: tuple[str, ...]
+    map: Array
+    boxes: tuple[Box, ...]
+    kind: str = ""
+    kind_probability: float = 0.0
+
+
+def features(session: rt.Session, images: Sequence[Pixels], batch: int = 16) -> dict[str, Array]:
+    """The network's outputs for all images, float32."""
+    starts = range(0, len(images), batch)
+    parts = [session.run({"pixels": np.stack([prepared(image) for image in images[i : i + batch]])}) for i in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def learned_scores(seen: dict[str, Array]) -> Array:
+    """(N,) the learned network's logit: of the image, and of its map's peak."""
+    peak = np.sort(seen["map"].reshape(len(seen["map"]), -1), axis=1)[:, -PEAK:].mean(axis=1)
+    return np.asarray((seen["image"] + peak) / 2, np.float32)
+
+
+def combined_scores(recipe: Recipe, seen: dict[str, Array]) -> Array:
+    """(N,) scores: 0 for a usual good part, growing with the doubt about it."""
+    good = recipe.good.scores(seen["fine"], seen["coarse"])
+    weight = recipe.facts.learned_weight
+    if not weight:
+        return good
+    middle, spread = recipe.facts.learned_scale
+    return np.asarray((1 - weight) * good + weight * (learned_scores(seen) - middle) / spread, np.float32)
+
+
+def combined_maps(recipe: Recipe, seen: dict[str, Array]) -> Array:
+    """(N, MAP, MAP) maps in the units of the score's parts."""
+    good = recipe.good.maps(seen["fine"])
+    weight = recipe.facts.learned_weight
+    if not weight:
+        return good
+    middle, spread = recipe.facts.learned_scale
+    return np.asarray((1 - weight) * good + weight * (seen["map"] - middle) / spread, np.float32)
+
+
+class Inspector:
+    """A recipe with its network, ready to judge. Threads may share it."""
+
+    def __init__(self, recipe: Recipe, session: rt.Session) -> None:
+        self.recipe, self.session = recipe, session
+
+    def inspect(self, image: Pixels) -> Inspection:
+        """The verdict on one image, or REVIEW with the reason where the frame says nothing about the part."""
+        return self.inspect_many([image])[0]
+
+    def inspect_many(self, images: Sequence[Pixels]) -> list[Inspection]:
+        """The same for several images, which share the network's batches."""
+        seen = features(self.session, images)
+        scores, maps = combined_scores(self.recipe, seen), combined_maps(self.recipe, seen)
+        kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
+        return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]
+
+    def _conclude(self, image: Pixels, score: float, raw: Array, kinds: Array | None) -> Inspection:
+        facts = self.recipe.facts
+        scaled = np.asarray(raw / facts.map_threshold, np.float32)
+        if doubt := unusable(image, facts.sharpness) or self._misfit(image):
+            return Inspection(REVIEW, score, (doubt,), scaled, ())
+        calibration = facts.calibration
+        if score > calibration.fail.value:
+            verdict, reason = FAIL, f"score {score:.2f} is above the fail threshold {calibration.fail.value:.2f}"
+        elif score > calibration.review.value:
+            verdict, reason = REVIEW, f"score {score:.2f} is above the review threshold {calibration.review.value:.2f}"
+        else:
+            return Inspection(PASS, score, (), scaled, ())
+        boxes = boxes_of(scaled, image.shape[1], image.shape[0])
+        if kinds is None or self.recipe.kinds is None:
+            return Inspection(verdict, score, (reason,), scaled, boxes)
+        best = int(kinds.argmax())
+        return Inspection(verdict, score, (reason,), scaled, boxes, self.recipe.kinds.names[best], float(kinds[best]))
+
+    def _misfit(self, image: Pixels) -> str | None:
+        facts = self.recipe.facts
+        aspect, spread = image.shape[1] / image.shape[0], facts.aspect[1]
+        if abs(np.log(aspect / facts.aspect[0])) > max(0.1, 4 * spread):
+            size = f"{image.shape[1]} x {image.shape[0]} pixels"
+            return f"the frame has {size}, another shape than the recipe's parts (width / height {facts.aspect[0]:.2f})"
+        if (image.ndim == 3) and not facts.colour:
+            return "the frame is in colour, the recipe was taught in grey: set the camera as it was when teaching"
+        if (image.ndim == 2) and facts.colour:
+            return "the frame is grey, the recipe was taught in colour: set the camera as it was when teaching"
+        return None
+
+
+def boxes_of(scaled: Array, width: int, height: int) -> tuple[Box, ...]:
+    """Outlines of the map above 1, on an image of `width` x `height`; the strongest first, or the peak alone where none is above."""
+    level = 1.0 if scaled.max() > 1 else float(scaled.max()) * 0.98
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((scaled >= level).astype(np.uint8), connectivity=8)
+    across, down = width / MAP, height / MAP
+    found = []
+    for index in range(1, count):
+        x, y, w, h, area = (int(v) for v in stats[index])
+        peak = float(scaled[labels == index].max())
+        left, top = int(x * across), int(y * down)
+        found.append(Box(left, top, max(1, int(w * across)), max(1, int(h * down)), max(1, int(area * across * down)), round(peak, 3)))
+    return tuple(sorted(found, key=lambda box: -box.peak)[:LARGEST_BOXES])
+
+
+def overlay(image: Pixels, result: Inspection) -> Pixels:
+    """The image in RGB with the defect map laid over it (from half the threshold on) and the boxes."""
+    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image.copy()
+    height, width = canvas.shape[:2]
+    heat = np.clip(cv2.resize(result.map, (width, height), interpolation=cv2.INTER_LINEAR) - 0.5, 0, 1.5) / 1.5
+    colours = cv2.cvtColor(cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    share = (0.65 * np.minimum(1, heat * 3))[..., None]
+    mixed = (canvas * (1 - share) + colours * share).astype(np.uint8)
+    line = max(1, round(min(width, height) / 250))
+    for box in result.boxes:
+        cv2.rectangle(mixed, (box.x, box.y), (box.x + box.width, box.y + box.height), (255, 60, 60), line)
+    return mixed

@@ -1,0 +1,117 @@
+"""A recipe: what the station knows about one part. A folder with `recipe.json`, `statistics.npz` and, where it learned
+from labelled defects, a model of its own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from apps.industrial.anomaly.calibration import Calibration
+from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.classification.kinds import KindClassifier
+from apps.industrial.errors import InputError, RecipeNotFoundError
+
+RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a recipe was made of. `aspect`: width over height of its good parts, and how far they differ."""
+
+    name: str
+    taught: str
+    good: int
+    defects: int
+    calibration: Calibration
+    map_threshold: float
+    sharpness: float
+    aspect: tuple[float, float]
+    colour: bool
+    learned_weight: float
+    """Share of the learned network's say in the score; 0 where only good parts are known."""
+    learned_scale: tuple[float, float] = (0.0, 1.0)
+    kinds: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    statistics_sha256: str = ""
+    version: int = 1
+
+
+class Recipe:
+    """A recipe in memory. `model`: the folder of its own model, or None for the shipped one."""
+
+    def __init__(self, facts: Facts, good: GoodParts, kinds: KindClassifier | None, model: Path | None) -> None:
+        self.facts, self.good, self.kinds, self.model = facts, good, kinds, model
+
+
+def checked_name(name: str) -> str:
+    """`name`, where it may name a recipe. Raises InputError: it must not lead out of the recipes' folder."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"recipe name {name[:80]!r} can't be used; expected up to 63 letters, digits, '-' and '_', no '.' or '/'")
+    return name
+
+
+class RecipeBook:
+    """The recipes below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        """All recipes, sorted."""
+        return sorted(p.parent.name for p in self.root.glob(f"*/{RECIPE_FILE}") if NAME.fullmatch(p.parent.name))
+
+    def folder(self, name: str) -> Path:
+        """The folder of a recipe. Raises RecipeNotFoundError, naming the nearest."""
+        if checked_name(name) in self.names():
+            return self.root / name
+        near = difflib.get_close_matches(name, self.names(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names()) or 'none yet'}"
+        raise RecipeNotFoundError(f"no recipe {name!r}; {hint} Teach one with 'triscope industrial teach --good DIR --recipe {name}'")
+
+    def facts(self, name: str) -> Facts:
+        """What a recipe was made of, without loading it."""
+        try:
+            return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise InputError(f"recipe {name!r} can't be read: {error}; teach it again") from error
+
+    def load(self, name: str) -> Recipe:
+        """A recipe, its statistics verified against their hash."""
+        facts, folder = self.facts(name), self.folder(name)
+        content = (folder / STATISTICS_FILE).read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts.statistics_sha256:
+            raise InputError(f"the statistics of recipe {name!r} were changed or damaged; teach it again")
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        kinds = KindClassifier.from_arrays(arrays, facts.kinds) if facts.kinds else None
+        model = folder / MODEL_FOLDER
+        return Recipe(facts, GoodParts.from_arrays(arrays), kinds, model if model.is_dir() else None)
+
+    def save(self, recipe: Recipe) -> Path:
+        """Write a recipe in place of one of the same name, whole or not at all."""
+        name = checked_name(recipe.facts.name)
+        self.root.mkdir(parents=True, exist_ok=True)
+        part, target = self.root / f".{name}.{uuid.uuid4().hex}", self.root / name
+        part.mkdir()
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **recipe.good.arrays(), **(recipe.kinds.arrays() if recipe.kinds else {}))
+        (part / STATISTICS_FILE).write_bytes(buffer.getvalue())
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        facts = msgspec.structs.replace(recipe.facts, statistics_sha256=digest)
+        (part / RECIPE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+        if recipe.model is not None:
+            shutil.copytree(recipe.model, part / MODEL_FOLDER)
+        old = self.root / f".{name}.{uuid.uuid4().hex}.old"
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        return target

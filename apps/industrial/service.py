@@ -1,0 +1,171 @@
+"""The use cases of the industrial app: teach a recipe, take frames in, judge them, take the operator's decisions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import shared_runtime as rt
+from apps.common.blobs import BlobStore
+from apps.industrial.errors import IndustrialError, InputError
+from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.images import decode_image, png
+from apps.industrial.inspection.inspector import FAIL, PASS, Inspection, Inspector, overlay
+from apps.industrial.inspection.recipe import RecipeBook, checked_name
+from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage, VerdictMessage
+from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
+from apps.industrial.teaching import Report, Taught, teach
+from pipelines import Log, PermanentError
+from pipelines.messages import now_rfc3339
+
+logger = logging.getLogger(__name__)
+SOURCE = "triscope/industrial"
+LOADED_RECIPES = 8
+"""Recipes that are kept ready, so that the line changes over at once."""
+
+
+class IndustrialService:
+    """The use cases over a log, a store, blobs and recipes. `open_session`: a session of a model folder, or of the shipped network."""
+
+    def __init__(
+        self, log: Log, store: IndustrialStore, blobs: BlobStore, recipes: RecipeBook, open_session: Callable[[Path | None], rt.Session]
+    ) -> None:
+        self._log, self.store, self.blobs, self.recipes = log, store, blobs, recipes
+        self._open_session = open_session
+        self._shared: rt.Session | None = None
+        self._inspectors: OrderedDict[str, tuple[str, Inspector]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def inspector(self, name: str) -> Inspector:
+        """The recipe ready to judge; a recipe that was taught again is loaded again. Raises RecipeNotFoundError."""
+        taught = self.recipes.facts(name).taught
+        with self._lock:
+            if name in self._inspectors and self._inspectors[name][0] == taught:
+                self._inspectors.move_to_end(name)
+                return self._inspectors[name][1]
+            recipe = self.recipes.load(name)
+            if recipe.model is None and self._shared is None:
+                self._shared = self._open_session(None)
+            session = self._shared if recipe.model is None else self._open_session(recipe.model)
+            assert session is not None
+            made = Inspector(recipe, session)
+            self._inspectors[name] = (taught, made)
+            while len(self._inspectors) > LOADED_RECIPES:
+                self._inspectors.popitem(last=False)
+            return made
+
+    def teach(
+        self,
+        name: str,
+        good: Sequence[Sample],
+        defects: Sequence[Sample] = (),
+        *,
+        seconds: float | None = None,
+        device: str = "auto",
+        actor: str = "operator",
+        report: Report = lambda step, share: None,
+    ) -> Taught:
+        """Teach a recipe and keep it. Raises InputError."""
+        checked_name(name)
+        taught = teach(name, good, defects, self._open_session, seconds=seconds, device=device, report=report)
+        self.recipes.save(taught.recipe)
+        facts = taught.recipe.facts
+        self.store.note(actor, "industrial.teach", name, good=facts.good, defects=facts.defects)
+        logger.info("recipe taught", extra={"recipe": name, "good": facts.good, "defects": facts.defects})
+        return taught
+
+    def submit(self, content: bytes, recipe: str, station: str = "station-1", serial: str = "", lot: str = "", event_time: str = "") -> str:
+        """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here."""
+        frame = FrameMessage(
+            str(uuid.uuid4()), event_time or now_rfc3339(), station, checked_name(recipe), self.blobs.put(content), serial, lot
+        )
+        FRAMES.send(self._log, frame, SOURCE)
+        return frame.frame_id
+
+    def process(self, frame: FrameMessage, traceparent: str = "") -> Part | None:
+        """Judge a frame once: store and `industrial.verdicts`. Raises PermanentError for what no retry mends."""
+        for field in ("frame_id", "station", "serial", "lot"):
+            if len(getattr(frame, field)) > 200 or (field == "frame_id" and not frame.frame_id):
+                raise PermanentError(f"{field} has {len(getattr(frame, field))} characters; expected at most 200, and a frame_id")
+        known = self.store.find(frame.frame_id)
+        if known is None:
+            begin = time.perf_counter()
+            try:
+                inspector = self.inspector(frame.recipe)
+                image = decode_image(self.blobs.get(frame.blob), f"frame {frame.frame_id}")
+            except IndustrialError as error:
+                raise PermanentError(str(error)) from error
+            result = inspector.inspect(image)
+            drawn = "" if result.verdict == PASS else self.blobs.put(png(overlay(image, result)))
+            milliseconds = 1e3 * (time.perf_counter() - begin)
+            verdict = _message(frame, result, drawn, inspector.session.model.name, milliseconds)
+            self.store.add(verdict)
+        else:
+            verdict = known.verdict
+        VERDICTS.send(self._log, verdict, SOURCE, traceparent)
+        return self.store.find(frame.frame_id)
+
+    def judge(self, frame_id: str, judged: str, actor: str, note: str = "") -> None:
+        """The operator confirms or overrules a verdict. Overruled parts join the recipe's next teaching."""
+        self.store.judge(frame_id, judged, actor, note)
+
+    def learned_from_line(self, recipe: str, folder: Path) -> tuple[list[Sample], list[Sample]]:
+        """Good and defective parts that the operator decided on, written to `folder` as samples for teaching."""
+        good, bad = [], []
+        for part in self.store.judged(recipe):
+            if not part.verdict.blob:
+                continue
+            path = folder / f"{part.verdict.frame_id}.png"
+            try:
+                path.write_bytes(png(decode_image(self.blobs.get(part.verdict.blob))))
+            except IndustrialError as error:
+                logger.warning("a judged part can't be used: %s", error)
+                continue
+            if part.judged == GOOD:
+                good.append(Sample(path, "good"))
+            elif part.judged == DEFECT:
+                bad.append(Sample(path, part.verdict.kind or "defect"))
+        return good, bad
+
+    def picture(self, part: Part) -> bytes:
+        """The part with its defect map, or the frame as it was taken where it passed."""
+        return self.blobs.get(part.verdict.overlay or part.verdict.blob)
+
+    def close(self) -> None:
+        """Free the sessions."""
+        with self._lock:
+            for _, inspector in self._inspectors.values():
+                if inspector.session is not self._shared:
+                    inspector.session.close()
+            self._inspectors.clear()
+            if self._shared is not None:
+                self._shared.close()
+                self._shared = None
+
+
+def _message(frame: FrameMessage, result: Inspection, drawn: str, model: str, milliseconds: float) -> VerdictMessage:
+    return VerdictMessage(
+        frame_id=frame.frame_id,
+        event_time=frame.event_time,
+        station=frame.station,
+        recipe=frame.recipe,
+        verdict=result.verdict,
+        score=round(result.score, 5),
+        reasons=list(result.reasons),
+        boxes=[BoxMessage(b.x, b.y, b.width, b.height, b.area, b.peak) for b in result.boxes],
+        kind=result.kind,
+        serial=frame.serial,
+        lot=frame.lot,
+        blob=frame.blob,
+        overlay=drawn,
+        model=model,
+        ms=round(milliseconds, 2),
+    )
+
+
+__all__ = ["FAIL", "IndustrialService", "InputError"]

@@ -1,0 +1,162 @@
+"""Verdicts and the operator's decisions in the database. Nothing else of the app knows the database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from apps.common.database import metadata, write_audit
+from apps.industrial.errors import InputError
+from apps.industrial.messages import VerdictMessage
+from pipelines.messages import TRACEPARENT, now_rfc3339, trace_id
+
+verdicts = sa.Table(
+    "industrial_verdicts",
+    metadata,
+    sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("frame_id", sa.String(200), nullable=False, unique=True),
+    sa.Column("event_time", sa.String(40), nullable=False, index=True),
+    sa.Column("station", sa.String(200), nullable=False),
+    sa.Column("recipe", sa.String(64), nullable=False, index=True),
+    sa.Column("lot", sa.String(200), nullable=False),
+    sa.Column("verdict", sa.String(8), nullable=False, index=True),
+    sa.Column("score", sa.Float, nullable=False),
+    sa.Column("detail", sa.LargeBinary, nullable=False),
+    sa.Column("judged", sa.String(8), nullable=False),
+    sa.Column("judged_by", sa.String(200), nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("trace_id", sa.String(32), nullable=False),
+)
+GOOD, DEFECT = "good", "defect"
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part that was judged. `judged`: what the operator said of it, "good" or "defect", or empty."""
+
+    sequence: int
+    verdict: VerdictMessage
+    judged: str
+    judged_by: str
+    note: str
+    trace_id: str
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Parts of a recipe (and lot) by verdict."""
+
+    passed: int = 0
+    review: int = 0
+    failed: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.passed + self.review + self.failed
+
+
+def _part(row: Any) -> Part:
+    message = msgspec.json.decode(row.detail, type=VerdictMessage)
+    return Part(row.sequence, message, row.judged, row.judged_by, row.note, row.trace_id)
+
+
+class IndustrialStore:
+    """Reads and writes verdicts, each of the operator's decisions with its line in the audit log."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def add(self, verdict: VerdictMessage) -> bool:
+        """Keep a verdict; False where its frame has one already."""
+        row = {
+            "frame_id": verdict.frame_id,
+            "event_time": verdict.event_time,
+            "station": verdict.station,
+            "recipe": verdict.recipe,
+            "lot": verdict.lot,
+            "verdict": verdict.verdict,
+            "score": verdict.score,
+            "detail": msgspec.json.encode(verdict),
+            "judged": "",
+            "judged_by": "",
+            "note": "",
+            "trace_id": trace_id(TRACEPARENT.get()),
+        }
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(verdicts.insert().values(row))
+        except sa.exc.IntegrityError:
+            return False
+        return True
+
+    def find(self, frame_id: str) -> Part | None:
+        """A part by its frame, or None."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(verdicts).where(verdicts.c.frame_id == frame_id)).one_or_none()
+        return None if row is None else _part(row)
+
+    def latest(self, limit: int = 20, *, recipe: str | None = None) -> list[Part]:
+        """The newest parts first."""
+        query = sa.select(verdicts).order_by(verdicts.c.sequence.desc()).limit(limit)
+        return self._parts(query if recipe is None else query.where(verdicts.c.recipe == recipe))
+
+    def to_review(self, limit: int = 50) -> list[Part]:
+        """Parts that wait for the operator, oldest first: reviews, and fails that no one confirmed."""
+        waiting = (verdicts.c.verdict != "pass") & (verdicts.c.judged == "")
+        return self._parts(sa.select(verdicts).where(waiting).order_by(verdicts.c.verdict.desc(), verdicts.c.sequence).limit(limit))
+
+    def judged(self, recipe: str) -> list[Part]:
+        """The parts of a recipe that the operator decided on."""
+        query = sa.select(verdicts).where((verdicts.c.recipe == recipe) & (verdicts.c.judged != ""))
+        return self._parts(query.order_by(verdicts.c.sequence))
+
+    def _parts(self, query: sa.Select[Any]) -> list[Part]:
+        with self._engine.connect() as connection:
+            return [_part(row) for row in connection.execute(query)]
+
+    def judge(self, frame_id: str, judged: str, actor: str, note: str = "") -> None:
+        """The operator's decision on a part, with the audit log. Raises InputError for an unknown frame or word."""
+        if judged not in (GOOD, DEFECT):
+            raise InputError(f"a part is judged {GOOD!r} or {DEFECT!r}, not {judged!r}")
+        with self._engine.begin() as connection:
+            before = connection.execute(sa.select(verdicts.c.verdict).where(verdicts.c.frame_id == frame_id)).scalar_one_or_none()
+            if before is None:
+                raise InputError(f"no part with frame {frame_id!r} in the store")
+            change = verdicts.update().where(verdicts.c.frame_id == frame_id)
+            connection.execute(change.values(judged=judged, judged_by=actor[:200], note=note[:2000]))
+            overruled = (judged == GOOD) == (before == "fail")
+            write_audit(
+                connection, actor[:200], "industrial.judge", frame_id, verdict=before, judged=judged, overruled=overruled, note=note[:2000]
+            )
+
+    def note(self, actor: str, action: str, subject: str, **detail: Any) -> None:
+        """A line in the audit log."""
+        with self._engine.begin() as connection:
+            write_audit(connection, actor[:200], action, subject, **detail)
+
+    def counts(self, recipe: str | None = None, lot: str | None = None) -> Counts:
+        """How many parts passed, wait for a look, failed."""
+        query = sa.select(verdicts.c.verdict, sa.func.count()).group_by(verdicts.c.verdict)
+        if recipe is not None:
+            query = query.where(verdicts.c.recipe == recipe)
+        if lot is not None:
+            query = query.where(verdicts.c.lot == lot)
+        with self._engine.connect() as connection:
+            found = {str(name): int(number) for name, number in connection.execute(query)}
+        return Counts(found.get("pass", 0), found.get("review", 0), found.get("fail", 0))
+
+    def series(self, recipe: str, limit: int = 1000) -> Sequence[tuple[str, str, float]]:
+        """Event time, verdict and score of the last parts of a recipe, oldest first."""
+        query = (
+            sa.select(verdicts.c.event_time, verdicts.c.verdict, verdicts.c.score)
+            .where(verdicts.c.recipe == recipe)
+            .order_by(verdicts.c.sequence.desc())
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            return [(str(t), str(v), float(s)) for t, v, s in connection.execute(query)][::-1]
+
+
+__all__ = ["DEFECT", "GOOD", "Counts", "IndustrialStore", "Part", "now_rfc3339", "verdicts"]

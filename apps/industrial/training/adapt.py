@@ -1,0 +1,112 @@
+"""Teaches the texture network a part's own defects from a few labelled ones, on a GPU or on two CPU cores."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apps.industrial.features import SIZE
+from apps.industrial.training.augment import light, turned
+from apps.industrial.training.losses import image_loss, map_loss
+from apps.industrial.training.network import TextureNetwork
+
+BATCH = 16
+WINDOW = 192
+"""The network learns from windows of this side: they cost a third of the whole image, and show a defect at many places."""
+MOST_STEPS = 4000
+RATES = {"heads": 1.0, "late": 1.0, "early": 0.5}
+"""Learning rates of the parts, as shares."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a part looks like, good and defective.
+
+    `images` (N, 3, SIZE, SIZE) float32 as `features.prepared` makes them; `masks` (N, MAP, MAP) 0..1, all zero
+    for good parts; `known` (N,): whether the mask is known, or the image's label alone; `defective` (N,);
+    `share` (N,): how often each is drawn.
+    """
+
+    images: NDArray[np.float32]
+    masks: NDArray[np.float32]
+    known: NDArray[np.bool_]
+    defective: NDArray[np.bool_]
+    share: NDArray[np.float32]
+
+
+def _windows(images: Tensor, masks: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """One random window of WINDOW pixels for the images where `cut`; the others are scaled to it."""
+    row, column = (int(v) * 4 for v in torch.randint((SIZE - WINDOW) // 4 + 1, (2,)))
+    part = images[:, :, row : row + WINDOW, column : column + WINDOW]
+    small = torch.nn.functional.interpolate(images, size=(WINDOW, WINDOW), mode="area")
+    side = WINDOW // 4
+    mask = masks[:, row // 4 : row // 4 + side, column // 4 : column // 4 + side]
+    small_mask = torch.nn.functional.interpolate(masks[:, None], size=(side, side), mode="area")[:, 0]
+    return torch.where(cut[:, None, None, None], part, small), torch.where(cut[:, None, None], mask, small_mask)
+
+
+def _optimiser(network: TextureNetwork, device: torch.device) -> torch.optim.Optimizer:
+    early, late = network.trunk.layers[: network.SPLIT + 1], network.trunk.layers[network.SPLIT + 1 :]
+    heads = [p for name, p in network.named_parameters() if not name.startswith(("trunk.", "fine.", "coarse."))]
+    groups = [
+        {"params": heads, "share": RATES["heads"]},
+        {"params": list(late.parameters()), "share": RATES["late"]},
+        {"params": list(early.parameters()), "share": RATES["early"]},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.05, fused=device.type == "cuda")
+
+
+def adapt(
+    network: TextureNetwork,
+    examples: Examples,
+    seconds: float,
+    device: torch.device,
+    *,
+    learning_rate: float = 1e-3,
+    most_steps: int = MOST_STEPS,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda share: None,
+) -> TextureNetwork:
+    """A copy of `network` that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
+
+    The network is tuned end to end; with the early layers kept it was much worse (see docs/benchmarks.md).
+    """
+    torch.manual_seed(seed)
+    network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
+    optimiser = _optimiser(network, device)
+    images, masks = torch.from_numpy(examples.images).to(device), torch.from_numpy(examples.masks).to(device)
+    known, bad = torch.from_numpy(examples.known).float().to(device), torch.from_numpy(examples.defective).float().to(device)
+    chances = torch.from_numpy(examples.share)
+    average, step, start = {k: v.detach().clone() for k, v in network.state_dict().items()}, 0, time.monotonic()
+    while (progress := max((time.monotonic() - start) / seconds, step / most_steps)) < 1:
+        factor = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * factor * group["share"]
+        chosen = torch.multinomial(chances, BATCH, replacement=True).to(device)
+        seen, target = turned(images[chosen], masks[chosen], quarter=False)
+        defective = bad[chosen]
+        cut = (torch.rand(BATCH, device=device) < 0.7) & (known[chosen] > 0)
+        seen, target = _windows(seen, target, cut)
+        defective = torch.where(cut, (target.amax(dim=(1, 2)) > 0.5).float(), defective)
+        seen = light(seen, 0.7).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = network(seen)
+        loss = map_loss(out["map"].float(), target, known[chosen]) + image_loss(out["image"].float(), defective)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+        step += 1
+        keep = min(0.98, step / (step + 10))
+        torch._foreach_lerp_(list(average.values()), list(network.state_dict().values()), 1 - keep)
+        report(progress)
+    network.load_state_dict(average)
+    return network.eval().cpu()

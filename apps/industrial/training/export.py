@@ -1,0 +1,95 @@
+"""From trained weights to a model folder: ONNX, signature, card; and back to weights that can learn on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, MODEL, SIZE
+from apps.industrial.training.network import TextureNetwork
+from shared_runtime.signature import Signature, TensorSpec
+
+VERSION = "1.0.0"
+OUTPUTS = ("map", "image", "fine", "coarse", "embedding")
+SIGNATURE = Signature(
+    (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
+    (
+        TensorSpec("map", ("batch", MAP, MAP), "float32", "logit of a defect at a place"),
+        TensorSpec("image", ("batch",), "float32", "logit of a defect in the image"),
+        TensorSpec("fine", ("batch", FINE, FINE_SIDE, FINE_SIDE), "float32", "features of places, stride 8"),
+        TensorSpec("coarse", ("batch", COARSE, COARSE_SIDE, COARSE_SIDE), "float32", "features of places, stride 16"),
+        TensorSpec("embedding", ("batch", EMBEDDING), "float32", "mean, deviation and peak of the deep features"),
+    ),
+)
+
+
+class _Outputs(torch.nn.Module):
+    """The network with its outputs as a tuple, in the signature's order."""
+
+    def __init__(self, network: TextureNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See TextureNetwork."""
+        out = self.network(pixels)
+        return tuple(out[name] for name in OUTPUTS)
+
+
+def export_network(network: TextureNetwork, path: Path) -> None:
+    """Write the network as ONNX; batch is its one dynamic dimension. The weights keep their names."""
+    module = _Outputs(network.cpu().to(memory_format=torch.contiguous_format)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "float.onnx"
+        torch.onnx.export(
+            module,
+            (torch.zeros(2, 3, SIZE, SIZE),),
+            str(file),
+            input_names=["pixels"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=[{0: torch.export.Dim("batch")}],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        graph = onnx.load(file)
+    for node in graph.graph.node:  # the exporter notes where in whose folders each operator came from
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.graph.metadata_props[:], graph.metadata_props[:], graph.graph.value_info[:]
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+def network_from(graph: Path) -> TextureNetwork:
+    """The network with the weights of an exported graph, ready to learn on. Raises KeyError where one is missing."""
+    stored = {item.name: numpy_helper.to_array(item) for item in onnx.load(graph).graph.initializer}
+    network = TextureNetwork()
+    state = {name: torch.from_numpy(np.array(stored[f"network.{name}"])) for name in network.state_dict()}
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def write_model(network: TextureNetwork, folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Make a model folder: graph, signature, card with `sections`; the graph's SHA-256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    export_network(network, folder / "model.onnx")
+    SIGNATURE.write(folder / "signature.json")
+    digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    lines = [f'name = "{name}"', f'version = "{VERSION}"', 'task = "features and defects of textured parts"', 'licence = "Apache-2.0"']
+    for title, values in {"artefact": {"sha256": digest}, **sections}.items():
+        lines += ["", f"[{title}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    (folder / "card.toml").write_text("\n".join(lines) + "\n")
+    return digest
+
+
+__all__ = ["MODEL", "OUTPUTS", "SIGNATURE", "export_network", "network_from", "write_model"]

@@ -1,0 +1,215 @@
+"""The station's page: the part with its defect map, the lamp, the lot, the review queue, control charts, teaching."""
+
+from __future__ import annotations
+
+import getpass
+import html
+import tempfile
+from pathlib import Path
+
+import streamlit as st
+
+from apps.common.errors import BlobError
+from apps.common.settings import load_settings
+from apps.common.ui.worklist import Row, worklist
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.errors import IndustrialError
+from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.messages import FRAMES
+from apps.industrial.service import IndustrialService
+from apps.industrial.spc import p_chart, score_chart
+from apps.industrial.store import DEFECT, GOOD, Part
+from apps.industrial.ui.charts import control_chart
+from apps.industrial.worker import GROUP
+from pipelines import Log, PipelineError
+
+COLUMNS = ("Verdict", "Score", "Part", "Kind", "Time (UTC)", "Operator", "Reason")
+COLOURS = {"pass": "#15803d", "review": "#d97706", "fail": "#b91c1c"}
+TONES = {"pass": "good", "review": "warn", "fail": "bad"}
+GROUP_SIZE = 25
+
+
+@st.cache_resource
+def industrial() -> tuple[IndustrialService, Log]:
+    """The service and its log, opened once a server."""
+    return open_industrial(load_settings().settings)
+
+
+@st.cache_data(ttl=3.0, show_spinner=False)
+def waiting() -> int | None:
+    """Frames in the log that no worker has judged; None while the log does not answer."""
+    try:
+        return sum(industrial()[1].lag(GROUP, FRAMES.name).values())
+    except PipelineError:
+        return None
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def picture(frame_id: str, reference: str) -> bytes:
+    """A part's picture."""
+    return industrial()[0].blobs.get(reference)
+
+
+def row(part: Part) -> Row:
+    """A part as a row; its id is the frame's."""
+    v = part.verdict
+    cells = (v.verdict.upper(), f"{v.score:.2f}", v.serial or v.frame_id[:8], v.kind or "-", v.event_time[:19].replace("T", " "))
+    return Row(v.frame_id, (*cells, part.judged or "-", v.reasons[0] if v.reasons else "-"), TONES[v.verdict])
+
+
+def lamp(part: Part) -> None:
+    """PASS, REVIEW or FAIL, to be read from three metres."""
+    v = part.verdict
+    st.markdown(
+        f'<div role="status" aria-label="verdict" style="background:{COLOURS[v.verdict]};color:white;border-radius:12px;padding:18px;'
+        f'text-align:center;font-size:84px;font-weight:800;line-height:1.1">{v.verdict.upper()}</div>',
+        unsafe_allow_html=True,
+    )
+    st.markdown(f"**Part {html.escape(v.serial or v.frame_id[:8])}** · score {v.score:.2f} · {v.ms:.0f} ms")
+    for reason in v.reasons:
+        st.caption(reason)
+    if v.kind:
+        st.caption(f"looks like: {v.kind}")
+
+
+@st.fragment(run_every=1.0)
+def live(recipe: str) -> None:
+    """The newest part and the last twenty; a choice shows that part below."""
+    service, _ = industrial()
+    parts = service.store.latest(20, recipe=recipe)
+    if not parts:
+        st.info(
+            st.info(
+                "No part yet. Start `triscope industrial station`, and send frames with "
+                f"`triscope industrial feed SOURCE --recipe {recipe}`."
+            )
+        )
+        return
+    newest, behind = parts[0], waiting()
+    counts = service.store.counts(recipe, newest.verdict.lot or None)
+    left, right = st.columns([3, 2])
+    with left:
+        show(newest)
+    with right:
+        lamp(newest)
+        figures = {
+            "parts": str(counts.total),
+            "yield": f"{counts.passed / counts.total:.1%}" if counts.total else "-",
+            "to review": str(counts.review),
+            "failed": str(counts.failed),
+            "waiting": "?" if behind is None else str(behind),
+        }
+        for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
+            column.metric(label, value)
+        st.caption(f"lot {newest.verdict.lot}" if newest.verdict.lot else "all parts of this recipe")
+    for column, part in zip(st.columns(10), parts[:10], strict=False):
+        with column:
+            show(part, small=True)
+    chosen = worklist(COLUMNS, [row(part) for part in parts], key="industrial_worklist")
+    if chosen and chosen != st.session_state.get("industrial_part"):
+        st.session_state["industrial_part"] = chosen
+        st.rerun()
+
+
+def show(part: Part, *, small: bool = False) -> None:
+    """A part's picture, or why there is none."""
+    reference = part.verdict.overlay or part.verdict.blob
+    try:
+        caption = f"{part.verdict.verdict} {part.verdict.serial}" if small else None
+        st.image(picture(part.verdict.frame_id, reference), caption=caption, width="stretch")
+    except BlobError as error:
+        st.error(str(error))
+
+
+def decision(part: Part, key: str) -> None:
+    """The operator confirms or overrules."""
+    v = part.verdict
+    show(part)
+    st.markdown(f"**{v.verdict.upper()}**, score {v.score:.2f}: {'; '.join(v.reasons) or 'nothing stands out'}")
+    if part.judged:
+        st.success(f"{part.judged}, says {part.judged_by}" + (f": {part.note}" if part.note else ""))
+    note = st.text_input("Note", key=f"note_{key}_{v.frame_id}", max_chars=500)
+    good, bad = st.columns(2)
+    for column, word, label in ((good, GOOD, "The part is good"), (bad, DEFECT, "It has a defect")):
+        if column.button(label, key=f"{word}_{key}_{v.frame_id}", width="stretch"):
+            industrial()[0].judge(v.frame_id, word, getpass.getuser(), note)
+            st.rerun()
+
+
+def review() -> None:
+    """Parts that wait for a person."""
+    queue = industrial()[0].store.to_review()
+    if not queue:
+        st.info("Nothing waits for a look.")
+        return
+    st.caption(f"{len(queue)} parts wait. What you decide joins the recipe's next teaching (`triscope industrial teach --from-line`).")
+    decision(queue[0], "queue")
+
+
+def charts(recipe: str) -> None:
+    """Control charts of the reject rate and of the score."""
+    series = industrial()[0].store.series(recipe)
+    if len(series) < 2 * GROUP_SIZE:
+        st.info(f"{len(series)} parts so far; the charts begin at {2 * GROUP_SIZE}.")
+        return
+    rejects, scores = p_chart([v != "pass" for _, v, _ in series]), score_chart([s for _, _, s in series])
+    for chart, title in ((rejects, "share not passed"), (scores, "mean score")):
+        st.altair_chart(control_chart(chart, title), width="stretch")
+        for position, rule in chart.alarms[-3:]:
+            st.warning(f"{title}: group {position + 1}: {rule}")
+
+
+def teaching() -> None:
+    """Teach a recipe from images that are dragged in."""
+    service, _ = industrial()
+    with st.form("industrial_teach"):
+        name = st.text_input("Name of the recipe", max_chars=63)
+        files = st.file_uploader("Images of good parts (30 or more)", accept_multiple_files=True)
+        if not st.form_submit_button("Teach", type="primary"):
+            return
+    with tempfile.TemporaryDirectory() as folder, st.spinner("Learning what good parts look like ..."):
+        samples = []
+        for number, file in enumerate(files or []):
+            path = Path(folder) / f"{number:05d}.img"
+            path.write_bytes(file.getvalue())
+            samples.append(Sample(path, GOOD))
+        try:
+            taught = service.teach(name, samples, actor=getpass.getuser())
+        except IndustrialError as error:
+            st.error(str(error))
+            return
+    facts = taught.recipe.facts
+    fail = facts.calibration.fail
+    st.success(f"Recipe {name}: {facts.good} good parts; {100 * fail.expected:.1f} % of good parts are expected to fail.")
+    for outlier in taught.outliers:
+        st.warning(f"stands apart: {(files or [])[int(outlier.split('.')[0])].name}")
+    for warning in facts.warnings:
+        st.warning(warning)
+
+
+def page() -> None:
+    """The whole page."""
+    st.title("Industrial")
+    service, _ = industrial()
+    names = service.recipes.names()
+    if names:
+        recipe = st.selectbox("Recipe", names, key="industrial_recipe")
+        live(recipe)
+    else:
+        st.info("No recipe yet. Teach one below from images of good parts, or with `triscope industrial teach --good DIR --recipe NAME`.")
+    titles = ["Review queue", "Chosen part", "Control charts", "Teach"]
+    queue, chosen, control, learn = st.tabs(titles)
+    with queue:
+        review()
+    with chosen:
+        frame = st.session_state.get("industrial_part")
+        part = service.store.find(frame) if frame else None
+        if part:
+            decision(part, "chosen")
+        else:
+            st.caption("Choose a part in the list.")
+    with control:
+        if names:
+            charts(recipe)
+    with learn:
+        teaching()

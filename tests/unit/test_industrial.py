@@ -1,0 +1,198 @@
+"""The industrial app: images, synthetic parts, statistics of good parts, thresholds, recipes, control charts, templates."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.common.settings import Settings
+from apps.industrial.acquisition.base import Frame, FrameBuffer
+from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.anomaly.calibration import calibrate
+from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.errors import InputError, RecipeNotFoundError
+from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
+from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
+from apps.industrial.images import decode_image, png, unusable
+from apps.industrial.inspection.recipe import checked_name
+from apps.industrial.inspection.template import compare
+from apps.industrial.messages import FRAMES, FrameMessage
+from apps.industrial.spc import p_chart, western_electric
+from apps.industrial.synthesis.defects import DEFECTS, add_defect
+from apps.industrial.synthesis.textures import TEXTURES, good_part
+from apps.industrial.worker import run_worker
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = b"IDAT" + zlib.compress(b"0" * 100)
+    content += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    with pytest.raises(InputError, match="at most 100,000,000 in all are decoded"):
+        decode_image(content)
+
+
+def test_truncated_and_foreign_bytes_are_refused() -> None:
+    whole = png(good_part("granite", np.random.default_rng(0)))
+    for content in (whole[: len(whole) // 2], b"", b"hello"):
+        with pytest.raises(InputError, match="can't be decoded"):
+            decode_image(content)
+
+
+def test_sixteen_bits_and_turned_images_are_read() -> None:
+    deep = Image.fromarray((np.arange(64 * 32).reshape(32, 64) * 31).astype(np.uint16))
+    buffer = io.BytesIO()
+    deep.save(buffer, "PNG")
+    assert decode_image(buffer.getvalue()).dtype == np.uint8
+    turned, buffer = Image.new("L", (64, 32)), io.BytesIO()
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue()).shape == (64, 32)
+
+
+def test_black_and_empty_frames_say_so() -> None:
+    assert "black" in str(unusable(np.zeros((64, 64), np.uint8)))
+    assert "empty" in str(unusable(np.full((64, 64), 90, np.uint8)))
+    assert unusable(good_part("cast", np.random.default_rng(0))) is None
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+@pytest.mark.parametrize("texture", ["brushed", "perforated"])
+def test_defects_change_the_image_where_their_mask_is(texture: str, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    good = good_part(texture, rng)
+    bad, mask = add_defect(good, kind, rng)
+    change = np.abs(bad.astype(int) - good)
+    assert mask.any()
+    assert change[mask].mean() > change[~mask].mean() + 2
+    assert len(TEXTURES) == 10
+
+
+def test_good_parts_are_near_and_others_far() -> None:
+    rng = np.random.default_rng(0)
+    fine, coarse = rng.normal(0, 1, (40, 6, 32, 32)).astype(np.float32), rng.normal(0, 1, (40, 8, 16, 16)).astype(np.float32)
+    parts = GoodParts.fit(fine, coarse)
+    strange = fine[:1].copy()
+    strange[0, :, 8:24, 16:32] += 1.5
+    assert parts.scores(strange, coarse[:1] + 0.5)[0] > 3
+    hot = parts.maps(strange)[0]
+    assert hot[16:48, 32:].mean() > hot[:, :16].mean() + 1
+    again = GoodParts.from_arrays(parts.arrays())
+    np.testing.assert_array_equal(again.scores(fine, coarse), parts.scores(fine, coarse))
+
+
+def test_thresholds_state_the_rate_that_they_hold() -> None:
+    rng = np.random.default_rng(1)
+    rates = []
+    for _ in range(30):
+        calibration = calibrate(rng.normal(0, 1, 200).tolist())
+        rates.append(float((rng.normal(0, 1, 4000) > calibration.review.value).mean()))
+        assert calibration.review.value < calibration.fail.value
+    assert np.mean(rates) == pytest.approx(calibration.review.expected, abs=0.012)
+
+
+def test_metrics_on_known_cases() -> None:
+    assert auroc([False, False, True, True], [0.1, 0.4, 0.35, 0.8]) == pytest.approx(0.75)
+    assert recall_at([False] * 100 + [True] * 2, [*range(100), 200, 50], 0.01) == 0.5
+    masks = np.zeros((1, 8, 8), bool)
+    masks[0, 2:4, 2:4] = True
+    assert per_region_overlap(masks, masks.astype(np.float32)) == pytest.approx(1, abs=0.02)
+
+
+def test_control_charts_raise_the_rules() -> None:
+    assert western_electric([0.1, 3.5]) == [(1, "one point beyond 3 sigma (above)")]
+    assert any("eight" in rule for _, rule in western_electric([0.2] * 8))
+    quiet = p_chart(([False] * 24 + [True]) * 10)
+    assert not [a for a in quiet.alarms if "3 sigma" in a[1]]
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden", "x" * 70])
+def test_recipe_names_stay_inside_their_folder(name: str) -> None:
+    with pytest.raises(InputError, match="recipe name"):
+        checked_name(name)
+
+
+def test_the_buffer_drops_by_policy_and_counts() -> None:
+    for policy, left in (("drop-oldest", "2"), ("drop-newest", "0")):
+        buffer = FrameBuffer(2, policy)  # type: ignore[arg-type]
+        for i in range(4):
+            buffer.put(Frame(b"", "", str(i)))
+        assert buffer.dropped == 2
+        first = buffer.get(0)
+        assert first is not None
+        assert first.serial == left
+
+
+def test_a_template_shows_what_is_missing_and_what_is_extra() -> None:
+    board = np.zeros((200, 200), np.uint8)
+    board[40:60, 10:190] = board[120:140, 10:190] = 255
+    tested = board.copy()
+    tested[40:60, 90:102], tested[80:92, 60:72] = 0, 255
+    moved = compare(board, np.roll(tested, (3, -2), (0, 1)))
+    assert moved.shift == (-2.0, 3.0)
+    kinds = {box.kind for box in compare(board, tested).boxes}
+    assert kinds == {"missing", "extra"}
+    assert not compare(board, board).boxes
+
+
+def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=30, each=2)
+    service, log = open_industrial(settings)
+    taught = service.teach("cast", good_samples(tmp_path / "train" / "good"))
+    assert taught.recipe.facts.good == 30
+    with pytest.raises(RecipeNotFoundError, match="did you mean 'cast'"):
+        service.recipes.folder("casd")
+    sent = {service.submit(sample.path.read_bytes(), "cast"): sample.kind for sample in labelled_samples(tmp_path)}
+    broken = service.submit(b"not an image", "cast")
+    FRAMES.send(log, FrameMessage("lost", "2026-01-01T00:00:00Z", "s", "nothing", "sha256:" + "0" * 64), "test")
+    black = service.submit(png(np.zeros((256, 256), np.uint8)), "cast")
+    counts = run_worker(service, log, threading.Event(), until_idle=True).counts
+    assert counts.dead == 2
+    assert service.store.find(broken) is None
+    dark = service.store.find(black)
+    assert dark is not None
+    assert dark.verdict.verdict == "review"
+    assert "black" in dark.verdict.reasons[0]
+    parts = {frame: service.store.find(frame) for frame in sent}
+    chips = [p.verdict.verdict for f, p in parts.items() if p is not None and sent[f] == "chip"]
+    assert set(chips) <= {"review", "fail"}
+    frame = next(iter(sent))
+    before = service.store.counts().total
+    service.process(FrameMessage(frame, "2026-01-01T00:00:00Z", "s", "cast", "sha256:" + "0" * 64))
+    assert service.store.counts().total == before, "a frame is judged once"
+    service.judge(frame, "defect", "tester", "seen")
+    assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
+    service.close()
+    log.close()
+
+
+def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "wood", good=3, each=1)
+    service, log = open_industrial(settings)
+    with pytest.raises(InputError, match="expected at least 8"):
+        service.teach("wood", [Sample(p, "good") for p in sorted((tmp_path / "train" / "good").iterdir())])
+    log.close()
+
+
+def test_the_page_says_what_to_do_while_it_is_empty(settings: Settings) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    def script() -> None:
+        from apps.industrial.ui.page import industrial, page
+
+        industrial.clear()
+        page()
+
+    app = AppTest.from_function(script, default_timeout=60).run()
+    assert not app.exception
+    assert "triscope industrial teach" in app.info[0].value
