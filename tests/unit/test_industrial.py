@@ -135,7 +135,7 @@ def test_the_buffer_drops_by_policy_and_counts() -> None:
 
 def test_a_template_shows_what_is_missing_and_what_is_extra() -> None:
     board = np.zeros((200, 200), np.uint8)
-    board[40:60, 10:190] = board[120:140, 10:190] = 255
+    board[40:60, 10:190] = board[120:140, 10:190] = board[60:120, 130:146] = 255
     tested = board.copy()
     tested[40:60, 90:102], tested[80:92, 60:72] = 0, 255
     moved = compare(board, np.roll(tested, (3, -2), (0, 1)))
