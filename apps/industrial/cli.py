@@ -90,7 +90,7 @@ def teach(
         console.print(f"[yellow]check:[/yellow] {warning}")
     console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {sum(taught.seconds.values()):.1f} s")
     if not facts.defects:
-        console.print("a few labelled defects help a lot: add them with --defects DIR (docs/benchmarks.md shows what 5, 20 and 50 bring)")
+        console.print("a few labelled defects help a lot: add them with --defects DIR")
     write_json(
         {
             "recipe": msgspec.to_builtins(facts),

@@ -128,7 +128,7 @@ def _with(facts: Facts, **changes: object) -> Facts:
 def learned_weight(defects: int) -> float:
     """How much the learned network has to say beside the statistics of good parts, by the number of defects it learned from.
 
-    Chosen by cross-validation on magnetic tiles: see docs/benchmarks.md.
+    Set by hand: more defects, more say.
     """
     return float(np.clip(0.35 + 0.4 * np.log10(max(1, defects) / 5), 0.35, 0.9))
 

@@ -1,9 +1,9 @@
 """Statistics of good parts: the whole image, and its places at three scales; distances are Mahalanobis'.
 
 Places: Defard et al., "PaDiM" (ICPR Workshops 2021), on blocks of averaged features. The whole image: the
-mean and deviation of the deep features, with Ledoit and Wolf's shrinkage (2004). Chosen among memory banks
-(PatchCore), k nearest neighbours, Gaussians of patches, student readings and a segmenter of synthetic
-defects by measurement: see docs/benchmarks.md.
+mean and deviation of the deep features, with Ledoit and Wolf's shrinkage (2004). Chosen among
+k nearest neighbours, Gaussians of patches, and a segmenter of synthetic
+defects in trials on magnetic tiles; a benchmark of it is still to come.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def adapt(
 ) -> TextureNetwork:
     """A copy of `network` that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
 
-    The network is tuned end to end; with the early layers kept it was much worse (see docs/benchmarks.md).
+    The network is tuned end to end.
     """
     torch.manual_seed(seed)
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
