@@ -255,17 +255,11 @@ def _fraud_cards(data: Prepared, rows: list[int], day: int, kept: set[int]) -> i
 
 
 GROUPS = {
-    "hours since the card's last transaction": ("CUSTOMER_HOURS_SINCE_LAST",),
-    "the card's usual amounts": ("CUSTOMER_MEDIAN_AMOUNT", "CUSTOMER_UPPER_QUARTILE"),
     "this amount against them": ("AMOUNT_TO_MEDIAN", "AMOUNT_TO_UPPER_QUARTILE"),
     "the card's largest amounts lately": tuple(f"CUSTOMER_MAX_TO_MEDIAN_{days}DAY" for days in (1, 7, 14)),
-    "the card's high amounts lately": (*(f"CUSTOMER_NB_HIGH_{days}DAY" for days in (3, 7, 14)), "CUSTOMER_DAYS_SINCE_HIGH"),
-    "the terminal's last labels": ("TERMINAL_LAST_LABEL", "TERMINAL_DAYS_SINCE_LABELLED", "TERMINAL_RISK_LAST_5"),
     "the terminal's frauds, ordinary and high": ("TERMINAL_NB_ORDINARY_FRAUD", "TERMINAL_NB_HIGH_FRAUD"),
     "since the terminal's last fraud and genuine one": ("TERMINAL_DAYS_SINCE_FRAUD", "TERMINAL_DAYS_SINCE_GENUINE"),
     "the terminal's present run of frauds": ("TERMINAL_FRAUD_RUN", "TERMINAL_DAYS_SINCE_RUN_START"),
-    "since the terminal's ordinary frauds": ("TERMINAL_DAYS_SINCE_FIRST_ORDINARY_FRAUD", "TERMINAL_DAYS_SINCE_LAST_ORDINARY_FRAUD"),
-    "when the terminal's frauds began": ("TERMINAL_DAYS_SINCE_ONSET", "TERMINAL_NB_GENUINE_SINCE_ONSET"),
     "all of ours about the card": CUSTOMER,
     "all of ours about the terminal": TERMINAL,
 }

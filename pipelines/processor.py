@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from pipelines import metrics
 from pipelines.dead_letter import send_to_dead_letters
 from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError
 from pipelines.merge import EventTimeMerge
@@ -23,11 +25,22 @@ class Interrupted(BaseException):
 
 @dataclass
 class Counts:
-    """What a processor has done since it started."""
+    """What the processor of a topic in a group has done since it started; the metrics of this process hold the same."""
 
+    topic: str
+    group: str
     handled: int = 0
     retried: int = 0
     dead: int = 0
+
+    def add(self, outcome: str, number: int = 1) -> None:
+        """Count `number` records with an `outcome` of `metrics.OUTCOMES`."""
+        setattr(self, outcome, getattr(self, outcome) + number)
+        metrics.records.labels(self.topic, self.group, outcome).inc(number)
+
+    def timed(self) -> AbstractContextManager[object]:
+        """Measures the handler for the length of a block."""
+        return metrics.handling_seconds.labels(self.topic, self.group).time()
 
 
 class Processor:
@@ -43,7 +56,7 @@ class Processor:
     ) -> None:
         self._log, self._topic, self._group, self._handle = log, topic, group, handle
         self._retries, self._backoff = retries, backoff
-        self.counts = Counts()
+        self.counts = Counts(topic.name, group)
 
     def run(self, stop: threading.Event, ready: Callable[[], None] = lambda: None, *, until_idle: bool = False) -> None:
         """Process until `stop` is set, or the log has nothing more where `until_idle`.
@@ -87,8 +100,9 @@ class Processor:
             try:
                 message = self._topic.decode(record)
                 TRACEPARENT.set(child_traceparent(message.envelope.traceparent))
-                self._handle(message)
-                self.counts.handled += 1
+                with self.counts.timed():
+                    self._handle(message)
+                self.counts.add(metrics.HANDLED)
                 return True
             except (PermanentError, SchemaError) as error:
                 return self._bury(record, str(error), attempt)
@@ -97,7 +111,7 @@ class Processor:
                     logger.exception("handling failed %d times", attempt, extra=_place(record))
                     return self._bury(record, f"{type(error).__name__}: {error}", attempt)
                 logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(record))
-                self.counts.retried += 1
+                self.counts.add(metrics.RETRIED)
             finally:
                 TRACEPARENT.reset(token)
             if stop.wait(self._backoff * 2 ** (attempt - 1)):
@@ -105,7 +119,7 @@ class Processor:
 
     def _bury(self, record: Record, reason: str, attempts: int) -> bool:
         send_to_dead_letters(self._log, self._topic, record, reason, attempts)
-        self.counts.dead += 1
+        self.counts.add(metrics.DEAD)
         logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
         return True
 
@@ -139,7 +153,7 @@ class BatchProcessor:
         self._time_of = time_of
         self._consumer: Consumer | None = None
         self._merge: EventTimeMerge | None = None
-        self.counts = Counts()
+        self.counts = Counts(topic.name, group)
 
     def __enter__(self) -> BatchProcessor:
         self._consumer = self._log.consumer(self._group, [self._topic.name])
@@ -189,18 +203,19 @@ class BatchProcessor:
     def _settle(self, messages: list[Message], stop: threading.Event) -> bool:
         for attempt in range(1, self._retries + 2):
             try:
-                rejected = self._handle(messages)
+                with self.counts.timed():
+                    rejected = self._handle(messages)
             except Exception as error:
                 if attempt > self._retries:
                     logger.exception("handling a batch of %d failed %d times", len(messages), attempt, extra=_place(messages[0].record))
                     self._one_by_one(messages, f"{type(error).__name__}: {error}", attempt)
                     return True
                 logger.warning("handling a batch failed, attempt %d: %s", attempt, error, extra=_place(messages[0].record))
-                self.counts.retried += 1
+                self.counts.add(metrics.RETRIED)
             else:
                 for message, reason in rejected:
                     self._bury(message.record, reason, attempt)
-                self.counts.handled += len(messages) - len(rejected)
+                self.counts.add(metrics.HANDLED, len(messages) - len(rejected))
                 return True
             if stop.wait(self._backoff * 2 ** (attempt - 1)):
                 return False
@@ -218,11 +233,11 @@ class BatchProcessor:
                 continue
             for refused, why in rejected:
                 self._bury(refused.record, why, attempts + 1)
-            self.counts.handled += 1 - len(rejected)
+            self.counts.add(metrics.HANDLED, 1 - len(rejected))
 
     def _bury(self, record: Record, reason: str, attempts: int) -> None:
         send_to_dead_letters(self._log, self._topic, record, reason, attempts)
-        self.counts.dead += 1
+        self.counts.add(metrics.DEAD)
         logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from shared_runtime.host import usable_cores
 from shared_runtime.model import Model
 from shared_runtime.planning.planner import Plan, plan_and_compile
 from shared_runtime.signature import Tensors
+from shared_runtime.telemetry import metrics
 
 logger = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu", "cuda")
@@ -57,7 +59,11 @@ class Session:
         BackendUnavailableError where the device is missing.
         """
         checked = self.model.signature.check(inputs, self.model.name)
-        return self._prepared()[1].run(checked)
+        plan, executable = self._prepared()
+        begin = time.perf_counter()
+        outputs = executable.run(checked)
+        metrics.ran(plan, self.model.version, len(next(iter(checked.values()), ())), time.perf_counter() - begin)
+        return outputs
 
     def close(self) -> None:
         """Free the engine; the session can't be used afterwards."""
@@ -72,5 +78,6 @@ class Session:
                 raise BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
             if self._ready is None:
                 self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans)
+                metrics.planned(self._ready[0], self.model.version)
                 logger.info("plan: %s", self._ready[0].describe())
             return self._ready

@@ -131,13 +131,19 @@ class Engine:
         attention = [round(float(share), 3) for share in scores.attention[row]]
         return Decided(features, score, each, decision, threshold, reasons, attention)
 
-    def restore(self, event: Event, features: NDArray[np.float64], score: float, decision: str) -> None:
-        """Take in a transaction that was decided before, in the order of event time."""
+    def restore(self, event: Event, features: NDArray[np.float64] | None, score: float, decision: str) -> None:
+        """Take in a transaction that was decided before, in the order of event time.
+
+        `features`: None where they are of another version; they are then computed again.
+        """
         with self._lock:
             self.clock.see(event.time_us)
             key = transaction_key(event.transaction_id)
             arguments = (event.time_us, event.customer_id, event.terminal_id, event.amount_minor, key)
-            self._features.restore(*arguments, ratio=float(features[RATIO]), fraud=event.fraud)
+            if features is None:
+                features = np.array(self._features.observe(*arguments, event.fraud))
+            else:
+                self._features.restore(*arguments, ratio=float(features[RATIO]), fraud=event.fraud)
             self._sequences.sequence(event.customer_id, event.time_us, features.astype(np.float32))
             self.budget.restore(event.time_us, event.customer_id, score, decision)
 

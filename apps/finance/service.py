@@ -54,6 +54,10 @@ class _Id(msgspec.Struct):
     transaction_id: str
 
 
+class _FeatureVersion(msgspec.Struct):
+    feature_version: str = ""
+
+
 class FinanceService:
     """The use cases over a log and a store. `open_scorer` is called once, when the first decision is due."""
 
@@ -91,7 +95,8 @@ class FinanceService:
         newest = latest.event_us
         for row, fraud in self.store.history(newest - TERMINAL_SPAN - LATEST_DAYS * DAY):
             event = Event(row.transaction_id, row.event_us, row.customer_id, row.terminal_id, row.amount_minor, fraud)
-            engine.restore(event, np.frombuffer(row.features), row.score, row.decision)
+            current = msgspec.json.decode(row.detail, type=_FeatureVersion).feature_version == VERSION
+            engine.restore(event, np.frombuffer(row.features) if current else None, row.score, row.decision)
             number += 1
         for customer, known in self.store.compromised(newest - COMPROMISED_DAYS * DAY):
             engine.budget.mark_compromised(customer, known)

@@ -21,6 +21,7 @@ import numpy as np
 from shared_runtime.errors import BatcherClosedError, InputError, QueueFullError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
+from shared_runtime.telemetry.metrics import batches_released, queue_rows
 
 
 class Runnable(Protocol):
@@ -119,6 +120,7 @@ class Batcher:
         part = _Part(part_inputs, stop - start, shapes, time.monotonic(), answer)
         self._queue.append(part)
         self._waiting += part.rows
+        queue_rows.labels(self._session.model.name).set(self._waiting)
         return part
 
     async def _loop(self) -> None:
@@ -170,6 +172,8 @@ class Batcher:
         self.statistics.rows += rows
         self.statistics.largest = max(self.statistics.largest, rows)
         self.statistics.released[reason] += 1
+        batches_released.labels(self._session.model.name, reason).inc()
+        queue_rows.labels(self._session.model.name).set(self._waiting)
         joined = {name: np.concatenate([part.inputs[name] for part in batch]) for name in batch[0].inputs}
         try:
             outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._session.run, joined)

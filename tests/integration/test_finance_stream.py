@@ -16,12 +16,14 @@ import msgspec
 import numpy as np
 import polars as pl
 import pytest
+import sqlalchemy as sa
 
 from apps.common.database import audit, open_database
 from apps.common.settings import Settings
 from apps.finance.bootstrap import open_finance, open_scorer
+from apps.finance.engine import Event
 from apps.finance.errors import InputError, ModelMismatchError, UnknownTransactionError
-from apps.finance.features.schema import INDEX
+from apps.finance.features.schema import INDEX, VERSION
 from apps.finance.messages import (
     ALERTS,
     DECISIONS,
@@ -33,6 +35,7 @@ from apps.finance.messages import (
     TransactionMessage,
 )
 from apps.finance.service import FinanceService, score_table
+from apps.finance.store import transactions as stored
 from apps.finance.transactions.generate import Generator, Population
 from apps.finance.transactions.replay import replay_table
 from apps.finance.worker import GROUP, run_worker
@@ -116,7 +119,7 @@ def test_the_streams_scores_are_those_of_the_batch(embedded: tuple[FinanceServic
         assert len(decision.reasons) <= 4
         assert [r.contribution for r in decision.reasons] == sorted((r.contribution for r in decision.reasons), reverse=True)
         assert sum(decision.attention) == pytest.approx(1, abs=0.01)
-        assert decision.feature_version == "1"
+        assert decision.feature_version == VERSION
     alerted = {d.transaction_id for d in found if d.decision == "alert"}
     assert {msgspec.json.decode(r.value, type=AlertMessage).transaction_id for r in records(log, ALERTS.name)} == alerted
     scorer.close()
@@ -223,6 +226,30 @@ def test_a_crash_between_store_and_topic_publishes_each_decision_once(settings: 
     assert Counter(d.transaction_id for d in decisions(log)) == Counter(f"tx{n}" for n in range(9))
     assert service.store.unpublished() == []
     log.close()
+
+
+def test_a_store_of_another_feature_version_goes_on(embedded: tuple[FinanceService, Log], settings: Settings) -> None:
+    """After an upgrade the stored features are of no use: they are computed again, and the next scores are the same."""
+    service, log = embedded
+    table = pl.concat(Generator(Population(40, 40), date(2025, 1, 1), 3).days(38))
+    replay_table(table, log)
+    run(service, log)
+    service.reset()
+    newest = service.store.latest().event_us
+    coming = [Event(f"new-{i}", newest + i * 60_000_000, str(i % 40), str(i % 40), 2500 + 700 * i) for i in range(1, 200)]
+    expected = service.engine().decide(coming)
+    engine = open_database(settings.database_url)
+    with engine.begin() as connection:
+        for key, detail in list(connection.execute(sa.select(stored.c.transaction_id, stored.c.detail))):
+            old = {**msgspec.json.decode(detail), "feature_version": "1"}
+            change = stored.update().where(stored.c.transaction_id == key)
+            connection.execute(change.values(features=b"\0" * 8 * 40, detail=msgspec.json.encode(old)))
+    upgraded, _ = open_finance(settings, log)
+    found = upgraded.engine().decide(coming)
+    assert [d.features.tolist() for d in found] == [pytest.approx(d.features.tolist(), abs=1e-9) for d in expected]
+    assert [d.score for d in found] == pytest.approx([d.score for d in expected], abs=2e-6)
+    assert len({round(d.score, 6) for d in found}) > 50
+    upgraded.close()
 
 
 def test_a_worker_killed_at_work_decides_nothing_twice_and_loses_nothing(commands: Commands, settings: Settings) -> None:
@@ -394,7 +421,7 @@ def test_models_trained_on_own_history_take_the_place_of_the_shipped_ones(comman
     joined = table.join(scores, on="TRANSACTION_ID")
     assert joined.filter(pl.col("TX_FRAUD") == 1)["score"].mean() > 5 * joined.filter(pl.col("TX_FRAUD") == 0)["score"].mean()
     (out / "fraud-sequence" / "card.toml").write_text(
-        (out / "fraud-sequence" / "card.toml").read_text().replace('version = "1"', 'version = "0"')
+        (out / "fraud-sequence" / "card.toml").read_text().replace('version = "2"', 'version = "0"')
     )
     with pytest.raises(ModelMismatchError, match="features version '0'"):
         open_scorer(settings)

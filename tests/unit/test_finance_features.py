@@ -128,7 +128,7 @@ def test_of_transactions_at_one_instant_the_one_that_was_meant_is_labelled(label
     assert seen[INDEX["TERMINAL_NB_HIGH_FRAUD"]] == (1 if labelled == 1 else 0)
     assert seen[INDEX["TERMINAL_NB_ORDINARY_FRAUD"]] == (0 if labelled == 1 else 1)
     state.label(DAY, "shop", 10 + labelled, False)
-    assert state.observe(9 * DAY, "another", "shop", 100, 98)[INDEX["TERMINAL_RISK_LAST_5"]] == 0
+    assert state.observe(9 * DAY, "another", "shop", 100, 98)[INDEX["TERMINAL_ID_RISK_7DAY_WINDOW"]] == 0
 
 
 def test_state_does_not_grow_with_time() -> None:

@@ -13,7 +13,6 @@ from apps.finance.features.schema import (
     FEATURES,
     FLOOR_MINOR,
     HIGH,
-    HOUR,
     LABEL_DELAY,
     NEVER_DAYS,
     TERMINAL,
@@ -118,20 +117,9 @@ def _habits(amount: Ints, time: Ints, start: Ints, end: Ints) -> Columns:
     median = np.where(some, ordered[rows, last // 2], now)
     upper = np.where(some, ordered[rows, last * 3 // 4], now)
     floor = np.maximum(median, FLOOR_MINOR)
-    high = valid & (values > HIGH * median[:, None])
-    youngest = np.where(high, age, np.iinfo(np.int64).max).min(axis=1)
-    columns: Columns = {
-        "CUSTOMER_HOURS_SINCE_LAST": np.where(some, age[:, 0], CUSTOMER_SPAN) / HOUR,
-        "CUSTOMER_MEDIAN_AMOUNT": median / 100,
-        "CUSTOMER_UPPER_QUARTILE": upper / 100,
-        "AMOUNT_TO_MEDIAN": now / floor,
-        "AMOUNT_TO_UPPER_QUARTILE": now / np.maximum(upper, FLOOR_MINOR),
-        "CUSTOMER_DAYS_SINCE_HIGH": np.where(high.any(axis=1), youngest / DAY, NEVER_DAYS),
-    }
+    columns: Columns = {"AMOUNT_TO_MEDIAN": now / floor, "AMOUNT_TO_UPPER_QUARTILE": now / np.maximum(upper, FLOOR_MINOR)}
     for days in (1, 7, 14):
         columns[f"CUSTOMER_MAX_TO_MEDIAN_{days}DAY"] = np.where(valid & (age < days * DAY), values, 0).max(axis=1) / floor
-    for days in (3, 7, 14):
-        columns[f"CUSTOMER_NB_HIGH_{days}DAY"] = (high & (age < days * DAY)).sum(axis=1).astype(np.float64)
     return columns
 
 
@@ -159,28 +147,14 @@ def _terminal(table: pl.DataFrame, high: NDArray[np.bool_]) -> Columns:
         return np.maximum.accumulate(np.where(flags, at, -1))
 
     last, some = np.maximum(end - 1, 0), end > start
-    any_fraud, genuine, last_ordinary = latest(fraud)[last], latest(~fraud)[last], latest(ordinary)[last]
-    next_ordinary = np.minimum.accumulate(np.where(ordinary, at, len(at))[::-1])[::-1]
-    first = next_ordinary[np.minimum(start, len(at) - 1)]
+    any_fraud, genuine = latest(fraud)[last], latest(~fraud)[last]
     run = np.where(some, end - 1 - np.maximum(genuine, start - 1), 0)
-    five = np.maximum(start, end - 5)
-    has_ordinary = some & (last_ordinary >= start)
-    onset = latest(~fraud)[np.minimum(first, len(at) - 1)]
-    first_or_end = np.where(has_ordinary, first, end)
-    since_first = (end - first_or_end) - (frauds[end] - frauds[first_or_end])
     values = (
-        np.where(some, fraud[last], -1).astype(np.float64),
-        days_since(last, some),
-        np.where(some, 1 - ((end - five) - (frauds[end] - frauds[five])) / np.maximum(end - five, 1), 0.0),
         (ordinaries[end] - ordinaries[start]).astype(np.float64),
         ((frauds[end] - frauds[start]) - (ordinaries[end] - ordinaries[start])).astype(np.float64),
         days_since(any_fraud, some & (any_fraud >= start)),
         days_since(genuine, some & (genuine >= start)),
         run.astype(np.float64),
         days_since(end - run, run > 0),
-        days_since(first, has_ordinary),
-        days_since(last_ordinary, has_ordinary),
-        days_since(onset, has_ordinary & (onset >= start)),
-        since_first.astype(np.float64),
     )
     return grouped.scatter(columns | dict(zip(TERMINAL, values, strict=True)))

@@ -8,7 +8,7 @@ when its transaction is at least seven days old, at event time.
 
 from __future__ import annotations
 
-VERSION = "1"
+VERSION = "2"
 SECOND = 1_000_000
 """Times are whole microseconds since the epoch, UTC."""
 HOUR, DAY = 3600 * SECOND, 86_400 * SECOND
@@ -30,35 +30,21 @@ HANDBOOK = (
     *(f"TERMINAL_ID_{kind}_{days}DAY_WINDOW" for days in WINDOWS_DAYS for kind in ("NB_TX", "RISK")),
 )
 CUSTOMER = (
-    "CUSTOMER_HOURS_SINCE_LAST",
-    "CUSTOMER_MEDIAN_AMOUNT",
-    "CUSTOMER_UPPER_QUARTILE",
     "AMOUNT_TO_MEDIAN",
     "AMOUNT_TO_UPPER_QUARTILE",
     "CUSTOMER_MAX_TO_MEDIAN_1DAY",
     "CUSTOMER_MAX_TO_MEDIAN_7DAY",
     "CUSTOMER_MAX_TO_MEDIAN_14DAY",
-    "CUSTOMER_NB_HIGH_3DAY",
-    "CUSTOMER_NB_HIGH_7DAY",
-    "CUSTOMER_NB_HIGH_14DAY",
-    "CUSTOMER_DAYS_SINCE_HIGH",
 )
 TERMINAL = (
-    "TERMINAL_LAST_LABEL",
-    "TERMINAL_DAYS_SINCE_LABELLED",
-    "TERMINAL_RISK_LAST_5",
     "TERMINAL_NB_ORDINARY_FRAUD",
     "TERMINAL_NB_HIGH_FRAUD",
     "TERMINAL_DAYS_SINCE_FRAUD",
     "TERMINAL_DAYS_SINCE_GENUINE",
     "TERMINAL_FRAUD_RUN",
     "TERMINAL_DAYS_SINCE_RUN_START",
-    "TERMINAL_DAYS_SINCE_FIRST_ORDINARY_FRAUD",
-    "TERMINAL_DAYS_SINCE_LAST_ORDINARY_FRAUD",
-    "TERMINAL_DAYS_SINCE_ONSET",
-    "TERMINAL_NB_GENUINE_SINCE_ONSET",
 )
 """An ordinary fraud is one whose amount is not high for its customer: it speaks against the terminal, not the
-card. The onset is the last genuine transaction before the first ordinary fraud."""
+card."""
 FEATURES = (*HANDBOOK, *CUSTOMER, *TERMINAL)
 INDEX = {name: position for position, name in enumerate(FEATURES)}

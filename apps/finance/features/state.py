@@ -31,7 +31,7 @@ LATE = 7 * DAY
 
 GENUINE, ORDINARY_FRAUD, HIGH_FRAUD = 0, 1, 2
 RATIO = CUSTOMER.index("AMOUNT_TO_MEDIAN")
-NO_HISTORY = [-1.0, NEVER_DAYS, 0.0, 0.0, 0.0, NEVER_DAYS, NEVER_DAYS, 0.0, *[NEVER_DAYS] * 4, 0.0]
+NO_HISTORY = [0.0, 0.0, NEVER_DAYS, NEVER_DAYS, 0.0, NEVER_DAYS]
 
 
 class _Customer:
@@ -153,19 +153,13 @@ class FeatureState:
         start = end - (int(counts[-2]) - 1)
         if start == end:
             floor = max(amount, FLOOR_MINOR)
-            return counts, [CUSTOMER_SPAN / HOUR, amount / 100, amount / 100, amount / floor, amount / floor, 0, 0, 0, 0, 0, 0, NEVER_DAYS]
-        window = amounts[start:end]
-        ordered = sorted(window)
+            return counts, [amount / floor, amount / floor, 0, 0, 0]
+        ordered = sorted(amounts[start:end])
         last = len(ordered) - 1
         median, upper = ordered[last // 2], ordered[last * 3 // 4]
-        floor, limit = max(median, FLOOR_MINOR), HIGH * median
-        highs = [times[start + i] for i, value in enumerate(window) if value > limit] if ordered[-1] > limit else []
+        floor = max(median, FLOOR_MINOR)
         largest = [max(amounts[bisect_right(times, time - days * DAY, start, end) : end], default=0) / floor for days in (1, 7, 14)]
-        many = [float(len(highs) - bisect_right(highs, time - days * DAY)) for days in (3, 7, 14)]
-        since = (time - highs[-1]) / DAY if highs else NEVER_DAYS
-        gap = (time - times[end - 1]) / HOUR
-        head = [gap, median / 100, upper / 100, amount / floor, amount / max(upper, FLOOR_MINOR)]
-        return counts, [*head, *largest, *many, since]
+        return counts, [amount / floor, amount / max(upper, FLOOR_MINOR), *largest]
 
     def _of_terminal(self, time: int, terminal: Hashable) -> tuple[list[float], list[float]]:
         known = self._terminals.get(terminal)
@@ -185,22 +179,14 @@ class FeatureState:
         def days_since(at: int) -> float:
             return (time - times[at]) / DAY if at >= start else NEVER_DAYS
 
-        five = max(start, end - 5)
-        first, last = marks.find(ORDINARY_FRAUD, start, end), marks.rfind(ORDINARY_FRAUD, start, end)
         genuine = marks.rfind(GENUINE, start, end)
+        fraud = max(marks.rfind(ORDINARY_FRAUD, start, end), marks.rfind(HIGH_FRAUD, start, end))
         run = end - 1 - max(genuine, start - 1)
         return risks, [
-            1.0 if marks[end - 1] else 0.0,
-            days_since(end - 1),
-            1 - marks.count(GENUINE, five, end) / (end - five),
             float(marks.count(ORDINARY_FRAUD, start, end)),
             float(marks.count(HIGH_FRAUD, start, end)),
-            days_since(max(last, marks.rfind(HIGH_FRAUD, start, end))),
+            days_since(fraud),
             days_since(genuine),
             float(run),
             days_since(end - run) if run else NEVER_DAYS,
-            days_since(first),
-            days_since(last),
-            days_since(marks.rfind(GENUINE, start, first)) if first >= start else NEVER_DAYS,
-            float(marks.count(GENUINE, first, end)) if first >= start else 0.0,
         ]

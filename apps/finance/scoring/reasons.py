@@ -64,8 +64,6 @@ def reason_text(feature: str, values: Mapping[str, float]) -> str:
         return f"card spent {value:.2f} on average within {_days(feature)}"
     if feature.startswith("CUSTOMER_MAX_TO_MEDIAN"):
         return f"card's largest amount of the last {_days(feature)} was {value:.1f} times its usual one"
-    if feature.startswith("CUSTOMER_NB_HIGH"):
-        return f"card had {value:.0f} unusually high amounts within {_days(feature)}"
     return _single(feature, value, values)
 
 
@@ -79,24 +77,13 @@ def _since(what: str, value: float) -> str:
 
 
 def _single(feature: str, value: float, values: Mapping[str, float]) -> str:
-    usual = values["CUSTOMER_MEDIAN_AMOUNT"]
+    usual = values["TX_AMOUNT"] / (values["AMOUNT_TO_MEDIAN"] or 1)
     texts = {
         "TX_AMOUNT": f"amount is {value:.2f}",
         "TX_DURING_WEEKEND": "on a weekend" if value else "on a weekday",
         "TX_DURING_NIGHT": "at night" if value else "by day",
-        "CUSTOMER_HOURS_SINCE_LAST": f"card's last transaction was {value:.1f} hours before",
-        "CUSTOMER_MEDIAN_AMOUNT": f"card usually spends {value:.2f}",
-        "CUSTOMER_UPPER_QUARTILE": f"a quarter of the card's amounts exceed {value:.2f}",
         "AMOUNT_TO_MEDIAN": f"amount is {value:.1f} times the card's usual {usual:.2f}",
         "AMOUNT_TO_UPPER_QUARTILE": f"amount is {value:.1f} times what three quarters of the card's amounts stay below",
-        "CUSTOMER_DAYS_SINCE_HIGH": "card had no unusually high amount within 30 days"
-        if value >= NEVER_DAYS
-        else f"card's last unusually high amount was {value:.1f} days before",
-        "TERMINAL_LAST_LABEL": {-1.0: "no label is known at the terminal", 0.0: "terminal's last known label is genuine"}.get(
-            value, "terminal's last known label is fraud"
-        ),
-        "TERMINAL_DAYS_SINCE_LABELLED": _since("a transaction with a known label", value),
-        "TERMINAL_RISK_LAST_5": f"{value:.0%} of the terminal's last five known labels are fraud",
         "TERMINAL_NB_ORDINARY_FRAUD": f"terminal had {value:.0f} known frauds of ordinary amounts within a month",
         "TERMINAL_NB_HIGH_FRAUD": f"terminal had {value:.0f} known frauds of high amounts within a month",
         "TERMINAL_DAYS_SINCE_FRAUD": _since("a known fraud", value),
@@ -107,9 +94,5 @@ def _single(feature: str, value: float, values: Mapping[str, float]) -> str:
         "TERMINAL_DAYS_SINCE_RUN_START": "terminal has no present run of frauds"
         if value >= NEVER_DAYS
         else f"terminal's present run of frauds began {value:.0f} days ago",
-        "TERMINAL_DAYS_SINCE_FIRST_ORDINARY_FRAUD": _since("the first known fraud of an ordinary amount", value),
-        "TERMINAL_DAYS_SINCE_LAST_ORDINARY_FRAUD": _since("the last known fraud of an ordinary amount", value),
-        "TERMINAL_DAYS_SINCE_ONSET": _since("the last genuine transaction before its frauds", value),
-        "TERMINAL_NB_GENUINE_SINCE_ONSET": f"terminal had {value:.0f} genuine transactions since its first fraud",
     }
     return texts[feature]

@@ -27,7 +27,7 @@ from apps.finance.training.sequence import SequenceEnsemble
 from apps.finance.training.train import Recipe, Trained
 from shared_runtime.signature import Signature, TensorSpec
 
-MODEL_VERSION = "1.0.0"
+MODEL_VERSION = "2.0.0"
 TREE_OPSET = 15
 UNIT = f"features version {VERSION}, in the schema's order"
 BOOSTING_SIGNATURE = Signature(

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apps.industrial.features import SIZE
-from apps.industrial.training.augment import light, turned
+from apps.industrial.training.augment import light, pasted, turned
 from apps.industrial.training.losses import image_loss, map_loss
 from apps.industrial.training.network import TextureNetwork
 
 BATCH = 16
 WINDOW = 192
 """The network learns from windows of this side: they cost a third of the whole image, and show a defect at many places."""
-MOST_STEPS = 4000
+MOST_STEPS = 1500
+PASTED = 0.6
+"""Share of the good images that get a defect of a labelled one, where outlines are known: few defects are then seen in many places."""
 RATES = {"heads": 1.0, "late": 1.0, "early": 0.5}
 """Learning rates of the parts, as shares."""
 
@@ -85,14 +87,22 @@ def adapt(
     images, masks = torch.from_numpy(examples.images).to(device), torch.from_numpy(examples.masks).to(device)
     known, bad = torch.from_numpy(examples.known).float().to(device), torch.from_numpy(examples.defective).float().to(device)
     chances = torch.from_numpy(examples.share)
+    donors = torch.nonzero((bad > 0) & (known > 0) & (masks.amax(dim=(1, 2)) > 0.3)).flatten()
     average, step, start = {k: v.detach().clone() for k, v in network.state_dict().items()}, 0, time.monotonic()
     while (progress := max((time.monotonic() - start) / seconds, step / most_steps)) < 1:
         factor = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * factor * group["share"]
         chosen = torch.multinomial(chances, BATCH, replacement=True).to(device)
-        seen, target = turned(images[chosen], masks[chosen], quarter=False)
-        defective = bad[chosen]
+        seen, target, defective = images[chosen], masks[chosen], bad[chosen]
+        if len(donors):
+            others = donors[torch.randint(len(donors), (BATCH,), device=device)]
+            onto = (torch.rand(BATCH, device=device) < PASTED) & (defective < 0.5)
+            with_defect, outline = pasted(seen, images[others], masks[others])
+            seen = torch.where(onto[:, None, None, None], with_defect, seen)
+            target = torch.where(onto[:, None, None], outline, target)
+            defective = torch.where(onto, (outline.amax(dim=(1, 2)) > 0.5).float(), defective)
+        seen, target = turned(seen, target, quarter=False)
         cut = (torch.rand(BATCH, device=device) < 0.7) & (known[chosen] > 0)
         seen, target = _windows(seen, target, cut)
         defective = torch.where(cut, (target.amax(dim=(1, 2)) > 0.5).float(), defective)

@@ -22,6 +22,27 @@ def light(image: Tensor, amount: float = 1.0) -> Tensor:
     return image.clamp(0, 1)
 
 
+def pasted(good: Tensor, donor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Defects of `donor` images, moved, turned and scaled, on `good` images (N, C, H, W); masks (N, h, w) in and out.
+
+    The patch takes the brightness of the place where it lands, and its edge is soft. After Ghiasi et al.,
+    "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021.
+    """
+    n, device = len(good), good.device
+    angle = torch.rand(n, device=device) * 2 * torch.pi * (torch.rand(n, device=device) < 0.5)
+    scale = torch.exp((torch.rand(n, 2, device=device) * 2 - 1) * 0.35)
+    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * 0.5)
+    outline = functional.interpolate(mask[:, None], size=good.shape[2:], mode="bilinear", align_corners=False)
+    patch, core = _sampled(donor, moved, "reflection"), (_sampled(outline, moved, "zeros") > 0.3).float()
+    ring = functional.max_pool2d(core, 17, 1, 8) - core
+    size = ring.sum(dim=(2, 3), keepdim=True)
+    shift = ((good - patch) * ring).sum(dim=(2, 3), keepdim=True) / size.clamp(min=1) * (size > 20)
+    soft = functional.avg_pool2d(functional.max_pool2d(core, 7, 1, 3), 7, 1, 3)
+    share = soft * (torch.rand(n, 1, 1, 1, device=device) * 0.5 + 0.7)
+    mixed = (good * (1 - share) + (patch + shift) * share).clamp(0, 1)
+    return mixed, functional.adaptive_avg_pool2d(core, mask.shape[1:])[:, 0]
+
+
 def turned(image: Tensor, mask: Tensor, *, quarter: bool, zoom: float = 0.08, shift: float = 0.05) -> tuple[Tensor, Tensor]:
     """Mirrors, (quarter turns,) small zoom and shift of images (N, C, H, W) and masks (N, h, w) float."""
     n, device = len(image), image.device
@@ -29,13 +50,18 @@ def turned(image: Tensor, mask: Tensor, *, quarter: bool, zoom: float = 0.08, sh
     if quarter:
         angle = angle + torch.randint(4, (n,), device=device) * (torch.pi / 2)
     scale = torch.exp((torch.rand(n, 2, device=device) * 2 - 1) * zoom)
-    sign = torch.where(torch.rand(n, 2, device=device) < 0.5, -1.0, 1.0)
+    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * shift)
+    return _sampled(image, moved, "reflection"), _sampled(mask[:, None], moved, "reflection")[:, 0]
+
+
+def _matrices(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(N, 2, 3) affine maps: turned by `angle` (N,), mirrored by chance, scaled (N, 2), shifted (N, 2) in half sides."""
+    sign = torch.where(torch.rand(len(angle), 2, device=angle.device) < 0.5, -1.0, 1.0)
     c, s = angle.cos(), angle.sin()
     matrix = torch.stack((torch.stack((c, -s), 1), torch.stack((s, c), 1)), 1) * (scale * sign)[:, None, :]
-    moved = torch.cat((matrix, ((torch.rand(n, 2, device=device) * 2 - 1) * shift)[:, :, None]), 2)
+    return torch.cat((matrix, shift[:, :, None]), 2)
 
-    def sample(x: Tensor) -> Tensor:
-        grid = functional.affine_grid(moved, list(x.shape), align_corners=False)
-        return functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
-    return sample(image), sample(mask[:, None])[:, 0]
+def _sampled(x: Tensor, moved: Tensor, beyond: str) -> Tensor:
+    grid = functional.affine_grid(moved, list(x.shape), align_corners=False)
+    return functional.grid_sample(x, grid, padding_mode=beyond, align_corners=False)

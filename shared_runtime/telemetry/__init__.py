@@ -1,0 +1,1 @@
+"""What the runtime measures of itself while it works."""
