@@ -23,7 +23,7 @@ from apps.common.settings import Settings
 from apps.finance.bootstrap import open_finance, open_scorer
 from apps.finance.engine import Event
 from apps.finance.errors import InputError, ModelMismatchError, UnknownTransactionError
-from apps.finance.features.schema import INDEX, VERSION
+from apps.finance.features.schema import FEATURES, INDEX, VERSION
 from apps.finance.messages import (
     ALERTS,
     DECISIONS,
@@ -128,12 +128,14 @@ def test_the_streams_scores_are_those_of_the_batch(embedded: tuple[FinanceServic
 def test_reasons_add_up_to_the_boostings_log_odds(embedded: tuple[FinanceService, Log]) -> None:
     service, _ = embedded
     generator = np.random.default_rng(0)
-    features = generator.uniform(0, 50, (40, 40)).astype(np.float32)
+    features = generator.uniform(0, 50, (40, len(FEATURES))).astype(np.float32)
     explainer = service.scorer()._explainer
     shares = explainer.contributions(features)
     probability = service.scorer().boosting.run({"features": features})["probability"][:, 0].astype(float)
     base = np.log(probability / (1 - probability)) - shares.sum(axis=1)
     assert np.ptp(base) < 1e-3, "the rest is the same expected value for every row"
+    with pytest.raises(ModelMismatchError, match="26 features, got 40"):
+        explainer.contributions(np.zeros((40, 40), np.float32))
 
 
 BAD = [

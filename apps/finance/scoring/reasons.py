@@ -32,7 +32,13 @@ class Explainer:
         self._threads = threads
 
     def contributions(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Each feature's share (N, F) of the boosting's log-odds; with the expected value they add up to them."""
+        """Each feature's share (N, F) of the boosting's log-odds; with the expected value they add up to them.
+
+        Raises ModelMismatchError for another number of features: XGBoost would end the process.
+        """
+        expected = self._boosters[1].num_features()
+        if features.shape[1] != expected:
+            raise ModelMismatchError(f"the trees were trained on {expected} features, got {features.shape[1]}; train the models again")
         if not len(features):
             return np.zeros((0, features.shape[1]))
         threads = self._threads if len(features) >= SHARED_ROWS else 1
