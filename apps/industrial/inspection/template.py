@@ -14,10 +14,13 @@ from apps.industrial.errors import InputError
 Grey = NDArray[np.uint8]
 EDGE = 2
 """Differences that lie within so many pixels of the other pattern's edge are jitter of the print."""
-SMALLEST = 8
+SMALLEST = 20
 """Pixels that a difference has at least after the edge was taken off."""
 LARGEST_SHIFT = 24
-MARGIN = 5
+REFINED_SIDE = 320
+LOCAL, NEIGHBOURHOOD = 3, 97
+"""After the alignment as a whole each place may move by LOCAL pixels, decided over NEIGHBOURHOOD of them: more than a defect."""
+MARGIN = 8
 """A box reaches so far beyond the difference itself, as people draw them."""
 
 
@@ -44,16 +47,55 @@ def compare(template: Grey, tested: Grey) -> Comparison:
     """Compare two grey images of one size. Raises InputError where the sizes differ or nothing fits."""
     if template.shape != tested.shape:
         raise InputError(f"the template has shape {list(template.shape)}, the tested image {list(tested.shape)}; expected one size")
-    dx, dy = _shift(template, tested)
-    matrix = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
-    moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE) if dx or dy else template
-    wanted, there = moved >= 128, tested >= 128
+    matrix = _alignment(template, tested)
+    moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+    wanted, there = _settled(moved >= 128, tested >= 128), tested >= 128
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1))
     boxes = [
         *_differences(wanted & ~_grown(there, kernel), wanted & ~there, "missing"),
         *_differences(there & ~_grown(wanted, kernel), there & ~wanted, "extra"),
     ]
+    middle = np.array([template.shape[1] / 2, template.shape[0] / 2, 1])
+    dx, dy = matrix @ middle - middle[:2]
     return Comparison(tuple(sorted(boxes, key=lambda box: -box.area)), (float(dx), float(dy)))
+
+
+def _alignment(template: Grey, tested: Grey) -> NDArray[np.float64]:
+    """(2, 3) affine map from the template to the tested image: the best whole-pixel shift, refined where that fits better.
+
+    Evangelidis and Psarakis, "Parametric Image Alignment Using Enhanced Correlation Coefficient Maximization", PAMI 2008.
+    """
+    dx, dy = _shift(template, tested)
+    start = np.array([[1, 0, dx], [0, 1, dy]], np.float64)
+    scale = min(1.0, REFINED_SIDE / max(template.shape))
+    small = [cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for image in (tested, template)]
+    back = np.linalg.inv(np.vstack([start, [0, 0, 1]]))[:2]
+    guess = (back * [1, 1, scale]).astype(np.float32)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 60, 1e-5)
+    try:
+        _, found = cv2.findTransformECC(small[0], small[1], guess, cv2.MOTION_AFFINE, stop, None, 5)
+    except cv2.error:  # nothing to hold on to, or no convergence
+        return start
+    refined = np.linalg.inv(np.vstack([found.astype(np.float64) * [1, 1, 1 / scale], [0, 0, 1]]))[:2]
+    return min(start, refined, key=lambda matrix: _misfit(template, tested, matrix))
+
+
+def _settled(wanted: NDArray[np.bool_], there: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`wanted` with each place moved by at most LOCAL pixels to where its neighbourhood fits best: prints stretch unevenly."""
+    best, settled = np.full(wanted.shape, np.inf, np.float32), wanted
+    padded = np.pad(wanted, LOCAL, mode="edge")
+    steps = range(-LOCAL, LOCAL + 1)
+    for dy, dx in sorted(((y, x) for y in steps for x in steps), key=lambda step: step[0] ** 2 + step[1] ** 2):
+        moved = padded[LOCAL + dy : LOCAL + dy + wanted.shape[0], LOCAL + dx : LOCAL + dx + wanted.shape[1]]
+        cost = cv2.blur((moved != there).astype(np.float32), (NEIGHBOURHOOD, NEIGHBOURHOOD))
+        closer = cost < best * 0.98
+        best, settled = np.where(closer, cost, best), np.where(closer, moved, settled)
+    return settled
+
+
+def _misfit(template: Grey, tested: Grey, matrix: NDArray[np.float64]) -> float:
+    moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+    return float(np.mean((moved >= 128) != (tested >= 128)))
 
 
 def _shift(template: Grey, tested: Grey) -> tuple[float, float]:

@@ -1,0 +1,409 @@
+"""Benchmarks of the industrial app: methods, inspection, learning from defects, kinds, golden templates."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+import shared_runtime as rt
+from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.classification.kinds import KindClassifier
+from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
+from apps.industrial.evaluation.evaluate import Judged, judge, metrics
+from apps.industrial.evaluation.metrics import auroc
+from apps.industrial.features import MAP, MODEL, prepared
+from apps.industrial.images import grey, read_image
+from apps.industrial.inspection.inspector import Inspector, features, learned_scores
+from apps.industrial.inspection.template import compare
+from apps.industrial.teaching import Taught, teach
+
+Array = NDArray[np.float32]
+TEXTURES = ("brushed", "fabric", "leather")
+FOLDS, FOLDS_RUN = 5, int(os.environ.get("FEW_SHOT_FOLDS", "5"))
+NUMBERS: tuple[int | None, ...] = (20, None, 50, 5)
+"""Labelled defects to learn from; None: all that the other folds have."""
+CORE_SECONDS = 480.0
+"""Learning time of one recipe in seconds of a core: 240 s on two."""
+
+
+def _tiles() -> Path:
+    return Path(os.environ["TRISCOPE_DATA_DIR"]) / "magnetic_tile"
+
+
+def _session(model: Path | None = None, threads: int | None = None) -> rt.Session:
+    return rt.Session(rt.load(MODEL if model is None else model), "cpu", threads=threads)
+
+
+def _taught(name: str, good: Sequence[Sample], defects: Sequence[Sample] = (), seconds: float | None = None) -> Taught:
+    return teach(name, good, defects, _session, seconds=seconds, device="cpu")
+
+
+def inspection() -> dict[str, Any]:
+    """Good parts only, on magnetic tiles: accuracy, and the time of an image on one thread, split."""
+    good, tests = good_samples(_tiles() / "train" / "good"), labelled_samples(_tiles())
+    begin = time.perf_counter()
+    taught = _taught("tiles", good)
+    seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    _taught("tiles", good[:200])
+    seconds_200 = time.perf_counter() - begin
+    with _session(threads=1) as session:
+        inspector = Inspector(taught.recipe, session)
+        judged = judge(inspector, tests)
+        images = [sample.read() for sample in tests[:40]]
+        split: dict[str, list[float]] = {"prepare": [], "network": [], "whole": []}
+        cv2.setNumThreads(1)
+        for image in images * 3:
+            start = time.perf_counter()
+            pixels = prepared(image)[None]
+            middle = time.perf_counter()
+            session.run({"pixels": pixels})
+            end = time.perf_counter()
+            inspector.inspect(image)
+            for key, value in (("prepare", middle - start), ("network", end - middle), ("whole", time.perf_counter() - end)):
+                split[key].append(1e3 * value)
+        size = session.model.graph.stat().st_size
+    facts = taught.recipe.facts
+    return {
+        "metrics": metrics(judged),
+        "good": facts.good,
+        "expected_false_fail": facts.calibration.fail.expected,
+        "teach_seconds": {str(facts.good): seconds, "200": seconds_200},
+        "ms_one_thread": {key: statistics.median(values) for key, values in split.items()},
+        "model_bytes": size,
+        "resident_mib": psutil.Process().memory_info().rss / 2**20,
+    }
+
+
+def _coreset(bank: Array, size: int) -> Array:
+    """Greedy k-centre: each next member is the one farthest from those chosen."""
+    rng = np.random.default_rng(0)
+    chosen = [int(rng.integers(len(bank)))]
+    distance = ((bank - bank[chosen[0]]) ** 2).sum(1)
+    while len(chosen) < min(size, len(bank)):
+        chosen.append(int(distance.argmax()))
+        np.minimum(distance, ((bank - bank[chosen[-1]]) ** 2).sum(1), out=distance)
+    return bank[chosen]
+
+
+def _memory_bank(good: dict[str, Array], seen: dict[str, Array], patches: int = 80, size: int = 1500) -> tuple[Array, Array]:
+    """PatchCore-like (Roth et al., CVPR 2022) on the shipped features: scores and maps (N, 32, 32)."""
+
+    def described(some: dict[str, Array]) -> Array:
+        side = some["fine"].shape[2]
+        both = [
+            np.concatenate([fine, np.stack([cv2.resize(c, (side, side)) for c in coarse])])
+            for fine, coarse in zip(some["fine"], some["coarse"], strict=True)
+        ]
+        return np.stack([np.stack([cv2.blur(channel, (3, 3)) for channel in image]) for image in both])
+
+    rng = np.random.default_rng(0)
+    known = described(good).transpose(0, 2, 3, 1).reshape(len(good["fine"]), -1, 144)
+    bank = np.concatenate([image[rng.permutation(len(image))[:patches]] for image in known])
+    mean, scale = bank.mean(0), bank.std(0) + 1e-4
+    bank = _coreset((bank - mean) / scale, size)
+    squares = (bank**2).sum(1)
+    maps = []
+    for image in described(seen):
+        x = (image.reshape(144, -1).T - mean) / scale
+        nearest = ((x**2).sum(1)[:, None] - 2 * x @ bank.T + squares).min(1)
+        maps.append(np.sqrt(np.maximum(nearest, 0)).reshape(image.shape[1:]))
+    found = np.stack(maps)
+    return np.sort(found.reshape(len(found), -1), axis=1)[:, -5:].mean(1), found
+
+
+def methods() -> dict[str, Any]:
+    """Ways to find defects from good parts alone, all on the shipped features: AUROC of images and of pixels."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, _session() as session:
+        sets = {"magnetic tiles": _tiles()}
+        for texture in TEXTURES:
+            sets[texture] = Path(folder) / texture
+            write_dataset(sets[texture], texture, good=60, each=10)
+        for name, place in sets.items():
+            good = features(session, [sample.read() for sample in good_samples(place / "train" / "good")])
+            tests = labelled_samples(place)
+            images = [sample.read() for sample in tests]
+            seen, truth = features(session, images), [sample.defective for sample in tests]
+            cells = [sample.cells(image.shape) for sample, image in zip(tests, images, strict=True)]
+            parts = GoodParts.fit(good["fine"], good["coarse"])
+            raw = parts._raw(seen["fine"], seen["coarse"])
+            bank, bank_maps = _memory_bank(good, seen)
+            rows: dict[str, tuple[Array, Array | None]] = {
+                "memory bank of patches, coreset (as PatchCore)": (bank, bank_maps),
+                "Gaussians of places (as PaDiM)": (raw[:, 1], None),
+                "Mahalanobis of the whole image": (raw[:, 0], None),
+                "segmenter of synthetic defects": (learned_scores(seen), seen["map"]),
+                "whole image and places together (shipped)": (parts.scores(seen["fine"], seen["coarse"]), parts.maps(seen["fine"])),
+            }
+            found[name] = {
+                row: {"image": auroc(truth, scores), "pixel": None if maps is None else _pixel(cells, maps)}
+                for row, (scores, maps) in rows.items()
+            }
+    return found
+
+
+def _pixel(cells: Sequence[Array | None], maps: Array) -> float | None:
+    known = [(cell > 0.5, cv2.resize(one, (MAP, MAP))) for cell, one in zip(cells, maps, strict=True) if cell is not None]
+    return auroc(np.stack([k for k, _ in known]).ravel(), np.stack([m for _, m in known]).ravel())
+
+
+def _folds(samples: Sequence[Sample], groups: dict[tuple[str, str], str]) -> NDArray[np.int64]:
+    """The fold of each sample: all photographs of one tile are in one."""
+    names = [groups[f"test/{sample.kind}", sample.path.name] for sample in samples]
+    order = {g: i % FOLDS for i, g in enumerate(np.random.default_rng(0).permutation(np.unique(names)))}
+    return np.array([order[name] for name in names])
+
+
+def _groups() -> dict[tuple[str, str], str]:
+    with (_tiles() / "groups.csv").open(newline="") as stream:
+        return {(row["split"], row["file"]): row["tile_group"] for row in csv.DictReader(stream)}
+
+
+def few_shot() -> dict[str, Any]:
+    """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and all good test tiles.
+
+    Ctrl-C ends it with what was measured until then.
+    """
+    import torch
+
+    tests = labelled_samples(_tiles())
+    good, clean = good_samples(_tiles() / "train" / "good"), [s for s in tests if not s.defective]
+    bad = [s for s in tests if s.defective]
+    fold_of = _folds(bad, _groups())
+    seconds = CORE_SECONDS / torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    baseline = _taught("tiles", good)
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in (0, *NUMBERS):
+            for fold in range(FOLDS_RUN):
+                pool = np.random.default_rng(100 + fold).permutation(np.flatnonzero(fold_of != fold))[:number]
+                taught = baseline if number == 0 else _taught("tiles", good, [bad[i] for i in pool], seconds)
+                with _session(taught.recipe.model) as session:
+                    held = [bad[i] for i in np.flatnonzero(fold_of == fold)]
+                    result = metrics(_judged_together(Inspector(taught.recipe, session), held + clean))
+                keys = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "image_auroc_by_kind")
+                learned = taught.seconds.get("learn", 0.0)
+                row = {"defects": number, "fold": fold, "learn_seconds": learned, **{key: result[key] for key in keys}}
+                print(row, flush=True)
+                rows.append(row)
+    return {"threads": torch.get_num_threads(), "seconds": seconds, "rows": rows}
+
+
+def _judged_together(inspector: Inspector, samples: Sequence[Sample]) -> list[Judged]:
+    found = []
+    for start in range(0, len(samples), 32):
+        some = samples[start : start + 32]
+        images = [sample.read() for sample in some]
+        for sample, image, result in zip(some, images, inspector.inspect_many(images), strict=True):
+            found.append(Judged(sample, result.score, result.verdict, 0.0, result.map, sample.cells(image.shape)))
+    return found
+
+
+def kinds() -> dict[str, Any]:
+    """Naming the kind of a defect from a few samples a kind, on the shipped features: accuracy, mean of ten draws."""
+    groups = _groups()
+    tiles = [s for s in labelled_samples(_tiles()) if s.defective]
+    steel_folder = Path(os.environ["TRISCOPE_DATA_DIR"]) / "neu_cls"
+    steel = [
+        Sample(path, folder.name) for folder in sorted(steel_folder.iterdir()) if folder.is_dir() for path in sorted(folder.glob("*.jpg"))
+    ]
+    sets: dict[str, tuple[list[Sample], list[str]]] = {
+        "magnetic tiles, by tile": (tiles, [groups[f"test/{s.kind}", s.path.name] for s in tiles]),
+        "NEU steel": (steel, [str(s.path) for s in steel]),
+    }
+    found: dict[str, Any] = {}
+    with _session() as session:
+        for name, (samples, units) in sets.items():
+            embedding = features(session, [s.read() for s in samples])["embedding"]
+            labels, unit = np.array([s.kind for s in samples]), np.array(units)
+            found[name] = {}
+            for each in (5, 20, 100):
+                scores = [_kind_accuracy(embedding, labels, unit, each, seed) for seed in range(10)]
+                mean = np.mean(scores, axis=0)
+                found[name][str(each)] = {"accuracy": float(mean[0]), "balanced": float(mean[1]), "tested": float(mean[2])}
+    return found
+
+
+def _kind_accuracy(embedding: Array, labels: NDArray[np.str_], unit: NDArray[np.str_], each: int, seed: int) -> tuple[float, float, int]:
+    """Half of the units (tiles) of each kind to draw samples from, the others to test."""
+    rng = np.random.default_rng(seed)
+    train: list[int] = []
+    test: list[int] = []
+    for kind in np.unique(labels):
+        own = np.flatnonzero(labels == kind)
+        names = rng.permutation(np.unique(unit[own]))
+        first = set(names[: len(names) // 2])
+        inside = np.array([u in first for u in unit[own]])
+        train += rng.permutation(own[inside])[:each].tolist()
+        test += own[~inside].tolist()
+    model = KindClassifier.fit(embedding[train], labels[train].tolist())
+    said = np.array(model.names)[model.probabilities(embedding[test]).argmax(1)]
+    right = said == labels[test]
+    return float(right.mean()), float(np.mean([right[labels[test] == k].mean() for k in np.unique(labels)])), len(test)
+
+
+def templates() -> dict[str, Any]:
+    """Golden templates on DeepPCB: boxes beside plain XOR with a 3 x 3 opening and the same margin; recall and precision at IoU 0.33."""
+    folder = Path(os.environ["TRISCOPE_DATA_DIR"]) / "deeppcb"
+    truth: dict[str, list[tuple[int, int, int, int]]] = {}
+    with (folder / "boxes.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            truth.setdefault(row["image"], []).append((int(row["x1"]), int(row["y1"]), int(row["x2"]), int(row["y2"])))
+
+    def ours(template: NDArray[np.uint8], tested: NDArray[np.uint8]) -> list[tuple[int, int, int, int]]:
+        return [(b.x, b.y, b.x + b.width, b.y + b.height) for b in compare(template, tested).boxes]
+
+    def xor(template: NDArray[np.uint8], tested: NDArray[np.uint8]) -> list[tuple[int, int, int, int]]:
+        different = ((template >= 128) ^ (tested >= 128)).astype(np.uint8)
+        opened = cv2.morphologyEx(different, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        stats = cv2.connectedComponentsWithStats(opened, connectivity=8)[2][1:]
+        return [(int(x) - 8, int(y) - 8, int(x + w) + 8, int(y + h) + 8) for x, y, w, h, _ in stats]
+
+    totals = {"golden template": [0, 0, 0], "XOR": [0, 0, 0]}
+    times: dict[str, list[float]] = {name: [] for name in totals}
+    cv2.setNumThreads(1)
+    for image, boxes in truth.items():
+        stem = Path(image).name.replace("_test.jpg", "").replace("_temp.jpg", "").removesuffix(".jpg")
+        pair = [grey(read_image(folder / "images" / f"{stem}_{part}.jpg")) for part in ("temp", "test")]
+        for name, run in (("golden template", ours), ("XOR", xor)):
+            begin = time.perf_counter()
+            said = run(*pair)
+            times[name].append(1e3 * (time.perf_counter() - begin))
+            hit = _matched(said, boxes)
+            for i, value in enumerate((hit, len(said), len(boxes))):
+                totals[name][i] += value
+    rows = {
+        name: {"recall": hit / wanted, "precision": hit / max(1, said), "ms": statistics.median(times[name])}
+        for name, (hit, said, wanted) in totals.items()
+    }
+    return {"pairs": len(truth), "boxes": sum(map(len, truth.values())), "rows": rows}
+
+
+def _matched(said: Sequence[tuple[int, int, int, int]], wanted: Iterable[tuple[int, int, int, int]], least: float = 0.33) -> int:
+    left, hits = list(said), 0
+    for a in wanted:
+        best, place = 0.0, -1
+        for i, b in enumerate(left):
+            across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+            shared = max(0, across) * max(0, down)
+            value = shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+            best, place = (value, i) if value > best else (best, place)
+        if best > least:
+            hits += 1
+            left.pop(place)
+    return hits
+
+
+SUITES: dict[str, Callable[[], dict[str, Any]]] = {
+    "inspection": inspection,
+    "methods": methods,
+    "few_shot": few_shot,
+    "kinds": kinds,
+    "templates": templates,
+}
+NEED_DATA = set(SUITES)
+
+
+def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[dict[str, Any]], str]) -> list[str]:
+    """The industrial part of docs/benchmarks.md."""
+    lines = ["# Industrial", ""]
+    if found := load("methods"):
+        lines += [
+            "## Good parts only: which method",
+            "",
+            "AUROC of images / of pixels, all on the shipped features, taught from good parts alone (562 tiles split by physical tile; 60 generated parts).",
+            "",
+            "| method | " + " | ".join(found["result"]) + " |",
+            "|---|" + "---|" * len(found["result"]),
+        ]
+        for row in next(iter(found["result"].values())):
+            cells = [
+                f"{r[row]['image']:.3f} / " + ("-" if r[row]["pixel"] is None else f"{r[row]['pixel']:.3f}")
+                for r in found["result"].values()
+            ]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if found := load("inspection"):
+        lines += _inspection_lines(found, where)
+    if found := load("few_shot"):
+        lines += _few_shot_lines(found, where)
+    if found := load("kinds"):
+        lines += [
+            "## The kind of a defect",
+            "",
+            "Logistic regression on the shipped features; accuracy (balanced accuracy), mean of ten draws; tiles in training and test are different ones.",
+            "Where a kind has fewer samples, all of them are taken.",
+            "",
+            "| samples a kind | " + " | ".join(found["result"]) + " |",
+            "|---|" + "---|" * len(found["result"]),
+        ]
+        for each in ("5", "20", "100"):
+            cells = [f"{r[each]['accuracy']:.3f} ({r[each]['balanced']:.3f})" for r in found["result"].values()]
+            lines.append(f"| {each} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if found := load("templates"):
+        r = found["result"]
+        lines += [
+            "## Golden templates",
+            "",
+            f"{r['pairs']} pairs of DeepPCB with {r['boxes']} boxes, IoU above 0.33, {where(found)}, one thread.",
+            "",
+            "| | recall | precision | times the quickest |",
+            "|---|---|---|---|",
+        ]
+        quickest = min(row["ms"] for row in r["rows"].values())
+        lines += [f"| {n} | {v['recall']:.3f} | {v['precision']:.3f} | {v['ms'] / quickest:.1f} |" for n, v in r["rows"].items()] + [""]
+    return lines
+
+
+def _inspection_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
+    r, m = found["result"], found["result"]["metrics"]
+    low, high = m["image_auroc_interval"]
+    ms = r["ms_one_thread"]
+    share = ms["network"] / ms["whole"]
+    kinds_line = ", ".join(f"{kind} {value:.3f}" for kind, value in m["image_auroc_by_kind"].items())
+    return [
+        "## Good parts only: the recipe on magnetic tiles",
+        "",
+        f"{r['good']} good tiles; image AUROC **{m['image_auroc']:.3f}** ({low:.3f}-{high:.3f}), goal 0.88; pixel AUROC {m['pixel_auroc']:.3f}, goal 0.90;",
+        f"PRO {m['pro']:.3f}; recall {m['recall_at_fpr_1pct']:.3f} at 1 % and {m['recall_at_fpr_5pct']:.3f} at 5 % false rejects.",
+        f"By kind: {kinds_line}. Three of the good test tiles show marks that look like cracks; they head the list of false alarms.",
+        "",
+        f"One image on one thread: {ms['whole']:.0f} ms, {share:.0%} of it the network ({where(found)}). Model {r['model_bytes'] / 1e6:.2f} MB.",
+        f"Teaching: {r['teach_seconds']['200']:.0f} s from 200 images, {r['teach_seconds'][str(r['good'])]:.0f} s from {r['good']}; resident {r['resident_mib']:.0f} MiB.",
+        "",
+    ]
+
+
+def _few_shot_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
+    r = found["result"]
+    lines = [
+        "## A few labelled defects",
+        "",
+        f"Cross-validation by tile on magnetic tiles ({FOLDS} folds; `folds` says how many were run): the recipe learns from n outlined defects of other",
+        f"tiles for {r['seconds']:.0f} s on {r['threads']} thread(s) ({where(found)}), then judges the held-out ones beside all 190 good test tiles.",
+        "",
+        "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
+        "|---|---|---|---|---|",
+    ]
+    for number in sorted({row["defects"] for row in r["rows"]}, key=lambda n: 1e9 if n is None else n):
+        rows = [row for row in r["rows"] if row["defects"] == number]
+        image, pixel, recall = ([row[key] for row in rows] for key in ("image_auroc", "pixel_auroc", "recall_at_fpr_5pct"))
+        label = "all (about 258)" if number is None else str(number)
+        spread = f"{statistics.mean(image):.3f} ({min(image):.3f}-{max(image):.3f})"
+        lines.append(f"| {label} | {len(rows)} | {spread} | {statistics.mean(pixel):.3f} | {statistics.mean(recall):.3f} |")
+    return [*lines, ""]
