@@ -19,21 +19,25 @@ from apps.common.command_line import stop_on_signals
 from apps.common.errors import TriscopeError
 from apps.common.settings import Settings
 from apps.common.ui.server import page_server
+from apps.common.workers import reporting
 from apps.finance.bootstrap import open_finance
 from apps.finance.features.schema import LABEL_DELAY
 from apps.finance.service import FinanceService
 from apps.finance.transactions.generate import Generator, Population
 from apps.finance.transactions.replay import replay_table
+from apps.finance.worker import REPORTS as FINANCE_REPORTS
 from apps.finance.worker import run_worker as run_finance_worker
 from apps.industrial.acquisition.generated import GeneratedSource
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import png
 from apps.industrial.service import IndustrialService
+from apps.industrial.worker import REPORTS as INDUSTRIAL_REPORTS
 from apps.industrial.worker import run_worker as run_industrial_worker
 from apps.medical.bootstrap import open_medical
 from apps.medical.service import MedicalService
 from apps.medical.store import DONE
+from apps.medical.worker import REPORTS as MEDICAL_REPORTS
 from apps.medical.worker import run_worker
 from pipelines import Log
 from shared_runtime.host import host
@@ -83,7 +87,8 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     for thread in threads:
         thread.start()
     try:
-        run_worker(medical, medical_log, stop)
+        with reporting(settings, {**MEDICAL_REPORTS, **FINANCE_REPORTS, **INDUSTRIAL_REPORTS}):
+            run_worker(medical, medical_log, stop)
     finally:
         stop.set()
         for thread in threads:

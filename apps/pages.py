@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 import streamlit as st
 from PIL import Image, ImageDraw
 
+from apps.common.database import open_database
+from apps.common.settings import load_settings
+from apps.common.ui.workers import models_of, workers_of
+from apps.common.workers import known_workers
 from apps.finance.ui.page import page as finance_page
 from apps.finance.ui.summary import summary as finance_summary
+from apps.finance.worker import GROUP as FINANCE
 from apps.industrial.ui.page import page as industrial_page
 from apps.industrial.ui.summary import summary as industrial_summary
+from apps.industrial.worker import GROUP as INDUSTRIAL
 from apps.medical.ui.page import page as medical_page
 from apps.medical.ui.summary import summary as medical_summary
+from apps.medical.worker import GROUP as MEDICAL
+
+APPS = (
+    ("Medical", MEDICAL, medical_summary),
+    ("Finance", FINANCE, finance_summary),
+    ("Industrial", INDUSTRIAL, industrial_summary),
+)
+
+
+@st.cache_resource
+def database() -> sa.Engine:
+    """The database of all apps."""
+    return open_database(load_settings().settings.database_url)
 
 
 @st.fragment(run_every=2.0)
 def overview() -> None:
     """What each app has done."""
-    st.subheader("Medical")
-    medical_summary()
-    st.subheader("Finance")
-    finance_summary()
-    st.subheader("Industrial")
-    industrial_summary()
+    running = known_workers(database())
+    for title, group, summary in APPS:
+        st.subheader(title)
+        summary()
+        workers_of(group, running)
+    models_of(running)
 
 
 def icon() -> Image.Image:

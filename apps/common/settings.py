@@ -47,6 +47,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ui_address: str = "127.0.0.1"
     """Where the pages listen."""
     ui_port: int = 8501
+    metrics_address: str = "127.0.0.1"
+    """Where a worker serves `/metrics`."""
+    metrics_port: int = 0
+    """Port of a worker's `/metrics` for Prometheus; 0 serves none."""
     dicom_address: str = "127.0.0.1"
     """Where `triscope medical listen` receives C-STORE."""
     dicom_port: int = 11112

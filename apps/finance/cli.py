@@ -121,11 +121,13 @@ def train(
 @app.command()
 def stream() -> None:
     """One worker process in the foreground: finance.transactions -> finance.decisions, finance.alerts and store."""
+    from apps.common.workers import reporting
     from apps.finance.bootstrap import open_finance
-    from apps.finance.worker import run_worker
+    from apps.finance.worker import REPORTS, run_worker
 
-    with stop_on_signals() as stop:
-        service, log = open_finance(load_settings().settings)
+    settings = load_settings().settings
+    with reporting(settings, REPORTS), stop_on_signals() as stop:
+        service, log = open_finance(settings)
         run_worker(service, log, stop)
         service.close()
         log.close()

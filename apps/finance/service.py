@@ -12,6 +12,7 @@ from datetime import datetime
 import msgspec
 import numpy as np
 import polars as pl
+from prometheus_client import Counter, Histogram
 
 from apps.finance.alerts.budget import ALERT, COMPROMISED_DAYS
 from apps.finance.engine import Decided, Engine, Event
@@ -52,6 +53,12 @@ SCORED = pl.Schema({"score": pl.Float64, "boosting": pl.Float64, "sequence": pl.
 
 class _Id(msgspec.Struct):
     transaction_id: str
+
+
+decided_total = Counter("triscope_finance_decisions", "Transactions by decision.", ("decision",))
+scores_seen = Histogram(
+    "triscope_finance_score", "Scores of the transactions, 0 to 1.", buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+)
 
 
 class _FeatureVersion(msgspec.Struct):
@@ -184,6 +191,9 @@ class FinanceService:
         start = time.perf_counter()
         self._publish(rows)
         self._published = [row.transaction_id for row in rows]
+        for row in rows:
+            decided_total.labels(row.decision).inc()
+            scores_seen.observe(row.score)
         self.seconds["produce"] += time.perf_counter() - start
         return rejected
 

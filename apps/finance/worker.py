@@ -22,6 +22,8 @@ from pipelines.processor import Interrupted
 
 logger = logging.getLogger(__name__)
 GROUP, LABEL_GROUP = "finance", "finance-labels"
+REPORTS = {GROUP: TRANSACTIONS.name}
+"""The group and topic whose counts this worker reports."""
 BATCH = 256
 BUDGET_SECONDS = 2.0
 

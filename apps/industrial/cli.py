@@ -195,11 +195,13 @@ def evaluate(
 @app.command()
 def station() -> None:
     """One worker process in the foreground: industrial.frames -> industrial.verdicts and store."""
+    from apps.common.workers import reporting
     from apps.industrial.bootstrap import open_industrial
-    from apps.industrial.worker import run_worker
+    from apps.industrial.worker import REPORTS, run_worker
 
-    with stop_on_signals() as stop:
-        service, log = open_industrial(load_settings().settings)
+    settings = load_settings().settings
+    with reporting(settings, REPORTS), stop_on_signals() as stop:
+        service, log = open_industrial(settings)
         run_worker(service, log, stop)
         service.close()
         log.close()

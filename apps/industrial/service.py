@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prometheus_client import Counter, Histogram
+
 import shared_runtime as rt
 from apps.common.blobs import BlobStore
 from apps.industrial.errors import IndustrialError, InputError
@@ -24,6 +26,13 @@ from pipelines import Log, PermanentError
 from pipelines.messages import now_rfc3339
 
 logger = logging.getLogger(__name__)
+judged_total = Counter("triscope_industrial_verdicts", "Parts by verdict.", ("recipe", "station", "verdict"))
+inspection_seconds = Histogram(
+    "triscope_industrial_inspection_seconds",
+    "From the frame's bytes to its verdict.",
+    ("recipe",),
+    buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2),
+)
 SOURCE = "triscope/industrial"
 LOADED_RECIPES = 8
 """Recipes that are kept ready, so that the line changes over at once."""
@@ -104,7 +113,9 @@ class IndustrialService:
             drawn = "" if result.verdict == PASS else self.blobs.put(png(overlay(image, result)))
             milliseconds = 1e3 * (time.perf_counter() - begin)
             verdict = _message(frame, result, drawn, inspector.session.model.name, milliseconds)
-            self.store.add(verdict)
+            if self.store.add(verdict):
+                judged_total.labels(frame.recipe, frame.station, verdict.verdict).inc()
+                inspection_seconds.labels(frame.recipe).observe(milliseconds / 1e3)
         else:
             verdict = known.verdict
         VERDICTS.send(self._log, verdict, SOURCE, traceparent)

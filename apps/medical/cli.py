@@ -111,11 +111,13 @@ def listen() -> None:
 @app.command()
 def worker() -> None:
     """One worker process in the foreground: medical.studies -> segmentation -> medical.results and store."""
+    from apps.common.workers import reporting
     from apps.medical.bootstrap import open_medical
-    from apps.medical.worker import run_worker
+    from apps.medical.worker import REPORTS, run_worker
 
-    with stop_on_signals() as stop:
-        service, log = open_medical(load_settings().settings)
+    settings = load_settings().settings
+    with reporting(settings, REPORTS), stop_on_signals() as stop:
+        service, log = open_medical(settings)
         run_worker(service, log, stop)
         log.close()
 

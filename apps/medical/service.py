@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from prometheus_client import Counter, Histogram
 from pydicom.dataset import FileDataset
 
 import shared_runtime as rt
@@ -32,6 +33,10 @@ from apps.medical.volume import Volume, read_nifti, write_nifti
 from pipelines import Log, PermanentError
 
 logger = logging.getLogger(__name__)
+studies_total = Counter("triscope_medical_studies", "Studies by what became of them.", ("status",))
+study_seconds = Histogram(
+    "triscope_medical_study_seconds", "Time of a study that was segmented.", buckets=(0.5, 1, 2, 4, 8, 15, 30, 60, 120)
+)
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 Report = dict[str, Any]
@@ -206,12 +211,15 @@ class MedicalService:
             )
             answer = ResultMessage(message.study_id, DONE, session.model.name, report["volumes_ml"], report["flags"], "", files)
             RESULTS.send(self._log, answer, source="triscope/medical", traceparent=traceparent)
+        studies_total.labels(DONE).inc()
+        study_seconds.observe(report["seconds"]["total"])
         logger.info("study done", extra={"study_id": message.study_id, "seconds": report["seconds"]["total"]})
         return self.store.get(message.study_id)
 
     def _refuse(self, message: StudyMessage, reason: str, traceparent: str, volume: Volume | None = None) -> PermanentError:
         patient = None if volume is None else volume.patient or None
         self.store.settle(message.study_id, REFUSED, reason=reason, patient=patient)
+        studies_total.labels(REFUSED).inc()
         answer = ResultMessage(message.study_id, REFUSED, "", reason=reason)
         RESULTS.send(self._log, answer, source="triscope/medical", traceparent=traceparent)
         return PermanentError(reason)

@@ -13,6 +13,8 @@ from pipelines.messages import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 GROUP = "medical"
+REPORTS = {GROUP: STUDIES.name}
+"""The group and topic whose counts this worker reports."""
 
 
 def run_worker(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 import typer
 import yaml
@@ -51,6 +55,7 @@ def test_variables_are_settings_and_ports_are_listened_on(name: str) -> None:
     variables = {k.removeprefix("TRISCOPE_").lower(): v for k, v in service["environment"].items() if k.startswith("TRISCOPE_")}
     assert set(variables) <= set(known_keys())
     listened = {variables.get("ui_port", str(Settings().ui_port)), variables.get("dicom_port", str(Settings().dicom_port))}
+    assert ("metrics_port" in variables) == name.endswith("worker"), "the workers, and only they, serve /metrics"
     for port in service.get("ports", []):
         host, _, inside = port.split(":")
         assert host == "127.0.0.1"
@@ -74,10 +79,53 @@ def test_every_service_has_a_health_check_and_no_root_and_volumes_are_declared()
     for name, service in COMPOSE["services"].items():
         assert service["healthcheck"]["test"], name
         for volume in service.get("volumes", []):
-            assert volume.split(":")[0] in COMPOSE["volumes"], volume
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or (source.startswith("./deploy/") and (ROOT / source).is_dir()), volume
     assert re.findall(r"^USER (\S+)", DOCKERFILE, re.M) == ["triscope", "triscope"]
     assert all(s["volumes"] == ["triscope:/var/lib/triscope"] for s in OURS.values())
     assert "TRISCOPE_HOME=/var/lib/triscope" in DOCKERFILE
+
+
+def test_prometheus_scrapes_the_workers_where_they_serve() -> None:
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
+    served = {f"{name}:{s['environment']['TRISCOPE_METRICS_PORT']}" for name, s in OURS.items() if name.endswith("worker")}
+    assert targets == served
+    assert all(OURS[name]["environment"]["TRISCOPE_METRICS_ADDRESS"] == "0.0.0.0" for name in ("worker", "finance-worker"))
+
+
+def names_in(expression: str) -> set[str]:
+    """The metrics of ours that an expression reads, without the suffixes of counters and histograms."""
+    return {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"\btriscope_\w+", expression)}
+
+
+def test_rules_and_dashboards_read_metrics_that_exist() -> None:
+    import apps.finance.service
+    import apps.industrial.service
+    import apps.medical.service  # noqa: F401
+
+    known = {family.name for family in prometheus_client.REGISTRY.collect()}
+    rules = [r for g in yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())["groups"] for r in g["rules"]]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    expressions = [rule["expr"] for rule in rules]
+    dashboards = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
+    assert [path.stem for path in dashboards] == ["finance", "industrial", "medical"]
+    for path in dashboards:
+        panels = json.loads(path.read_text())["panels"]
+        expressions += [target["expr"] for panel in panels for target in panel["targets"]]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+    assert len(expressions) > 30
+    for expression in expressions:
+        assert names_in(expression) or set(re.findall(r"triscope:[\w:]+", expression)) <= recorded or "up{" in expression
+        assert names_in(expression) <= known, expression
+    assert all(rule["annotations"]["action"] for rule in rules if "alert" in rule)
+
+
+def test_promtool_accepts_configuration_and_rules(program: Callable[[str], str]) -> None:
+    folder = ROOT / "deploy" / "prometheus"
+    for kind, name in (("config", "prometheus.yml"), ("rules", "rules.yml")):
+        done = subprocess.run([program("promtool"), "check", kind, folder / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_secret_stands_in_the_files() -> None:

@@ -73,7 +73,7 @@ def _alignment(template: Grey, tested: Grey) -> NDArray[np.float64]:
     guess = (back * [1, 1, scale]).astype(np.float32)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 60, 1e-5)
     try:
-        _, found = cv2.findTransformECC(small[0], small[1], guess, cv2.MOTION_AFFINE, stop, None, 5)
+        _, found = cv2.findTransformECC(small[0], small[1], guess, cv2.MOTION_AFFINE, stop, np.full_like(small[1], 255), 5)
     except cv2.error:  # nothing to hold on to, or no convergence
         return start
     refined = np.linalg.inv(np.vstack([found.astype(np.float64) * [1, 1, 1 / scale], [0, 0, 1]]))[:2]
