@@ -139,7 +139,7 @@ def methods() -> dict[str, Any]:
             images = [sample.read() for sample in tests]
             seen, truth = features(session, images), [sample.defective for sample in tests]
             cells = [sample.cells(image.shape) for sample, image in zip(tests, images, strict=True)]
-            parts = GoodParts.fit(good["fine"], good["coarse"])
+            parts, _, _ = GoodParts.fit(good["fine"], good["coarse"])
             raw = parts._raw(seen["fine"], seen["coarse"])
             bank, bank_maps = _memory_bank(good, seen)
             rows: dict[str, tuple[Array, Array | None]] = {

@@ -88,7 +88,7 @@ def known_workers(engine: sa.Engine) -> list[Worker]:
 
 def serve_metrics(address: str, port: int) -> None:
     """Serve this process's metrics at http://ADDRESS:PORT/metrics until it ends. Raises UsageError where the port is taken."""
-    prometheus_client.disable_created_metrics()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         prometheus_client.start_http_server(port, address)
     except OSError as error:

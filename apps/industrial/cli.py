@@ -214,7 +214,8 @@ app.command(name="worker", hidden=True, help="The same as station.")(station)
 @app.command()
 def feed(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="folder:DIR, video:FILE, camera:0, rtsp://..., genicam:FILE.cti, texture:NAME.")
+        str,
+        typer.Argument(metavar="SOURCE", help="folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, genicam:FILE.cti, texture:NAME."),
     ],
     recipe: RecipeName,
     station: Annotated[str, typer.Option(help="Name of the station.")] = "station-1",
@@ -265,6 +266,7 @@ def _source(text: str, follow: bool, per_second: float) -> Any:
     from apps.industrial.acquisition.folder import FolderSource
     from apps.industrial.acquisition.generated import GeneratedSource
     from apps.industrial.acquisition.genicam import GenicamSource
+    from apps.industrial.acquisition.upload import UploadSource
     from apps.industrial.acquisition.video import VideoSource
 
     kind, _, rest = text.partition(":")
@@ -274,12 +276,17 @@ def _source(text: str, follow: bool, per_second: float) -> Any:
         return VideoSource(rest)
     if kind == "rtsp":
         return VideoSource(text)
+    if kind == "http":
+        if not rest.isdigit() or not 0 < int(rest) < 65536:
+            raise UsageError(f"source {text[:80]!r}: {rest[:40]!r} is no port; expected http:PORT with a number from 1 to 65535")
+        return UploadSource(int(rest))
     if kind == "genicam":
         return GenicamSource(Path(rest))
     if kind == "texture":
         return GeneratedSource(rest, per_second=per_second)
     raise UsageError(
-        f"source {text[:80]!r} is unknown; expected folder:DIR, video:FILE, camera:0, rtsp://..., genicam:FILE.cti or texture:NAME"
+        f"source {text[:80]!r} is unknown; expected folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, "
+        "genicam:FILE.cti or texture:NAME"
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels, sharpness, unusable
-from apps.industrial.inspection.inspector import combined_maps, combined_scores, features, learned_scores
+from apps.industrial.inspection.inspector import combined, features, learned_scores
 from apps.industrial.inspection.recipe import Facts, Recipe
 from pipelines.messages import now_rfc3339
 
@@ -65,64 +65,56 @@ def teach(
     if len(images) < FEWEST:
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{len(images)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
-    warnings = []
-    if len(images) < ENOUGH:
-        warnings.append(f"only {len(images)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)")
-    taught = Taught(None, skipped=skipped)  # type: ignore[arg-type]
-    model: Path | None = None
-    bad_images, bad_samples = _read_defects(defects, taught)
-    taught.seconds["read"] = time.monotonic() - start
-    weight, scale, seen_rows = 0.0, (0.0, 1.0), np.zeros(len(images), bool)
-    if bad_samples:
-        begin = time.monotonic()
-        held = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
-        seen_rows = ~held
-        model = _learn(images, seen_rows, bad_images, bad_samples, open_session, seconds, device, taught, report)
-        weight = learned_weight(len(bad_samples))
-        taught.seconds["learn"] = time.monotonic() - begin
+    bad_images, bad_samples, bad_skipped = _read(defects, lambda step, share: None)
+    times = {"read": time.monotonic() - start}
     begin = time.monotonic()
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    unseen = np.ones(len(images), bool)
+    if bad_samples:
+        unseen = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
+        folder = _learn(images, ~unseen, bad_images, bad_samples, open_session, seconds, device, report)
+        times["learn"] = time.monotonic() - begin
+    begin = time.monotonic()
+    model = None if folder is None else Path(folder.name) / "model"
     with open_session(model) as session:
         seen = _with_progress(session, images, report)
         bad_seen = features(session, bad_images) if bad_samples else {}
-    parts = GoodParts.fit(seen["fine"], seen["coarse"])
+    parts, scores, maps = GoodParts.fit(seen["fine"], seen["coarse"])
+    weight, scale = learned_weight(len(bad_samples)), (0.0, 1.0)
     if bad_samples:
-        logits = learned_scores(seen)[~seen_rows]
+        logits = learned_scores(seen)[unseen]
         scale = (float(np.median(logits)), float(logits.std() + 0.5))
+    scores = combined(scores, learned_scores(seen), weight, scale)[unseen]
+    peaks = combined(maps, seen["map"], weight, scale)[unseen].max(axis=(1, 2))
+    apart = [kept[i].path.name for i in outliers(scores.tolist())] if not bad_samples else []
     kinds = _kinds(bad_samples, bad_seen)
     facts = Facts(
         name=name,
         taught=now_rfc3339(),
         good=len(images),
         defects=len(bad_samples),
-        calibration=calibrate([0.0, 1.0]),
-        map_threshold=1.0,
+        calibration=calibrate([float(score) for score in scores]),
+        map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6,
         sharpness=float(np.median([sharpness(image) for image in images])),
         aspect=_aspect(images),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
         learned_weight=weight,
         learned_scale=scale,
         kinds=kinds.names if kinds else (),
+        warnings=tuple(_warnings(images, apart)),
     )
-    recipe = Recipe(facts, parts, kinds, model)
-    scores, peaks = _held_back(recipe, seen, ~seen_rows if bad_samples else np.ones(len(images), bool))
-    taught.outliers = [kept[i].path.name for i in outliers(scores)] if not bad_samples else []
-    if taught.outliers:
-        warnings.append(f"{len(taught.outliers)} good image(s) stand apart from the others: look at them, or teach without them")
+    times["fit"] = time.monotonic() - begin
+    return Taught(Recipe(facts, parts, kinds, model), apart, skipped + bad_skipped, times, folder)
+
+
+def _warnings(images: Sequence[Pixels], apart: Sequence[str]) -> Iterator[str]:
+    if len(images) < ENOUGH:
+        yield f"only {len(images)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)"
+    if apart:
+        yield f"{len(apart)} good image(s) stand apart from the others: look at them, or teach without them"
     mixed = Counter(image.ndim for image in images)
     if len(mixed) > 1:
-        warnings.append(f"{mixed[2]} grey and {mixed[3]} colour images are mixed: teach with one kind")
-    facts = _with(
-        facts, calibration=calibrate(scores), map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6, warnings=tuple(warnings)
-    )
-    taught.recipe = Recipe(facts, parts, kinds, model)
-    taught.seconds["fit"] = time.monotonic() - begin
-    return taught
-
-
-def _with(facts: Facts, **changes: object) -> Facts:
-    import msgspec
-
-    return msgspec.structs.replace(facts, **changes)
+        yield f"{mixed[2]} grey and {mixed[3]} colour images are mixed: teach with one kind"
 
 
 def learned_weight(defects: int) -> float:
@@ -130,7 +122,9 @@ def learned_weight(defects: int) -> float:
 
     Near the best weights at 5, 20, 50 and 260 defects of magnetic tiles: more defects, more say.
     """
-    return float(np.clip(0.35 + 0.42 * np.log10(max(1, defects) / 5), 0.35, 0.75))
+    if not defects:
+        return 0.0
+    return float(np.clip(0.35 + 0.42 * np.log10(defects / 5), 0.35, 0.75))
 
 
 def _read(samples: Sequence[Sample], report: Report) -> tuple[list[Pixels], list[Sample], list[tuple[str, str]]]:
@@ -150,32 +144,12 @@ def _read(samples: Sequence[Sample], report: Report) -> tuple[list[Pixels], list
     return images, kept, skipped
 
 
-def _read_defects(defects: Sequence[Sample], taught: Taught) -> tuple[list[Pixels], list[Sample]]:
-    images, kept, skipped = _read(defects, lambda step, share: None)
-    taught.skipped += skipped
-    return images, kept
-
-
 def _with_progress(session: rt.Session, images: Sequence[Pixels], report: Report) -> dict[str, np.ndarray]:
     parts = []
     for start in range(0, len(images), 16):
         parts.append(features(session, images[start : start + 16]))
         report("looking", min(1.0, (start + 16) / len(images)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _held_back(recipe: Recipe, seen: dict[str, np.ndarray], rows: np.ndarray) -> tuple[list[float], np.ndarray]:
-    """Scores and map peaks of good parts that neither the statistics nor the learned network saw."""
-    n = len(seen["fine"])
-    scores, peaks = np.zeros(n), np.zeros(n)
-    for part in np.array_split(np.arange(n), min(5, n)):
-        rest = np.setdiff1d(np.arange(n), part)
-        without = GoodParts._fit(seen["fine"][rest], seen["coarse"][rest])
-        other = Recipe(recipe.facts, GoodParts(without.image, without.places, recipe.good.usual), None, recipe.model)
-        some = {key: values[part] for key, values in seen.items()}
-        scores[part] = combined_scores(other, some)
-        peaks[part] = combined_maps(other, some).max(axis=(1, 2))
-    return [float(s) for s in scores[rows]], peaks[rows]
 
 
 def _aspect(images: Sequence[Pixels]) -> tuple[float, float]:
@@ -200,10 +174,9 @@ def _learn(
     open_session: Callable[[Path | None], rt.Session],
     seconds: float | None,
     device: str,
-    taught: Taught,
     report: Report,
-) -> Path:
-    """Tune the shipped network on the examples; the folder of the new model."""
+) -> tempfile.TemporaryDirectory[str]:
+    """Tune the shipped network on the examples; the folder with the new `model`."""
     try:
         import torch
 
@@ -233,11 +206,10 @@ def _learn(
         torch.device(place),
         report=lambda share: report("learning", share),
     )
-    taught.network_folder = tempfile.TemporaryDirectory(prefix="triscope-recipe-")
-    folder = Path(taught.network_folder.name) / "model"
+    folder = tempfile.TemporaryDirectory(prefix="triscope-recipe-")
     digest = write_model(
         network,
-        folder,
+        Path(folder.name) / "model",
         f"texture-features-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}",
         {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds or LEARN_SECONDS[place]}},
     )

@@ -81,7 +81,7 @@ def test_defects_change_the_image_where_their_mask_is(texture: str, kind: str) -
 def test_good_parts_are_near_and_others_far() -> None:
     rng = np.random.default_rng(0)
     fine, coarse = rng.normal(0, 1, (40, 6, 32, 32)).astype(np.float32), rng.normal(0, 1, (40, 8, 16, 16)).astype(np.float32)
-    parts = GoodParts.fit(fine, coarse)
+    parts, _, _ = GoodParts.fit(fine, coarse)
     strange = fine[:1].copy()
     strange[0, :, 8:24, 16:32] += 1.5
     assert parts.scores(strange, coarse[:1] + 0.5)[0] > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -10,6 +11,8 @@ from pathlib import Path
 from apps.industrial.acquisition.base import Frame
 from apps.industrial.errors import SourceError
 from apps.industrial.images import MAX_BYTES, SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -42,8 +45,16 @@ class FolderSource:
             for modified, path in sorted(fresh):
                 seen.add(path.name)
                 sizes.pop(path.name, None)
-                if path.stat().st_size <= MAX_BYTES:
-                    yield Frame(path.read_bytes(), datetime.fromtimestamp(modified, UTC).isoformat().replace("+00:00", "Z"), path.stem)
+                try:
+                    size = path.stat().st_size
+                    content = path.read_bytes() if size <= MAX_BYTES else b""
+                except OSError as error:
+                    logger.warning("%s can't be read: %s; it is passed over", path, error.strerror)
+                    continue
+                if not content:
+                    logger.warning("%s has %d bytes; images of up to %d are read, it is passed over", path, size, MAX_BYTES)
+                    continue
+                yield Frame(content, datetime.fromtimestamp(modified, UTC).isoformat().replace("+00:00", "Z"), path.stem)
             if not self._follow:
                 return
             stop.wait(self._every)

@@ -1,9 +1,8 @@
 """Statistics of good parts: the whole image, and its places at three scales; distances are Mahalanobis'.
 
 Places: Defard et al., "PaDiM" (ICPR Workshops 2021), on blocks of averaged features. The whole image: the
-mean and deviation of the deep features, with Ledoit and Wolf's shrinkage (2004). Chosen among
-k nearest neighbours, Gaussians of patches, and a segmenter of synthetic
-defects in trials on magnetic tiles; a benchmark of it is still to come.
+mean and deviation of the deep features, with Ledoit and Wolf's shrinkage (2004). Chosen among a memory bank
+of patches, Gaussians of places, the whole image alone and a segmenter of synthetic defects: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -86,22 +85,25 @@ class GoodParts:
     """Usual distances and their deviations: (1 + len(BLOCKS), 2), found on parts that the statistics did not see."""
 
     @classmethod
-    def fit(cls, fine: Array, coarse: Array) -> GoodParts:
-        """From the features of N good images; `usual` is found over five parts, each left out once.
+    def fit(cls, fine: Array, coarse: Array) -> tuple[GoodParts, Array, Array]:
+        """The statistics of N good images, four at least, and what they say of those that they did not see.
 
-        Neighbours in order stay together, so that several images of one part fall on one side.
+        The images are cut in five parts, each judged by the statistics of the others: scores (N,) and maps
+        (N, MAP, MAP). Neighbours in order stay together, so that several images of one part fall on one side.
         """
         n = len(fine)
-        parts = np.array_split(np.arange(n), min(5, n))
-        left_out = [np.zeros((0, 1 + len(BLOCKS)), np.float32)]
+        parts = np.array_split(np.arange(n), min(5, n // 2))
+        without = []
         for part in parts:
             rest = np.setdiff1d(np.arange(n), part)
-            if len(rest) >= 2:
-                left_out.append(cls._fit(fine[rest], coarse[rest])._raw(fine[part], coarse[part]))
-        distances = np.concatenate(left_out)
-        usual = np.stack([np.median(distances, axis=0), distances.std(axis=0) + 1e-3], axis=1)
+            without.append(cls._fit(fine[rest], coarse[rest]))
+        distances = np.concatenate([some._raw(fine[part], coarse[part]) for some, part in zip(without, parts, strict=True)])
+        usual = np.stack([np.median(distances, axis=0), distances.std(axis=0) + 1e-3], axis=1).astype(np.float32)
+        others = [cls(some.image, some.places, usual) for some in without]
+        scores = np.concatenate([some.scores(fine[part], coarse[part]) for some, part in zip(others, parts, strict=True)])
+        maps = np.concatenate([some.maps(fine[part]) for some, part in zip(others, parts, strict=True)])
         fitted = cls._fit(fine, coarse)
-        return cls(fitted.image, fitted.places, usual.astype(np.float32))
+        return cls(fitted.image, fitted.places, usual), scores, maps
 
     @classmethod
     def _fit(cls, fine: Array, coarse: Array) -> GoodParts:

@@ -59,24 +59,14 @@ def learned_scores(seen: dict[str, Array]) -> Array:
     return np.asarray((seen["image"] + peak) / 2, np.float32)
 
 
-def combined_scores(recipe: Recipe, seen: dict[str, Array]) -> Array:
-    """(N,) scores: 0 for a usual good part, growing with the doubt about it."""
-    good = recipe.good.scores(seen["fine"], seen["coarse"])
-    weight = recipe.facts.learned_weight
+def combined(good: Array, learned: Array, weight: float, scale: tuple[float, float]) -> Array:
+    """Scores or maps of the statistics of good parts and of the learned network together: 0 for a usual good part.
+
+    `weight`: what the network has to say; `scale`: median and spread of its logits on good parts.
+    """
     if not weight:
         return good
-    middle, spread = recipe.facts.learned_scale
-    return np.asarray((1 - weight) * good + weight * (learned_scores(seen) - middle) / spread, np.float32)
-
-
-def combined_maps(recipe: Recipe, seen: dict[str, Array]) -> Array:
-    """(N, MAP, MAP) maps in the units of the score's parts."""
-    good = recipe.good.maps(seen["fine"])
-    weight = recipe.facts.learned_weight
-    if not weight:
-        return good
-    middle, spread = recipe.facts.learned_scale
-    return np.asarray((1 - weight) * good + weight * (seen["map"] - middle) / spread, np.float32)
+    return np.asarray((1 - weight) * good + weight * (learned - scale[0]) / scale[1], np.float32)
 
 
 class Inspector:
@@ -92,7 +82,9 @@ class Inspector:
     def inspect_many(self, images: Sequence[Pixels]) -> list[Inspection]:
         """The same for several images, which share the network's batches."""
         seen = features(self.session, images)
-        scores, maps = combined_scores(self.recipe, seen), combined_maps(self.recipe, seen)
+        good, facts = self.recipe.good, self.recipe.facts
+        scores = combined(good.scores(seen["fine"], seen["coarse"]), learned_scores(seen), facts.learned_weight, facts.learned_scale)
+        maps = combined(good.maps(seen["fine"]), seen["map"], facts.learned_weight, facts.learned_scale)
         kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
         return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]
 

@@ -79,10 +79,7 @@ def live(recipe: str) -> None:
     parts = service.store.latest(20, recipe=recipe)
     if not parts:
         st.info(
-            st.info(
-                "No part yet. Start `triscope industrial station`, and send frames with "
-                f"`triscope industrial feed SOURCE --recipe {recipe}`."
-            )
+            f"No part yet. Start `triscope industrial station`, and send frames with `triscope industrial feed SOURCE --recipe {recipe}`."
         )
         return
     newest, behind = parts[0], waiting()
@@ -102,9 +99,10 @@ def live(recipe: str) -> None:
         for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
             column.metric(label, value)
         st.caption(f"lot {newest.verdict.lot}" if newest.verdict.lot else "all parts of this recipe")
-    for column, part in zip(st.columns(10), parts[:10], strict=False):
-        with column:
-            show(part, small=True)
+    for row_of_parts in (parts[:10], parts[10:]):
+        for column, part in zip(st.columns(10), row_of_parts, strict=False):
+            with column:
+                show(part, small=True)
     chosen = worklist(COLUMNS, [row(part) for part in parts], key="industrial_worklist")
     if chosen and chosen != st.session_state.get("industrial_part"):
         st.session_state["industrial_part"] = chosen

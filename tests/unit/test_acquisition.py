@@ -1,0 +1,267 @@
+"""Sources of frames: each against a real folder, file or peer, or a stand-in for hardware that follows its interface."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from apps.industrial.acquisition.base import Frame, FrameBuffer, fill
+from apps.industrial.acquisition.folder import FolderSource
+from apps.industrial.acquisition.genicam import GenicamSource
+from apps.industrial.acquisition.upload import WAITING, UploadSource
+from apps.industrial.acquisition.video import VideoSource
+from apps.industrial.errors import SourceError
+from apps.industrial.images import decode_image, png
+from tests.conftest import eventually
+
+
+def picture(level: int = 90) -> bytes:
+    return png(np.full((64, 80), level, np.uint8))
+
+
+class Collected:
+    """Runs a source in a thread and keeps its frames."""
+
+    def __init__(self, source: Any) -> None:
+        self.frames: list[Frame] = []
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(source,))
+
+    def _run(self, source: Any) -> None:
+        try:
+            for frame in source.frames(self.stop):
+                self.frames.append(frame)
+        except SourceError as error:
+            self.errors.append(error)
+
+    def __enter__(self) -> Collected:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "the source ends when it is told to"
+
+
+def test_a_folder_gives_each_image_once_and_only_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "notes.txt").write_text("no image")
+    with Collected(FolderSource(tmp_path, every=0.05)) as seen:
+        eventually(lambda: len(seen.frames) == 1)
+        content = picture(2)
+        with (tmp_path / "b.png").open("wb") as stream:
+            stream.write(content[:30])
+            stream.flush()
+            stream.write(content[30:])
+        eventually(lambda: len(seen.frames) == 2)
+    assert [frame.serial for frame in seen.frames] == ["a", "b"]
+    assert seen.frames[1].content == content
+    assert len(list(FolderSource(tmp_path, follow=False).frames(threading.Event()))) == 2
+    with pytest.raises(SourceError, match="is no folder"):
+        FolderSource(tmp_path / "nothing")
+
+
+def test_a_file_that_is_too_large_is_passed_over_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("apps.industrial.acquisition.folder.MAX_BYTES", 1000)
+    (tmp_path / "huge.png").write_bytes(b"\x89" * 2000)
+    (tmp_path / "small.png").write_bytes(picture())
+    assert [frame.serial for frame in FolderSource(tmp_path, follow=False).frames(threading.Event())] == ["small"]
+    assert "huge.png has 2000 bytes" in caplog.text
+
+
+def test_a_video_file_gives_all_its_frames(tmp_path: Path) -> None:
+    path = tmp_path / "line.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for level in (40, 120, 200):
+        writer.write(np.full((48, 64, 3), (0, 0, level), np.uint8))
+    writer.release()
+    frames = list(VideoSource(str(path)).frames(threading.Event()))
+    assert [frame.serial for frame in frames] == ["00000001", "00000002", "00000003"]
+    means = [decode_image(frame.content).reshape(-1, 3).mean(0) for frame in frames]
+    assert all(mean[0] > 3 * mean[2] for mean in means), "red stays red: the channels are RGB"
+    with pytest.raises(SourceError, match="can't open"):
+        next(VideoSource(str(tmp_path / "nothing.avi")).frames(threading.Event()))
+
+
+class Camera:
+    """What cv2.VideoCapture is for a camera: three pictures, then silence while it is unplugged."""
+
+    plugged, opened = True, 0
+
+    def __init__(self, address: object) -> None:
+        Camera.opened += 1
+        self._left = 3
+
+    def isOpened(self) -> bool:
+        return Camera.plugged
+
+    def read(self) -> tuple[bool, Any]:
+        self._left -= 1
+        return (True, np.full((32, 32, 3), 50, np.uint8)) if self._left >= 0 and Camera.plugged else (False, None)
+
+    def release(self) -> None:
+        pass
+
+
+def test_a_camera_that_was_unplugged_is_opened_again_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Camera.plugged, Camera.opened = True, 0
+    source = VideoSource("0", retry_seconds=0.01, open_capture=Camera)
+    with Collected(source) as seen:
+        eventually(lambda: len(seen.frames) >= 3)
+        Camera.plugged = False
+        eventually(lambda: Camera.opened > 5)
+        before, known = source.reconnects, len(seen.frames)
+        Camera.plugged = True
+        eventually(lambda: len(seen.frames) >= known + 3)
+        assert source.reconnects > before
+    assert "does not answer" in caplog.text
+    assert "the camera is back" in caplog.text
+
+
+class Harvester:
+    """As harvesters' Harvester and its acquirer: one camera of Mono8 pictures that pauses once and is unplugged once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.plugged = True
+        self.ended: list[str] = []
+
+    def add_file(self, path: str) -> None:
+        self.path = path
+
+    def update(self) -> None:
+        self.cameras = ["cam-7"] if self.plugged and self.path.endswith(".cti") else []
+
+    def create(self, wanted: Any) -> Any:
+        if not self.cameras or (isinstance(wanted, dict) and wanted["serial_number"] not in self.cameras):
+            self.plugged = True  # it is back at the next look
+            raise ValueError("no such device")
+        return self
+
+    def start(self) -> None:
+        self.ended.append("start")
+
+    @contextmanager
+    def _buffer(self) -> Iterator[Any]:
+        part = SimpleNamespace(width=40, height=30, data=np.full(1200, self.number, np.uint8))
+        yield SimpleNamespace(payload=SimpleNamespace(components=[part]))
+
+    def fetch(self, timeout: float) -> Any:
+        self.number += 1
+        if self.number == 2:
+            raise TimeoutError("GenTL timeout")
+        if self.number == 4:
+            self.plugged = False
+            raise RuntimeError("device lost")
+        return self._buffer()
+
+    def stop(self) -> None:
+        self.ended.append("stop")
+
+    def destroy(self) -> None:
+        self.ended.append("destroy")
+
+    def reset(self) -> None:
+        self.ended.append("reset")
+
+
+def test_a_genicam_camera_waits_out_a_pause_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    camera = Harvester()
+    source = GenicamSource(Path("maker.cti"), make=lambda: camera, retry_seconds=0.01)
+    frames = source.frames(stop := threading.Event())
+    shown = [decode_image(next(frames).content) for _ in range(4)]
+    assert [int(image.max()) for image in shown] == [1, 3, 5, 6], "the pause and the loss gave no frame"
+    assert shown[0].shape == (30, 40)
+    assert source.reconnects == 1
+    assert "device lost; trying again" in caplog.text
+    assert "the camera is back" in caplog.text
+    stop.set()
+    assert list(frames) == []
+    assert camera.ended == ["start", "stop", "destroy", "start", "stop", "destroy", "reset"]
+    with pytest.raises(SourceError, match="no camera cam-9"):
+        next(GenicamSource(Path("maker.cti"), "cam-9", make=Harvester).frames(threading.Event()))
+
+
+def post(port: int, content: bytes, query: str = "") -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/frames{query}", data=content, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def answers(port: int) -> Callable[[], bool]:
+    def check() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    return check
+
+
+def test_pictures_are_posted_and_bad_posts_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.acquisition.upload.MAX_UPLOAD_BYTES", 100_000)
+    source = UploadSource(0)
+    with Collected(source) as seen:
+        eventually(answers(source.port))
+        assert post(source.port, picture(), "?serial=P-1") == (202, {"serial": "P-1", "bytes": len(picture())})
+        assert post(source.port, b"")[0] == 400
+        assert post(source.port, picture(), f"?serial={'x' * 201}")[0] == 400
+        code, body = post(source.port, b"x" * 200_000)
+        assert (code, "more than 100000 bytes" in body["error"]) == (413, True)
+        eventually(lambda: len(seen.frames) == 1)
+        with pytest.raises(SourceError, match="can't listen"):
+            UploadSource(source.port)
+    assert (seen.frames[0].serial, seen.frames[0].content) == ("P-1", picture())
+
+
+def test_uploads_beyond_the_queue_are_asked_to_come_again() -> None:
+    source = UploadSource(0)
+    frames = source.frames(stop := threading.Event())
+    puller = threading.Thread(target=lambda: next(frames, None))
+    puller.start()
+    eventually(answers(source.port))
+    assert post(source.port, picture(0))[0] == 202
+    puller.join(10)  # one was taken; nobody takes the next
+    assert [post(source.port, picture(i))[0] for i in range(WAITING)] == [202] * WAITING
+    code, body = post(source.port, picture())
+    assert code == 503
+    assert "send it again" in body["error"]
+    stop.set()
+    taken = list(frames)
+    assert len(taken) <= WAITING
+
+
+def test_a_slow_inspector_has_bounded_memory_and_counts_what_was_dropped() -> None:
+    class Endless:
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for number in range(1000):
+                yield Frame(b"x", "now", str(number))
+
+    buffer = FrameBuffer(capacity=4, policy="drop-oldest")
+    fill(Endless(), buffer, threading.Event())
+    left = [frame.serial for frame in iter(lambda: buffer.get(0.1), None)]
+    assert left == ["996", "997", "998", "999"]
+    assert buffer.dropped == 996
+    assert buffer.done
