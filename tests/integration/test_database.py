@@ -1,0 +1,102 @@
+"""Migrations: a database of each previous version, with its rows, is brought up to date; on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+import apps.common.database
+from apps.common.database import metadata, open_database
+from apps.common.settings import Settings
+from apps.finance.bootstrap import open_finance
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.messages import VerdictMessage
+from apps.industrial.spc import p_chart
+from apps.medical.bootstrap import open_medical
+
+MIGRATIONS = Path(apps.common.database.__file__).parent / "migrations"
+
+
+def config() -> Config:
+    made = Config()
+    made.set_main_option("script_location", str(MIGRATIONS))
+    return made
+
+
+VERSIONS = [script.revision for script in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'old.sqlite'}" if request.param == "sqlite" else str(request.getfixturevalue("postgres"))
+
+
+def test_a_database_of_the_first_version_keeps_its_rows(url: str, settings: Settings) -> None:
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        settings_of_alembic = config()
+        settings_of_alembic.attributes["connection"] = connection
+        command.upgrade(settings_of_alembic, VERSIONS[0])
+        old = sa.MetaData()
+        old.reflect(connection)
+        row = {"actor": "someone", "action": "old", "subject": "kept", "detail": {}, "time": "2026-01-01T00:00:00Z", "trace_id": ""}
+        connection.execute(old.tables["audit"].insert().values(row))
+        assert "workers" not in old.tables
+    engine.dispose()
+    upgraded = open_database(url)
+    with upgraded.connect() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() == VERSIONS[-1]
+        assert connection.execute(sa.text("SELECT subject FROM audit")).scalars().all() == ["kept"]
+    upgraded.dispose()
+    chosen = msgspec.structs.replace(settings, database_url=url)
+    for opened in (open_medical, open_finance, open_industrial):
+        service, log = opened(chosen)
+        service.store.latest()
+        service.store._engine.dispose()
+        log.close()
+
+
+def test_every_step_up_and_the_tables_are_those_of_the_code(url: str) -> None:
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        made = config()
+        made.attributes["connection"] = connection
+        for version in VERSIONS:
+            command.upgrade(made, version)
+        inspector = sa.inspect(connection)
+        for table in metadata.sorted_tables:
+            stored = {column["name"] for column in inspector.get_columns(table.name)}
+            assert stored == {column.name for column in table.columns}, table.name
+    engine.dispose()
+
+
+def test_the_industrial_store(url: str, settings: Settings) -> None:
+    service, log = open_industrial(msgspec.structs.replace(settings, database_url=url))
+    for number in range(60):
+        verdict = ("pass", "review", "fail")[0 if number % 10 else 1 + number % 20 // 10]
+        message = VerdictMessage(
+            f"f{number}", f"2026-01-01T00:{number:02d}:00Z", "s", "plate", verdict, number / 10, [], lot=f"lot {number // 30}"
+        )
+        assert service.store.add(message)
+        assert not service.store.add(message), "one verdict a frame"
+    assert (service.store.counts("plate").total, service.store.counts("plate", "lot 1").total) == (60, 30)
+    assert service.store.counts("plate").passed == 54
+    assert [part.verdict.frame_id for part in service.store.latest(2)] == ["f59", "f58"]
+    waiting = [part.verdict.frame_id for part in service.store.to_review()]
+    assert sorted(waiting) == ["f0", "f10", "f20", "f30", "f40", "f50"]
+    service.judge(waiting[0], "good", "operator", "dust")
+    assert len(service.store.to_review()) == 5
+    assert [part.note for part in service.store.judged("plate")] == ["dust"]
+    assert len(p_chart([v != "pass" for _, v, _ in service.store.series("plate")]).values) >= 2
+    with service.store._engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT action, subject FROM audit")).all() == [("industrial.judge", waiting[0])]
+    service.store._engine.dispose()
+    service.close()
+    log.close()
