@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared_runtime.errors import ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
+from shared_runtime.graph.export import to_onnx
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature
 
@@ -118,15 +119,5 @@ def _from_torch(module: Any, example: Mapping[str, Any] | None, name: str | None
     folder = Path(tempfile.mkdtemp(prefix="triscope-model-"))
     graph = folder / GRAPH_FILE
     tensors = {key: torch.from_numpy(np.repeat(np.asarray(value)[:1], 2, axis=0)) for key, value in example.items()}
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        module.eval(),
-        tuple(tensors.values()),
-        str(graph),
-        input_names=list(tensors),
-        dynamic_shapes=[{0: batch} for _ in tensors],
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    graph.write_bytes(to_onnx(module, tensors).SerializeToString())
     return _from_file(graph, None, name or type(module).__name__)

@@ -64,6 +64,7 @@ def teach(
     """Teach a recipe from good parts, and from labelled defects where there are some."""
     from apps.industrial.bootstrap import open_industrial
     from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+    from apps.industrial.teaching import advice
 
     service, log = open_industrial(load_settings().settings)
     samples = good_samples(good)
@@ -89,14 +90,14 @@ def teach(
     for warning in facts.warnings:
         console.print(f"[yellow]check:[/yellow] {warning}")
     console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {sum(taught.seconds.values()):.1f} s")
-    if not facts.defects:
-        console.print("a few labelled defects help a lot: add them with --defects DIR")
+    console.print(f"{advice(facts.defects)} (--defects DIR)")
     write_json(
         {
             "recipe": msgspec.to_builtins(facts),
             "outliers": taught.outliers,
             "skipped": taught.skipped,
             "seconds": {k: round(v, 2) for k, v in taught.seconds.items()},
+            "advice": advice(facts.defects),
         },
         json,
     )

@@ -14,14 +14,14 @@ from prometheus_client import Counter, Histogram
 
 import shared_runtime as rt
 from apps.common.blobs import BlobStore
-from apps.industrial.errors import IndustrialError, InputError
+from apps.industrial.errors import IndustrialError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
-from apps.industrial.inspection.inspector import FAIL, PASS, Inspection, Inspector, overlay
+from apps.industrial.inspection.inspector import PASS, Inspection, Inspector, overlay
 from apps.industrial.inspection.recipe import RecipeBook, checked_name
 from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage, VerdictMessage
 from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
-from apps.industrial.teaching import Report, Taught, teach
+from apps.industrial.teaching import Report, Taught, advice, teach
 from pipelines import Log, PermanentError
 from pipelines.messages import now_rfc3339
 
@@ -87,6 +87,10 @@ class IndustrialService:
         self.store.note(actor, "industrial.teach", name, good=facts.good, defects=facts.defects)
         logger.info("recipe taught", extra={"recipe": name, "good": facts.good, "defects": facts.defects})
         return taught
+
+    def advice(self, name: str) -> str:
+        """What ten more labelled defects would bring the recipe. Raises RecipeNotFoundError."""
+        return advice(self.recipes.facts(name).defects)
 
     def submit(self, content: bytes, recipe: str, station: str = "station-1", serial: str = "", lot: str = "", event_time: str = "") -> str:
         """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here."""
@@ -177,6 +181,3 @@ def _message(frame: FrameMessage, result: Inspection, drawn: str, model: str, mi
         model=model,
         ms=round(milliseconds, 2),
     )
-
-
-__all__ = ["FAIL", "IndustrialService", "InputError"]

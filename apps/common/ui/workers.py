@@ -15,8 +15,8 @@ def state_of(worker: Worker) -> str:
     """A worker in a line: whether it works, how fast, what waits, what went wrong."""
     report = worker.report
     if not worker.alive:
-        return f"🔴 {worker.id}: silent for {worker.silent:.0f} s; look at its log, or start it again"
-    parts = [f"🟢 {worker.id}", f"{report.per_second:.1f} a second", f"{report.handled} done since {worker.started[11:19]} UTC"]
+        return f":red[●] {worker.id}: silent for {worker.silent:.0f} s; look at its log, or start it again"
+    parts = [f":green[●] {worker.id}", f"{report.per_second:.1f} a second", f"{report.handled} done since {worker.started[11:19]} UTC"]
     parts.append("the log does not answer" if report.lag is None else f"{report.lag} waiting")
     if report.dead:
         parts.append(f"{report.dead} in the dead letters")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from apps.finance.scoring.scorer import BOOSTING, SEQUENCE
 from apps.finance.training.boosting import predict_margin
 from apps.finance.training.sequence import SequenceEnsemble
 from apps.finance.training.train import Recipe, Trained
+from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
 MODEL_VERSION = "2.0.0"
@@ -72,26 +72,8 @@ def export_boosting(booster: xgb.Booster, path: Path) -> None:
 
 def export_sequence(network: SequenceEnsemble, path: Path) -> None:
     """Write the sequence model as ONNX; batch is its one dynamic dimension."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "float.onnx"
-        torch.onnx.export(
-            network.eval(),
-            (torch.zeros(2, LENGTH, len(FEATURES)), torch.ones(2, LENGTH)),
-            str(file),
-            input_names=["sequence", "mask"],
-            output_names=["logit", "attention"],
-            dynamic_shapes=[{0: torch.export.Dim("batch")}, {0: torch.export.Dim("batch")}],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        model = onnx.load(file)
-    for node in model.graph.node:  # the exporter notes where in whose folders each operator came from
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    example = {"sequence": torch.zeros(2, LENGTH, len(FEATURES)), "mask": torch.ones(2, LENGTH)}
+    onnx.save(to_onnx(network, example, ("logit", "attention")), path)
 
 
 def write_models(trained: Trained, out: Path, recipe: Recipe, result: dict[str, Any], about: dict[str, str]) -> None:

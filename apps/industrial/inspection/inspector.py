@@ -20,6 +20,7 @@ Array = NDArray[np.float32]
 PEAK = 5
 """Cells of the learned map whose mean stands for its peak."""
 LARGEST_BOXES = 20
+FAINT = 0.25
 
 
 class Box(msgspec.Struct, frozen=True):
@@ -120,26 +121,32 @@ class Inspector:
 
 
 def boxes_of(scaled: Array, width: int, height: int) -> tuple[Box, ...]:
-    """Outlines of the map above 1, on an image of `width` x `height`; the strongest first, or the peak alone where none is above."""
-    level = 1.0 if scaled.max() > 1 else float(scaled.max()) * 0.98
+    """Outlines of the map above 1, on an image of `width` x `height`; the strongest first, or the peak alone where none is above.
+
+    Beside a strong defect its surroundings are no defect of their own: places below a quarter of the peak are left out.
+    """
+    peak = float(scaled.max())
+    level = max(1.0, peak * FAINT) if peak > 1 else peak * 0.98
     count, labels, stats, _ = cv2.connectedComponentsWithStats((scaled >= level).astype(np.uint8), connectivity=8)
     across, down = width / MAP, height / MAP
     found = []
     for index in range(1, count):
         x, y, w, h, area = (int(v) for v in stats[index])
-        peak = float(scaled[labels == index].max())
+        own = float(scaled[labels == index].max())
         left, top = int(x * across), int(y * down)
-        found.append(Box(left, top, max(1, int(w * across)), max(1, int(h * down)), max(1, int(area * across * down)), round(peak, 3)))
+        found.append(Box(left, top, max(1, int(w * across)), max(1, int(h * down)), max(1, int(area * across * down)), round(own, 3)))
     return tuple(sorted(found, key=lambda box: -box.peak)[:LARGEST_BOXES])
 
 
 def overlay(image: Pixels, result: Inspection) -> Pixels:
-    """The image in RGB with the defect map laid over it (from half the threshold on) and the boxes."""
+    """The image in RGB with the defect map laid over it (from half the threshold or a quarter of its peak on) and the boxes."""
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image.copy()
     height, width = canvas.shape[:2]
-    heat = np.clip(cv2.resize(result.map, (width, height), interpolation=cv2.INTER_LINEAR) - 0.5, 0, 1.5) / 1.5
+    strongest = max(2.0, float(result.map.max()))
+    large = cv2.resize(result.map, (width, height), interpolation=cv2.INTER_LINEAR)
+    heat = np.clip((large - strongest / 4) / (strongest * 0.75), 0, 1)
     colours = cv2.cvtColor(cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
-    share = (0.65 * np.minimum(1, heat * 3))[..., None]
+    share = (0.45 * np.minimum(1, heat * 3))[..., None]
     mixed = (canvas * (1 - share) + colours * share).astype(np.uint8)
     line = max(1, round(min(width, height) / 250))
     for box in result.boxes:

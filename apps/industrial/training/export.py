@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, MODEL, SIZE
+from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE
 from apps.industrial.training.network import TextureNetwork
+from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
 VERSION = "1.0.0"
@@ -47,27 +47,8 @@ class _Outputs(torch.nn.Module):
 
 def export_network(network: TextureNetwork, path: Path) -> None:
     """Write the network as ONNX; batch is its one dynamic dimension. The weights keep their names."""
-    module = _Outputs(network.cpu().to(memory_format=torch.contiguous_format)).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "float.onnx"
-        torch.onnx.export(
-            module,
-            (torch.zeros(2, 3, SIZE, SIZE),),
-            str(file),
-            input_names=["pixels"],
-            output_names=list(OUTPUTS),
-            dynamic_shapes=[{0: torch.export.Dim("batch")}],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        graph = onnx.load(file)
-    for node in graph.graph.node:  # the exporter notes where in whose folders each operator came from
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del graph.graph.metadata_props[:], graph.metadata_props[:], graph.graph.value_info[:]
-    onnx.checker.check_model(graph)
-    onnx.save(graph, path)
+    module = _Outputs(network.cpu().to(memory_format=torch.contiguous_format))
+    onnx.save(to_onnx(module, {"pixels": torch.zeros(2, 3, SIZE, SIZE)}, OUTPUTS), path)
 
 
 def network_from(graph: Path) -> TextureNetwork:
@@ -90,6 +71,3 @@ def write_model(network: TextureNetwork, folder: Path, name: str, sections: Mapp
         lines += ["", f"[{title}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     (folder / "card.toml").write_text("\n".join(lines) + "\n")
     return digest
-
-
-__all__ = ["MODEL", "OUTPUTS", "SIGNATURE", "export_network", "network_from", "write_model"]

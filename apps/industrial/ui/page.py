@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import html
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import streamlit as st
 
@@ -27,6 +29,8 @@ COLUMNS = ("Verdict", "Score", "Part", "Kind", "Time (UTC)", "Operator", "Reason
 COLOURS = {"pass": "#15803d", "review": "#d97706", "fail": "#b91c1c"}
 TONES = {"pass": "good", "review": "warn", "fail": "bad"}
 GROUP_SIZE = 25
+LARGE = 520
+"""Pixels of the large picture."""
 
 
 @st.cache_resource
@@ -84,7 +88,7 @@ def live(recipe: str) -> None:
         return
     newest, behind = parts[0], waiting()
     counts = service.store.counts(recipe, newest.verdict.lot or None)
-    left, right = st.columns([3, 2])
+    left, right = st.columns([2, 3])
     with left:
         show(newest)
     with right:
@@ -111,10 +115,11 @@ def live(recipe: str) -> None:
 
 def show(part: Part, *, small: bool = False) -> None:
     """A part's picture, or why there is none."""
+    width: Literal["stretch"] | int = "stretch" if small else LARGE
     reference = part.verdict.overlay or part.verdict.blob
     try:
         caption = f"{part.verdict.verdict} {part.verdict.serial}" if small else None
-        st.image(picture(part.verdict.frame_id, reference), caption=caption, width="stretch")
+        st.image(picture(part.verdict.frame_id, reference), caption=caption, width=width)
     except BlobError as error:
         st.error(str(error))
 
@@ -157,32 +162,52 @@ def charts(recipe: str) -> None:
             st.warning(f"{title}: group {position + 1}: {rule}")
 
 
-def teaching() -> None:
+def teaching(recipe: str | None) -> None:
     """Teach a recipe from images that are dragged in."""
     service, _ = industrial()
+    if recipe:
+        st.caption(f"Recipe {recipe}: {service.advice(recipe)}.")
     with st.form("industrial_teach"):
-        name = st.text_input("Name of the recipe", max_chars=63)
-        files = st.file_uploader("Images of good parts (30 or more)", accept_multiple_files=True)
+        name = st.text_input("Name of the recipe", value=recipe or "", max_chars=63)
+        good = st.file_uploader("Images of good parts (30 or more)", accept_multiple_files=True)
+        bad = st.file_uploader("Images of defective parts (none are needed; five are a start)", accept_multiple_files=True)
+        judged = st.checkbox("Add the parts that were judged on this page", value=True)
         if not st.form_submit_button("Teach", type="primary"):
             return
-    with tempfile.TemporaryDirectory() as folder, st.spinner("Learning what good parts look like ..."):
-        samples = []
-        for number, file in enumerate(files or []):
-            path = Path(folder) / f"{number:05d}.img"
-            path.write_bytes(file.getvalue())
-            samples.append(Sample(path, GOOD))
+    with tempfile.TemporaryDirectory() as place, st.status("Learning what good parts look like ...") as status:
+        folder = Path(place)
+        samples, defects = _saved(good or [], folder, GOOD), _saved(bad or [], folder, DEFECT)
         try:
-            taught = service.teach(name, samples, actor=getpass.getuser())
+            if judged and name in service.recipes.names():
+                more_good, more_bad = service.learned_from_line(name, folder)
+                samples, defects = samples + more_good, defects + more_bad
+            actor = getpass.getuser()
+            taught = service.teach(
+                name, samples, defects, actor=actor, report=lambda step, share: status.update(label=f"{step} {share:.0%}")
+            )
         except IndustrialError as error:
+            status.update(label="The recipe was not taught", state="error")
             st.error(str(error))
             return
     facts = taught.recipe.facts
-    fail = facts.calibration.fail
-    st.success(f"Recipe {name}: {facts.good} good parts; {100 * fail.expected:.1f} % of good parts are expected to fail.")
+    expected = f"{100 * facts.calibration.fail.expected:.1f} % of good parts are expected to fail"
+    st.success(f"Recipe {name}: {facts.good} good parts, {facts.defects} defects; {expected}. {service.advice(name)}.")
+    names = {f"{GOOD}-{number:05d}.img": file.name for number, file in enumerate(good or [])}
     for outlier in taught.outliers:
-        st.warning(f"stands apart: {(files or [])[int(outlier.split('.')[0])].name}")
+        st.warning(f"stands apart: {names.get(outlier, outlier)}")
+    for left_out, why in taught.skipped:
+        st.warning(f"left out: {names.get(left_out, left_out)}: {why}")
     for warning in facts.warnings:
         st.warning(warning)
+
+
+def _saved(files: Sequence[Any], folder: Path, kind: str) -> list[Sample]:
+    samples = []
+    for number, file in enumerate(files):
+        path = folder / f"{kind}-{number:05d}.img"
+        path.write_bytes(file.getvalue())
+        samples.append(Sample(path, kind))
+    return samples
 
 
 def page() -> None:
@@ -210,4 +235,4 @@ def page() -> None:
         if names:
             charts(recipe)
     with learn:
-        teaching()
+        teaching(recipe if names else None)

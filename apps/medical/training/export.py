@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from apps.medical.evaluation.metrics import bootstrap_interval
 from apps.medical.segmentation.network import hippocampus_network
 from apps.medical.segmentation.window import WINDOW
 from apps.medical.training.hippocampus import Recipe
+from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -40,10 +40,6 @@ def store_half(graph: onnx.ModelProto) -> onnx.ModelProto:
         else:
             weights.append(item)
     nodes += list(graph.graph.node)
-    for node in nodes:  # the exporter notes where in whose folders each operator came from
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del graph.graph.metadata_props[:], graph.metadata_props[:], graph.graph.value_info[:]
     del graph.graph.initializer[:], graph.graph.node[:]
     graph.graph.initializer.extend(weights)
     graph.graph.node.extend(nodes)
@@ -55,20 +51,7 @@ def export_graph(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write the network with `state` as ONNX; batch is its one dynamic dimension."""
     network = hippocampus_network()
     network.load_state_dict({key: value.float() for key, value in state.items()})
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "float.onnx"
-        torch.onnx.export(
-            network.eval(),
-            (torch.zeros(2, 1, *WINDOW),),
-            str(file),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=[{0: torch.export.Dim("batch")}],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        onnx.save(store_half(onnx.load(file)), path)
+    onnx.save(store_half(to_onnx(network, {"image": torch.zeros(2, 1, *WINDOW)}, ("logits",))), path)
 
 
 def summary(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Graphs: how they are made from other forms."""
