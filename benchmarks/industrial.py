@@ -26,12 +26,13 @@ from apps.industrial.evaluation.evaluate import Judged, judge, metrics
 from apps.industrial.evaluation.metrics import auroc
 from apps.industrial.features import MAP, MODEL, prepared
 from apps.industrial.images import grey, read_image
-from apps.industrial.inspection.inspector import Inspector, features, learned_scores
+from apps.industrial.inspection.inspector import Inspector, combined, features, learned_scores
+from apps.industrial.inspection.recipe import RecipeBook
 from apps.industrial.inspection.template import compare
-from apps.industrial.teaching import Taught, teach
+from apps.industrial.synthesis.textures import TEXTURES
+from apps.industrial.teaching import Taught, scale_of, teach
 
 Array = NDArray[np.float32]
-TEXTURES = ("brushed", "fabric", "leather")
 FOLDS, FOLDS_RUN = 5, int(os.environ.get("FEW_SHOT_FOLDS", "5"))
 NUMBERS: tuple[int | None, ...] = (20, None, 50, 5)
 """Labelled defects to learn from; None: all that the other folds have."""
@@ -76,6 +77,14 @@ def inspection() -> dict[str, Any]:
             for key, value in (("prepare", middle - start), ("network", end - middle), ("whole", time.perf_counter() - end)):
                 split[key].append(1e3 * value)
         size = session.model.graph.stat().st_size
+        change_ms = []
+        with tempfile.TemporaryDirectory() as folder:
+            book = RecipeBook(Path(folder))
+            book.save(taught.recipe)
+            for image in images[:10]:
+                begin = time.perf_counter()
+                Inspector(book.load("tiles"), session).inspect(image)
+                change_ms.append(1e3 * (time.perf_counter() - begin))
     facts = taught.recipe.facts
     return {
         "metrics": metrics(judged),
@@ -84,6 +93,7 @@ def inspection() -> dict[str, Any]:
         "teach_seconds": {str(facts.good): seconds, "200": seconds_200},
         "ms_one_thread": {key: statistics.median(values) for key, values in split.items()},
         "model_bytes": size,
+        "recipe_change_ms": statistics.median(change_ms),
         "resident_mib": psutil.Process().memory_info().rss / 2**20,
     }
 
@@ -132,7 +142,7 @@ def methods() -> dict[str, Any]:
         sets = {"magnetic tiles": _tiles()}
         for texture in TEXTURES:
             sets[texture] = Path(folder) / texture
-            write_dataset(sets[texture], texture, good=60, each=10)
+            write_dataset(sets[texture], texture, good=40, each=5)
         for name, place in sets.items():
             good = features(session, [sample.read() for sample in good_samples(place / "train" / "good")])
             tests = labelled_samples(place)
@@ -147,7 +157,11 @@ def methods() -> dict[str, Any]:
                 "Gaussians of places (as PaDiM)": (raw[:, 1], None),
                 "Mahalanobis of the whole image": (raw[:, 0], None),
                 "segmenter of synthetic defects": (learned_scores(seen), seen["map"]),
-                "whole image and places together (shipped)": (parts.scores(seen["fine"], seen["coarse"]), parts.maps(seen["fine"])),
+                "whole image and places together": (parts.scores(seen["fine"], seen["coarse"]), parts.maps(seen["fine"])),
+                "the same, with what stands far out in the segmenter (shipped)": (
+                    combined(parts.scores(seen["fine"], seen["coarse"]), learned_scores(seen), 0.0, scale_of(learned_scores(good))),
+                    combined(parts.maps(seen["fine"]), seen["map"], 0.0, scale_of(good["map"])),
+                ),
             }
             found[name] = {
                 row: {"image": auroc(truth, scores), "pixel": None if maps is None else _pixel(cells, maps)}
@@ -325,22 +339,22 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
         lines += [
             "## Good parts only: which method",
             "",
-            "AUROC of images / of pixels, all on the shipped features, taught from good parts alone (562 tiles split by physical tile; 60 generated parts).",
+            "AUROC of images / of pixels, all on the shipped features, taught from good parts alone (562 tiles split by physical tile; 40 generated parts).",
             "",
-            "| method | " + " | ".join(found["result"]) + " |",
-            "|---|" + "---|" * len(found["result"]),
+            "| method | magnetic tiles | generated parts, mean of ten textures | worst texture |",
+            "|---|---|---|---|",
         ]
-        for row in next(iter(found["result"].values())):
-            cells = [
-                f"{r[row]['image']:.3f} / " + ("-" if r[row]["pixel"] is None else f"{r[row]['pixel']:.3f}")
-                for r in found["result"].values()
-            ]
+        tiles, *others = found["result"].values()
+        for row in tiles:
+            pairs = [(r[row]["image"], r[row]["pixel"]) for r in others]
+            means = [None if None in column else statistics.mean(column) for column in zip(*pairs, strict=True)]
+            cells = [_pair(tiles[row]["image"], tiles[row]["pixel"]), _pair(*means), _pair(*min(pairs, key=lambda pair: pair[0]))]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     if found := load("inspection"):
         lines += _inspection_lines(found, where)
     if found := load("few_shot"):
-        lines += _few_shot_lines(found, where)
+        lines += _few_shot_lines(found, load("few_shot_gpu"), where)
     if found := load("kinds"):
         lines += [
             "## The kind of a defect",
@@ -370,6 +384,10 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
     return lines
 
 
+def _pair(image: float, pixel: float | None) -> str:
+    return f"{image:.3f} / " + ("-" if pixel is None else f"{pixel:.3f}")
+
+
 def _inspection_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
     r, m = found["result"], found["result"]["metrics"]
     low, high = m["image_auroc_interval"]
@@ -385,11 +403,12 @@ def _inspection_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], s
         "",
         f"One image on one thread: {ms['whole']:.0f} ms, {share:.0%} of it the network ({where(found)}). Model {r['model_bytes'] / 1e6:.2f} MB.",
         f"Teaching: {r['teach_seconds']['200']:.0f} s from 200 images, {r['teach_seconds'][str(r['good'])]:.0f} s from {r['good']}; resident {r['resident_mib']:.0f} MiB.",
+        f"Changing to a recipe that is not in memory, first verdict included: {r['recipe_change_ms']:.0f} ms.",
         "",
     ]
 
 
-def _few_shot_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
+def _few_shot_lines(found: dict[str, Any], gpu: dict[str, Any] | None, where: Callable[[dict[str, Any]], str]) -> list[str]:
     r = found["result"]
     lines = [
         "## A few labelled defects",
@@ -400,10 +419,29 @@ def _few_shot_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], str
         "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
         "|---|---|---|---|---|",
     ]
-    for number in sorted({row["defects"] for row in r["rows"]}, key=lambda n: 1e9 if n is None else n):
-        rows = [row for row in r["rows"] if row["defects"] == number]
-        image, pixel, recall = ([row[key] for row in rows] for key in ("image_auroc", "pixel_auroc", "recall_at_fpr_5pct"))
+    lines += [*_few_shot_rows(r["rows"]), ""]
+    if gpu:
+        lines += [
+            f"The same folds on a GPU ({gpu['host']['gpu']}): {gpu['command']}. The goals are 0.95 at 20, 0.98 at 50 and 0.985 at all: they are",
+            "missed. Three good test tiles carry marks like cracks and head the false alarms; without them the last row is about 0.01 higher.",
+            "",
+            "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
+            "|---|---|---|---|---|",
+            *_few_shot_rows(gpu["result"]["rows"]),
+            "",
+        ]
+    return lines
+
+
+def _few_shot_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for number in sorted({row["defects"] for row in rows}, key=lambda n: 1e9 if n is None else n):
+        own = [row for row in rows if row["defects"] == number]
+        image, recall = ([row[key] for row in own] for key in ("image_auroc", "recall_at_fpr_5pct"))
+        pixel = [row["pixel_auroc"] for row in own if "pixel_auroc" in row]
         label = "all (about 258)" if number is None else str(number)
         spread = f"{statistics.mean(image):.3f} ({min(image):.3f}-{max(image):.3f})"
-        lines.append(f"| {label} | {len(rows)} | {spread} | {statistics.mean(pixel):.3f} | {statistics.mean(recall):.3f} |")
-    return [*lines, ""]
+        lines.append(
+            f"| {label} | {len(own)} | {spread} | {f'{statistics.mean(pixel):.3f}' if pixel else '-'} | {statistics.mean(recall):.3f} |"
+        )
+    return lines

@@ -81,12 +81,10 @@ def teach(
         seen = _with_progress(session, images, report)
         bad_seen = features(session, bad_images) if bad_samples else {}
     parts, scores, maps = GoodParts.fit(seen["fine"], seen["coarse"])
-    weight, scale = learned_weight(len(bad_samples)), (0.0, 1.0)
-    if bad_samples:
-        logits = learned_scores(seen)[unseen]
-        scale = (float(np.median(logits)), float(logits.std() + 0.5))
+    weight, scale = learned_weight(len(bad_samples)), scale_of(learned_scores(seen)[unseen])
+    map_scale = scale if bad_samples else scale_of(seen["map"])
     scores = combined(scores, learned_scores(seen), weight, scale)[unseen]
-    peaks = combined(maps, seen["map"], weight, scale)[unseen].max(axis=(1, 2))
+    peaks = combined(maps, seen["map"], weight, map_scale)[unseen].max(axis=(1, 2))
     apart = [kept[i].path.name for i in outliers(scores.tolist())] if not bad_samples else []
     kinds = _kinds(bad_samples, bad_seen)
     facts = Facts(
@@ -101,6 +99,7 @@ def teach(
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
         learned_weight=weight,
         learned_scale=scale,
+        map_scale=map_scale,
         kinds=kinds.names if kinds else (),
         warnings=tuple(_warnings(images, apart)),
     )
@@ -116,6 +115,11 @@ def _warnings(images: Sequence[Pixels], apart: Sequence[str]) -> Iterator[str]:
     mixed = Counter(image.ndim for image in images)
     if len(mixed) > 1:
         yield f"{mixed[2]} grey and {mixed[3]} colour images are mixed: teach with one kind"
+
+
+def scale_of(logits: np.ndarray) -> tuple[float, float]:
+    """Median and spread of logits on good parts."""
+    return float(np.median(logits)), float(logits.std() + 0.5)
 
 
 def found_of_hundred(defects: int) -> float:

@@ -21,6 +21,8 @@ PEAK = 5
 """Cells of the learned map whose mean stands for its peak."""
 LARGEST_BOXES = 20
 FAINT = 0.25
+SURPRISE = 2.0
+"""Deviations from good parts beyond which the network that knows synthetic defects alone is heard."""
 
 
 class Box(msgspec.Struct, frozen=True):
@@ -63,11 +65,13 @@ def learned_scores(seen: dict[str, Array]) -> Array:
 def combined(good: Array, learned: Array, weight: float, scale: tuple[float, float]) -> Array:
     """Scores or maps of the statistics of good parts and of the learned network together: 0 for a usual good part.
 
-    `weight`: what the network has to say; `scale`: median and spread of its logits on good parts.
+    `weight`: what the network has to say; `scale`: median and spread of its logits on good parts. Without
+    defects to learn from (weight 0) it knows synthetic ones alone: only what stands far out from good parts counts.
     """
+    standard = (learned - scale[0]) / scale[1]
     if not weight:
-        return good
-    return np.asarray((1 - weight) * good + weight * (learned - scale[0]) / scale[1], np.float32)
+        return np.asarray(good + np.maximum(standard - SURPRISE, 0), np.float32)
+    return np.asarray((1 - weight) * good + weight * standard, np.float32)
 
 
 class Inspector:
@@ -85,7 +89,7 @@ class Inspector:
         seen = features(self.session, images)
         good, facts = self.recipe.good, self.recipe.facts
         scores = combined(good.scores(seen["fine"], seen["coarse"]), learned_scores(seen), facts.learned_weight, facts.learned_scale)
-        maps = combined(good.maps(seen["fine"]), seen["map"], facts.learned_weight, facts.learned_scale)
+        maps = combined(good.maps(seen["fine"]), seen["map"], facts.learned_weight, facts.map_scale)
         kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
         return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]
 

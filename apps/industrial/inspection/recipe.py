@@ -38,6 +38,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     learned_weight: float
     """Share of the learned network's say in the score; 0 where only good parts are known."""
     learned_scale: tuple[float, float] = (0.0, 1.0)
+    """Median and spread of the network's logits on good parts; `map_scale` of its map's."""
+    map_scale: tuple[float, float] = (0.0, 1.0)
     kinds: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     statistics_sha256: str = ""
