@@ -435,11 +435,12 @@ def _few_shot_lines(found: dict[str, Any], gpu: dict[str, Any] | None, where: Ca
 
 def _few_shot_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for number in sorted({row["defects"] for row in rows}, key=lambda n: 1e9 if n is None else n):
-        own = [row for row in rows if row["defects"] == number]
+    groups = {(row["defects"], row.get("known", "outlines")) for row in rows}
+    for number, known in sorted(groups, key=lambda g: (1e9 if g[0] is None else g[0], g[1] != "outlines", g[1])):
+        own = [row for row in rows if (row["defects"], row.get("known", "outlines")) == (number, known)]
         image, recall = ([row[key] for row in own] for key in ("image_auroc", "recall_at_fpr_5pct"))
         pixel = [row["pixel_auroc"] for row in own if "pixel_auroc" in row]
-        label = "all (about 258)" if number is None else str(number)
+        label = ("all (about 258)" if number is None else str(number)) + {"boxes": ", boxes", "labels": ", labels alone"}.get(known, "")
         spread = f"{statistics.mean(image):.3f} ({min(image):.3f}-{max(image):.3f})"
         lines.append(
             f"| {label} | {len(own)} | {spread} | {f'{statistics.mean(pixel):.3f}' if pixel else '-'} | {statistics.mean(recall):.3f} |"

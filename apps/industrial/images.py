@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
                 raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
             return _eight_bits(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} states too many pixels ({str(error)[:60]}); at most {MAX_PIXELS:,} in all are decoded") from error
+        stated = re.search(r"\d+", str(error))
+        pixels = f"{int(stated[0]):,}" if stated else "far too many"
+        raise InputError(f"{name} states {pixels} pixels; at most {MAX_PIXELS:,} in all are decoded") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(
             f"{name} ({len(content)} bytes) can't be decoded: {str(error)[:120]}; expected a whole PNG, JPEG, TIFF, BMP or WebP"

@@ -1,0 +1,137 @@
+"""The industrial app's commands as their user runs them: teach, inspect, evaluate, bad input; learning from defects and training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shared_runtime as rt
+from apps.common.settings import Settings
+from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+from apps.industrial.images import png
+from tests.conftest import Commands
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A small data set in the MVTec layout."""
+    write_dataset(tmp_path / "parts", "brushed", good=24, each=4)
+    return tmp_path / "parts"
+
+
+def bomb(path: Path) -> Path:
+    """A PNG whose header states 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    return path
+
+
+def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_path: Path) -> None:
+    done = commands.run("industrial", "teach", "--good", parts / "train" / "good", "--recipe", "plate", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    taught = json.loads(done.stdout)
+    assert taught["recipe"]["good"] == 24
+    assert "only 24 good parts" in done.stderr
+    assert "ten more held about" in taught["advice"]
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "hole.png").write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())
+    (folder / "black.png").write_bytes(png(np.zeros((256, 256), np.uint8)))
+    (folder / "cut.png").write_bytes((parts / "test" / "good" / "0000.png").read_bytes()[:400])
+    bomb(folder / "bomb.png")
+    done = commands.run("industrial", "inspect", folder, "--recipe", "plate", "--out", tmp_path / "out", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    verdicts = {entry["path"]: entry for entry in found["images"]}
+    assert verdicts["black.png"]["verdict"] == "review"
+    assert verdicts["hole.png"]["verdict"] in ("review", "fail")
+    assert verdicts["hole.png"]["boxes"][0]["area"] > 0
+    refused = {entry["path"]: entry["reason"] for entry in found["refused"]}
+    assert "states 2,500,000,000 pixels" in refused["bomb.png"]
+    assert "can't be decoded" in refused["cut.png"]
+    assert (tmp_path / "out" / "hole.inspected.png").stat().st_size > 1000
+    for arguments, words in (
+        (("inspect", folder / "bomb.png", "--recipe", "plate"), "at most 100,000,000"),
+        (("inspect", folder, "--recipe", "plat"), "did you mean 'plate'"),
+        (("inspect", folder, "--recipe", "../plate"), "can't be used"),
+        (("teach", "--good", parts / "train" / "good", "--recipe", "a/b"), "can't be used"),
+        (("teach", "--good", tmp_path / "nothing", "--recipe", "plate"), "nothing"),
+        (("evaluate", "--dataset", tmp_path), "has no folder 'test'"),
+        (("feed", "carrier-pigeon:7", "--recipe", "plate"), "is unknown; expected folder:DIR"),
+        (("feed", "http:telephone", "--recipe", "plate"), "is no port"),
+        (("feed", f"folder:{folder}", "--recipe", "nobody"), "nobody"),
+        (("feed", f"folder:{folder}", "--recipe", "plate", "--policy", "hope"), "expected wait, drop-oldest or drop-newest"),
+    ):
+        done = commands.run("industrial", *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert words in done.stderr.splitlines()[-1]
+        assert done.stderr.splitlines()[-1].startswith("triscope: ")
+
+
+def test_a_folder_is_fed_to_the_line(commands: Commands, parts: Path, settings: Settings) -> None:
+    service, log = open_industrial(settings)
+    service.teach("plate", good_samples(parts / "train" / "good"))
+    arguments = ("feed", f"folder:{parts / 'test' / 'good'}", "--recipe", "plate", "--lot", "L1", "--no-follow", "--json", "-")
+    done = commands.run("industrial", *arguments)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"sent": 4, "dropped": 0})
+    assert sum(log.lag("industrial", "industrial.frames").values()) == 4
+    service.close()
+    log.close()
+
+
+def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, parts: Path, tmp_path: Path) -> None:
+    done = commands.run("industrial", "evaluate", "--dataset", parts, "--scores", tmp_path / "s.csv", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)["metrics"]
+    with (tmp_path / "s.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4 * 9
+    good = [float(row["score"]) for row in rows if "/good/" in row["path"]]
+    bad = [float(row["score"]) for row in rows if "/good/" not in row["path"]]
+    pairs = [(b > g) + 0.5 * (b == g) for b in bad for g in good]
+    assert metrics["image_auroc"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+    assert {"pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "ms_per_image"} <= set(metrics)
+
+
+def test_labelled_defects_make_a_network_of_the_recipes_own(parts: Path, settings: Settings) -> None:
+    service, log = open_industrial(settings)
+    good, defects = good_samples(parts / "train" / "good"), labelled_samples(parts, defects_only=True)
+    seen: list[str] = []
+    taught = service.teach("own", good, defects, seconds=6, device="cpu", report=lambda step, share: seen.append(step))
+    assert taught.recipe.facts.defects == len(defects) == 32
+    assert {"reading", "learning", "looking"} <= set(seen)
+    assert taught.recipe.facts.learned_weight > 0.5
+    inspector = service.inspector("own")
+    assert inspector.session.model.name.startswith("texture-features-")
+    assert inspector.session.model.sha256 != rt.load("texture-features").sha256
+    result = inspector.inspect(defects[0].read())
+    assert result.kind == "" or result.kind in taught.recipe.facts.kinds
+    assert len(taught.recipe.facts.kinds) == 8
+    again = service.recipes.load("own")
+    assert again.facts == service.recipes.facts("own")
+    service.close()
+    log.close()
+
+
+def test_the_network_is_trained_again_by_its_command(commands: Commands, data_dir: Path, tmp_path: Path) -> None:
+    """A few seconds of it: the model's folder is whole, and its outputs are those of its signature."""
+    arguments = ("--backbones", data_dir / "backbones", "--out", tmp_path, "--seconds", "4", "--pool", "32", "--device", "cpu")
+    done = commands.run("industrial", "train", *arguments, timeout=500)
+    assert done.returncode == 0, done.stderr
+    model = rt.load(tmp_path / "texture-features")
+    with rt.Session(model, "cpu") as session:
+        outputs = session.run({"pixels": np.zeros((2, 3, 256, 256), np.float32)})
+    assert outputs["map"].shape == (2, 64, 64)
+    assert all(np.isfinite(value).all() for value in outputs.values())
