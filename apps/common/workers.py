@@ -124,35 +124,46 @@ class _Reporter:
         self._place = f"{socket.gethostname()[:100]}:{os.getpid()}"
         self._started = now_rfc3339()
         self._before: dict[str, tuple[float, int]] = {}
+        self._log: Log | None = None
         self.stop = threading.Event()
 
     def run(self) -> None:
         """Report until `stop`, then take the lines away."""
-        engine = open_database(self._settings.database_url)
-        log = open_log(self._settings.log_url)
-        with engine.begin() as connection:
-            old = (datetime.now(UTC) - timedelta(days=FORGET_DAYS)).isoformat()
-            connection.execute(workers.delete().where(workers.c.seen < old))
         try:
+            engine = open_database(self._settings.database_url)
+        except sa.exc.SQLAlchemyError:
+            return  # the worker itself says what is wrong with the database
+        try:
+            self._change(engine, workers.delete().where(workers.c.seen < (datetime.now(UTC) - timedelta(days=FORGET_DAYS)).isoformat()))
             while True:
+                lags = {group: self._lag(group, topic) for group, topic in self._groups.items()}
                 try:
-                    self._report(engine, {group: self._lag(log, group, topic) for group, topic in self._groups.items()})
+                    self._report(engine, lags)
                 except sa.exc.SQLAlchemyError as error:
                     logger.warning("no report of the worker: %s", error)
                 if self.stop.wait(EVERY_SECONDS):
                     break
-            with engine.begin() as connection:
-                connection.execute(workers.delete().where(workers.c.id.in_([self._id(group) for group in self._groups])))
+            self._change(engine, workers.delete().where(workers.c.id.in_([self._id(group) for group in self._groups])))
         finally:
-            log.close()
+            if self._log is not None:
+                self._log.close()
             engine.dispose()
+
+    def _change(self, engine: sa.Engine, change: sa.Delete) -> None:
+        try:
+            with engine.begin() as connection:
+                connection.execute(change)
+        except sa.exc.SQLAlchemyError as error:
+            logger.warning("reports of workers could not be cleared: %s", error)
 
     def _id(self, group: str) -> str:
         return f"{self._place}:{group}"
 
-    def _lag(self, log: Log, group: str, topic: str) -> int | None:
+    def _lag(self, group: str, topic: str) -> int | None:
         try:
-            waiting = sum(log.lag(group, topic).values())
+            if self._log is None:
+                self._log = open_log(self._settings.log_url)
+            waiting = sum(self._log.lag(group, topic).values())
         except PipelineError:
             return None
         lag_records.labels(topic, group).set(waiting)

@@ -63,10 +63,16 @@ class IndustrialService:
             session = self._shared if recipe.model is None else self._open_session(recipe.model)
             assert session is not None
             made = Inspector(recipe, session)
+            self._let_go(self._inspectors.pop(name, None))
             self._inspectors[name] = (taught, made)
             while len(self._inspectors) > LOADED_RECIPES:
-                self._inspectors.popitem(last=False)
+                self._let_go(self._inspectors.popitem(last=False)[1])
             return made
+
+    def _let_go(self, entry: tuple[str, Inspector] | None) -> None:
+        """Free the session of a recipe that has one of its own."""
+        if entry is not None and entry[1].session is not self._shared:
+            entry[1].session.close()
 
     def teach(
         self,
@@ -154,9 +160,8 @@ class IndustrialService:
     def close(self) -> None:
         """Free the sessions."""
         with self._lock:
-            for _, inspector in self._inspectors.values():
-                if inspector.session is not self._shared:
-                    inspector.session.close()
+            for entry in self._inspectors.values():
+                self._let_go(entry)
             self._inspectors.clear()
             if self._shared is not None:
                 self._shared.close()
