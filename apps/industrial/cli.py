@@ -229,11 +229,12 @@ def feed(
 ) -> None:
     """Send frames of a source to the line, through a bounded buffer."""
     from apps.industrial.acquisition.base import FrameBuffer, fill
+    from apps.industrial.acquisition.named import source_named
     from apps.industrial.bootstrap import open_industrial
 
     if policy not in ("wait", "drop-oldest", "drop-newest"):
         raise UsageError(f"--policy is {policy!r}; expected wait, drop-oldest or drop-newest")
-    opened = _source(source, follow, per_second)
+    opened = source_named(source, follow=follow, per_second=per_second)
     service, log = open_industrial(load_settings().settings)
     service.recipes.folder(recipe)
     buffer = FrameBuffer(policy=policy)  # type: ignore[arg-type]
@@ -261,34 +262,6 @@ def feed(
         raise failures[0]
     console.print(f"{sent} frames sent, {buffer.dropped} dropped")
     write_json({"sent": sent, "dropped": buffer.dropped}, json)
-
-
-def _source(text: str, follow: bool, per_second: float) -> Any:
-    from apps.industrial.acquisition.folder import FolderSource
-    from apps.industrial.acquisition.generated import GeneratedSource
-    from apps.industrial.acquisition.genicam import GenicamSource
-    from apps.industrial.acquisition.upload import UploadSource
-    from apps.industrial.acquisition.video import VideoSource
-
-    kind, _, rest = text.partition(":")
-    if kind == "folder":
-        return FolderSource(Path(rest), follow=follow)
-    if kind in ("video", "camera"):
-        return VideoSource(rest)
-    if kind == "rtsp":
-        return VideoSource(text)
-    if kind == "http":
-        if not rest.isdigit() or not 0 < int(rest) < 65536:
-            raise UsageError(f"source {text[:80]!r}: {rest[:40]!r} is no port; expected http:PORT with a number from 1 to 65535")
-        return UploadSource(int(rest))
-    if kind == "genicam":
-        return GenicamSource(Path(rest))
-    if kind == "texture":
-        return GeneratedSource(rest, per_second=per_second)
-    raise UsageError(
-        f"source {text[:80]!r} is unknown; expected folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, "
-        "genicam:FILE.cti or texture:NAME"
-    )
 
 
 @app.command()

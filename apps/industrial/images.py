@@ -76,13 +76,13 @@ def _eight_bits(image: Image.Image) -> Pixels:
 
 def grey(pixels: Pixels) -> Pixels:
     """(H, W) of either kind."""
-    return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    return pixels if pixels.ndim == 2 else np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def sharpness(pixels: Pixels) -> float:
     """Strength of fine detail relative to contrast, without noise: deviation of the Laplacian of a smoothed 256-pixel view."""
     view = cv2.resize(grey(pixels), (256, 256), interpolation=cv2.INTER_AREA).astype(np.float32)
-    view = cv2.GaussianBlur(view, (0, 0), 1.0)
+    view = np.asarray(cv2.GaussianBlur(view, (0, 0), 1.0), np.float32)
     return float(cv2.Laplacian(view, cv2.CV_32F).std() / (view.std() + 4.0))
 
 

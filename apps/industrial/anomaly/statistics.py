@@ -131,7 +131,7 @@ class GoodParts:
             distances = gaussian.distance(_flat(blocks)).reshape(blocks.shape[:3])
             standard = (distances - self.usual[1 + level, 0]) / self.usual[1 + level, 1]
             total += np.stack([_spread(one, side, fine.shape[2]) for one in standard])
-        return total / len(BLOCKS)
+        return np.asarray(total / len(BLOCKS), np.float32)
 
     def arrays(self) -> dict[str, Array]:
         """For storage."""

@@ -50,7 +50,7 @@ def compare(template: Grey, tested: Grey) -> Comparison:
     matrix = _alignment(template, tested)
     moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
     wanted, there = _settled(moved >= 128, tested >= 128), tested >= 128
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1))
+    kernel = np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1)), np.uint8)
     boxes = [
         *_differences(wanted & ~_grown(there, kernel), wanted & ~there, "missing"),
         *_differences(there & ~_grown(wanted, kernel), there & ~wanted, "extra"),

@@ -46,7 +46,7 @@ def _line(rng: Rng, shape: tuple[int, int], bend: float, length: float, thicknes
         points.append(place)
     path = (np.array(points) * 8).astype(np.int32)
     cv2.polylines(canvas, [path], False, 1.0, max(1, round(thickness)), cv2.LINE_AA, 3)
-    return cv2.GaussianBlur(canvas, (0, 0), 0.5 + 0.15 * thickness)
+    return np.asarray(cv2.GaussianBlur(canvas, (0, 0), 0.5 + 0.15 * thickness), np.float32)
 
 
 def _contrast(rng: Rng, image: Image, low: float, high: float) -> float:
@@ -87,7 +87,7 @@ def _chip(rng: Rng, image: Image) -> tuple[Image, Image]:
 
 
 def _broad(rng: Rng, shape: tuple[int, int], cells: float) -> Image:
-    return cv2.resize(smooth_noise(rng, 128, cells), (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(cv2.resize(smooth_noise(rng, 128, cells), (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 def _stain(rng: Rng, image: Image) -> tuple[Image, Image]:
@@ -118,7 +118,7 @@ def _shading(rng: Rng, image: Image) -> tuple[Image, Image]:
         across = (x / width - rng.uniform(0.1, 0.9)) * np.cos(angle) + (y / height - rng.uniform(0.1, 0.9)) * np.sin(angle)
         shape = np.exp(-((across / rng.uniform(0.05, 0.25)) ** 2)).astype(np.float32)
     tone = _contrast(rng, image, 0.5, 2) * rng.choice([-1, 1])
-    return image + shape * tone, shape
+    return image + shape * tone, np.asarray(shape, np.float32)
 
 
 def _inclusion(rng: Rng, image: Image) -> tuple[Image, Image]:

@@ -29,7 +29,7 @@ def _piece(rng: Rng, size: int, reals: Sequence[Grey8]) -> NDArray[np.float32]:
     angle = float(rng.choice([0, 90, 180, 270])) + rng.normal(0, 4)
     centre = (rng.uniform(0.3, 0.7) * source.shape[1], rng.uniform(0.3, 0.7) * source.shape[0])
     matrix = cv2.getRotationMatrix2D(centre, angle, scale)
-    matrix[:, 2] += size / 2 - np.array(centre)
+    matrix[:, 2] = matrix[:, 2] + size / 2 - np.array(centre)
     return np.asarray(cv2.warpAffine(source, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101), np.float32)
 
 

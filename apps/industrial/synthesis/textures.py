@@ -31,7 +31,7 @@ def _brushed(rng: Rng, size: int) -> Grey:
 
 def _granite(rng: Rng, size: int) -> Grey:
     grains = cv2.GaussianBlur(rng.standard_normal((size, size)).astype(np.float32), (0, 0), 1.4)
-    return 125 + 85 * np.tanh(4 * grains) * 0.5 + 10 * smooth_noise(rng, size, 12)
+    return np.asarray(125 + 85 * np.tanh(4 * grains) * 0.5 + 10 * smooth_noise(rng, size, 12), np.float32)
 
 
 def _cast(rng: Rng, size: int) -> Grey:

@@ -45,7 +45,7 @@ class Recipe:
     seed: int = 1
 
 
-class _V1(nn.Module):
+class _V1(nn.Module):  # type: ignore[misc]
     """MobileNetV1 up to layer 22; gives layers 10 (256 channels, stride 8) and 22 (512, stride 16)."""
 
     def __init__(self, path: Path) -> None:

@@ -32,7 +32,7 @@ SIGNATURE = Signature(
 )
 
 
-class _Outputs(torch.nn.Module):
+class _Outputs(torch.nn.Module):  # type: ignore[misc]
     """The network with its outputs as a tuple, in the signature's order."""
 
     def __init__(self, network: TextureNetwork) -> None:

@@ -33,7 +33,7 @@ def backbone_layers(path: Path, layers: int) -> list[tuple[str, Tensor, Tensor, 
     return result
 
 
-class Convolution(nn.Module):
+class Convolution(nn.Module):  # type: ignore[misc]
     """One folded layer: convolution with TensorFlow's SAME padding, then ReLU6 where `activated`."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, groups: int, activated: bool) -> None:
@@ -47,7 +47,7 @@ class Convolution(nn.Module):
         return functional.relu6(x) if self.activated else x
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module):  # type: ignore[misc]
     """The first `LAYERS` layers of MobileNetV2 1.0."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Trunk(nn.Module):
         return outputs
 
 
-class TextureNetwork(nn.Module):
+class TextureNetwork(nn.Module):  # type: ignore[misc]
     """(N, 3, SIZE, SIZE) float32 RGB 0..1 -> map (N, MAP, MAP) and image (N,) of defect logits, fine, coarse and embedding.
 
     `fine` (N, FINE, SIZE/8, SIZE/8) and `coarse` (N, COARSE, SIZE/16, SIZE/16) describe places, `embedding`

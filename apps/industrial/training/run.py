@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -31,7 +32,7 @@ def train_and_write(backbones: Path, textures: Path | None, out: Path, seconds: 
     folder.mkdir(parents=True, exist_ok=True)
     network = train(images, masks, backbones, recipe, place, folder / "training.jsonl")
     where = torch.cuda.get_device_name(0) if place.type == "cuda" else "CPU"
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "use": {"for": "features for recipes of the industrial app", "not_for": "judging parts without a recipe"},
         "data": {"teachers": f"{V2_FILE}, {V1_FILE}", "surfaces": "procedural", "real_images": len(reals)},
         "training": {"command": "triscope industrial train", "where": where, "seconds": seconds, "pool": pool, "seed": recipe.seed},

@@ -8,7 +8,7 @@ import pandas as pd
 from apps.industrial.spc import Chart
 
 
-def control_chart(chart: Chart, title: str) -> alt.LayerChart:
+def control_chart(chart: Chart, title: str) -> alt.LayerChart | alt.FacetChart:
     """Points, centre line, limits; points that break a rule in red, the rule in words under the pointer."""
     words: dict[int, list[str]] = {}
     for position, rule in chart.alarms:
@@ -26,7 +26,7 @@ def control_chart(chart: Chart, title: str) -> alt.LayerChart:
     )
     base = alt.Chart(table).encode(x=alt.X("group:Q", title="group of 25 parts", axis=alt.Axis(tickMinStep=1)))
     colour = alt.Color("state", scale=alt.Scale(domain=["in control", "alarm"], range=["#1f77b4", "#d62728"]), legend=None)
-    layered: alt.LayerChart = alt.layer(
+    layered = alt.layer(
         base.mark_line(color="#1f77b4").encode(y=alt.Y("value:Q", title=title)),
         base.mark_line(color="#7f7f7f").encode(y="centre:Q"),
         base.mark_line(color="#d62728", strokeDash=[5, 4]).encode(y="upper:Q"),

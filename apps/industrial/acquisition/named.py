@@ -1,0 +1,35 @@
+"""Opens the source that a text names, as the command line does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apps.industrial.acquisition.base import Source
+from apps.industrial.acquisition.folder import FolderSource
+from apps.industrial.acquisition.generated import GeneratedSource
+from apps.industrial.acquisition.genicam import GenicamSource
+from apps.industrial.acquisition.upload import UploadSource
+from apps.industrial.acquisition.video import VideoSource
+from apps.industrial.errors import SourceError
+
+KNOWN = "folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, genicam:FILE.cti or texture:NAME"
+
+
+def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> Source:
+    """The source named `KIND:WHERE`. `follow`: a folder's new images; `per_second`: of a texture. Raises SourceError."""
+    kind, _, where = text.partition(":")
+    if kind == "folder":
+        return FolderSource(Path(where), follow=follow)
+    if kind in ("video", "camera"):
+        return VideoSource(where)
+    if kind == "rtsp":
+        return VideoSource(text)
+    if kind == "http":
+        if not where.isdigit() or not 0 < int(where) < 65536:
+            raise SourceError(f"source {text[:80]!r}: {where[:40]!r} is no port; expected http:PORT with a number from 1 to 65535")
+        return UploadSource(int(where))
+    if kind == "genicam":
+        return GenicamSource(Path(where))
+    if kind == "texture":
+        return GeneratedSource(where, per_second=per_second)
+    raise SourceError(f"source {text[:80]!r} is unknown; expected {KNOWN}")
