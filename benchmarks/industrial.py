@@ -24,7 +24,7 @@ from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.evaluate import Judged, judge, metrics
 from apps.industrial.evaluation.metrics import auroc
-from apps.industrial.features import MAP, MODEL, prepared
+from apps.industrial.features import BRIGHTNESS, CONTRAST, FLAT, MAP, MODEL, prepared
 from apps.industrial.images import grey, read_image
 from apps.industrial.inspection.inspector import Inspector, combined, features, learned_scores
 from apps.industrial.inspection.recipe import RecipeBook
@@ -167,6 +167,59 @@ def methods() -> dict[str, Any]:
                 row: {"image": auroc(truth, scores), "pixel": None if maps is None else _pixel(cells, maps)}
                 for row, (scores, maps) in rows.items()
             }
+    return found
+
+
+def steps() -> dict[str, Any]:
+    """How far each step goes on magnetic tiles from good parts alone: exposure, size, aspect, what is scored. AUROC of images."""
+    import torch
+
+    from apps.industrial.training.export import network_from
+
+    network = network_from(rt.load(MODEL).graph)
+    good, tests = good_samples(_tiles() / "train" / "good"), labelled_samples(_tiles())
+    images, truth = [s.read() for s in (*good, *tests)], [s.defective for s in tests]
+
+    def as_taken(image: NDArray[np.uint8], side: int) -> Array:
+        small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        return np.broadcast_to(small.astype(np.float32) / 255, (3, side, side))
+
+    def levelled(image: NDArray[np.uint8], side: int) -> Array:
+        small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
+        level = (small - small.mean()) * (CONTRAST / (float(small.std()) + FLAT)) + BRIGHTNESS
+        return np.broadcast_to(np.clip(level, 0, 255) / 255, (3, side, side))
+
+    def boxed(image: NDArray[np.uint8], side: int) -> Array:
+        height, width = image.shape[:2]
+        across, down = (side, max(1, side * height // width)) if width > height else (max(1, side * width // height), side)
+        inner = cv2.resize(image, (across, down), interpolation=cv2.INTER_AREA)
+        low, left = (side - down) // 2, (side - across) // 2
+        padded = cv2.copyMakeBorder(inner, low, side - down - low, left, side - across - left, cv2.BORDER_REFLECT_101)
+        return levelled(padded, side)
+
+    variants: dict[str, tuple[Callable[[NDArray[np.uint8], int], Array], int]] = {
+        "exposure as taken, 256 pixels": (as_taken, 256),
+        "exposure taken out, 192 pixels": (levelled, 192),
+        "exposure taken out, 256 pixels (shipped)": (levelled, 256),
+        "exposure taken out, 320 pixels": (levelled, 320),
+        "the same at 256 pixels, aspect kept, margin by reflection": (boxed, 256),
+    }
+    found: dict[str, Any] = {}
+    for name, (prepare, side) in variants.items():
+        parts: dict[str, list[Array]] = {"fine": [], "coarse": []}
+        with torch.no_grad():
+            for start in range(0, len(images), 16):
+                out = network(torch.from_numpy(np.stack([prepare(image, side) for image in images[start : start + 16]])))
+                for key, values in parts.items():
+                    values.append(out[key].numpy())
+        fine, coarse = (np.concatenate(parts[key]) for key in ("fine", "coarse"))
+        n = len(good)
+        fitted, _, _ = GoodParts.fit(fine[:n], coarse[:n])
+        raw = fitted._raw(fine[n:], coarse[n:])
+        scores = {"whole image": raw[:, 0], "places": raw[:, 1], "together": fitted.scores(fine[n:], coarse[n:])}
+        kinds_of = np.array([s.kind for s in tests])
+        shading = [auroc(kinds_of[keep] == "uneven", s[keep]) for keep in [np.isin(kinds_of, ("good", "uneven"))] for s in scores.values()]
+        found[name] = {row: {"image": auroc(truth, s), "uneven": u} for (row, s), u in zip(scores.items(), shading, strict=True)}
     return found
 
 
@@ -325,6 +378,7 @@ def _matched(said: Sequence[tuple[int, int, int, int]], wanted: Iterable[tuple[i
 SUITES: dict[str, Callable[[], dict[str, Any]]] = {
     "inspection": inspection,
     "methods": methods,
+    "steps": steps,
     "few_shot": few_shot,
     "kinds": kinds,
     "templates": templates,
@@ -350,6 +404,17 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
             means = [None if None in column else statistics.mean(column) for column in zip(*pairs, strict=True)]
             cells = [_pair(tiles[row]["image"], tiles[row]["pixel"]), _pair(*means), _pair(*min(pairs, key=lambda pair: pair[0]))]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if found := load("steps"):
+        lines += [
+            "How far each step goes on the tiles: AUROC of images (of the kind `uneven`, shading over the whole image).",
+            "",
+            "| input | whole image | places | together |",
+            "|---|---|---|---|",
+        ]
+        for name, row in found["result"].items():
+            cells = [f"{v['image']:.3f} ({v['uneven']:.3f})" for v in row.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     if found := load("inspection"):
         lines += _inspection_lines(found, where)

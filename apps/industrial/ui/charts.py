@@ -26,11 +26,10 @@ def control_chart(chart: Chart, title: str) -> alt.LayerChart | alt.FacetChart:
     )
     base = alt.Chart(table).encode(x=alt.X("group:Q", title="group of 25 parts", axis=alt.Axis(tickMinStep=1)))
     colour = alt.Color("state", scale=alt.Scale(domain=["in control", "alarm"], range=["#1f77b4", "#d62728"]), legend=None)
-    layered = alt.layer(
+    return alt.layer(
         base.mark_line(color="#1f77b4").encode(y=alt.Y("value:Q", title=title)),
         base.mark_line(color="#7f7f7f").encode(y="centre:Q"),
         base.mark_line(color="#d62728", strokeDash=[5, 4]).encode(y="upper:Q"),
         base.mark_line(color="#d62728", strokeDash=[5, 4]).encode(y="lower:Q"),
         base.mark_circle(size=70).encode(y="value:Q", color=colour, tooltip=["group", "value", "rule"]),
     ).properties(height=200)
-    return layered
