@@ -32,7 +32,7 @@ DAYS = 44
 def cards(settings: Settings) -> Iterator[tuple[FinanceService, Log]]:
     """A store with six weeks of decided transactions."""
     service, log = open_finance(settings)
-    service.set_budget(20, "test")
+    service.set_budget(8, "test")
     replay_table(pl.concat(Generator(Population(60, 120), FIRST, 5, 5.0).days(DAYS)), log)
     run_worker(service, log, threading.Event(), until_idle=True)
     yield service, log
