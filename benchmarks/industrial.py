@@ -24,7 +24,7 @@ from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.evaluate import Judged, judge, metrics
 from apps.industrial.evaluation.metrics import auroc
-from apps.industrial.features import BRIGHTNESS, CONTRAST, FLAT, MAP, MODEL, prepared
+from apps.industrial.features import BRIGHTNESS, CONTRAST, FINE, FLAT, MAP, MODEL, prepared
 from apps.industrial.images import grey, read_image
 from apps.industrial.inspection.inspector import Inspector, combined, features, learned_scores
 from apps.industrial.inspection.recipe import RecipeBook
@@ -113,22 +113,17 @@ def _memory_bank(good: dict[str, Array], seen: dict[str, Array], patches: int = 
     """PatchCore-like (Roth et al., CVPR 2022) on the shipped features: scores and maps (N, 32, 32)."""
 
     def described(some: dict[str, Array]) -> Array:
-        side = some["fine"].shape[2]
-        both = [
-            np.concatenate([fine, np.stack([cv2.resize(c, (side, side)) for c in coarse])])
-            for fine, coarse in zip(some["fine"], some["coarse"], strict=True)
-        ]
-        return np.stack([np.stack([cv2.blur(channel, (3, 3)) for channel in image]) for image in both])
+        return np.stack([np.stack([cv2.blur(channel, (3, 3)) for channel in image]) for image in some["fine"]])
 
     rng = np.random.default_rng(0)
-    known = described(good).transpose(0, 2, 3, 1).reshape(len(good["fine"]), -1, 144)
+    known = described(good).transpose(0, 2, 3, 1).reshape(len(good["fine"]), -1, FINE)
     bank = np.concatenate([image[rng.permutation(len(image))[:patches]] for image in known])
     mean, scale = bank.mean(0), bank.std(0) + 1e-4
     bank = _coreset((bank - mean) / scale, size)
     squares = (bank**2).sum(1)
     maps = []
     for image in described(seen):
-        x = (image.reshape(144, -1).T - mean) / scale
+        x = (image.reshape(FINE, -1).T - mean) / scale
         nearest = ((x**2).sum(1)[:, None] - 2 * x @ bank.T + squares).min(1)
         maps.append(np.sqrt(np.maximum(nearest, 0)).reshape(image.shape[1:]))
     found = np.stack(maps)
@@ -149,17 +144,17 @@ def methods() -> dict[str, Any]:
             images = [sample.read() for sample in tests]
             seen, truth = features(session, images), [sample.defective for sample in tests]
             cells = [sample.cells(image.shape) for sample, image in zip(tests, images, strict=True)]
-            parts, _, _ = GoodParts.fit(good["fine"], good["coarse"])
-            raw = parts._raw(seen["fine"], seen["coarse"])
+            parts, _, _ = GoodParts.fit(good["fine"], good["whole"])
+            raw = parts._raw(seen["fine"], seen["whole"])
             bank, bank_maps = _memory_bank(good, seen)
             rows: dict[str, tuple[Array, Array | None]] = {
                 "memory bank of patches, coreset (as PatchCore)": (bank, bank_maps),
                 "Gaussians of places (as PaDiM)": (raw[:, 1], None),
                 "Mahalanobis of the whole image": (raw[:, 0], None),
                 "segmenter of synthetic defects": (learned_scores(seen), seen["map"]),
-                "whole image and places together": (parts.scores(seen["fine"], seen["coarse"]), parts.maps(seen["fine"])),
+                "whole image and places together": (parts.scores(seen["fine"], seen["whole"]), parts.maps(seen["fine"])),
                 "the same, with what stands far out in the segmenter (shipped)": (
-                    combined(parts.scores(seen["fine"], seen["coarse"]), learned_scores(seen), 0.0, scale_of(learned_scores(good))),
+                    combined(parts.scores(seen["fine"], seen["whole"]), learned_scores(seen), 0.0, scale_of(learned_scores(good))),
                     combined(parts.maps(seen["fine"]), seen["map"], 0.0, scale_of(good["map"])),
                 ),
             }
@@ -199,10 +194,11 @@ def steps() -> dict[str, Any]:
 
     variants: dict[str, tuple[Callable[[NDArray[np.uint8], int], Array], int]] = {
         "exposure as taken, 256 pixels": (as_taken, 256),
+        "exposure taken out, 256 pixels": (levelled, 256),
+        "the same, aspect kept, margin by reflection": (boxed, 256),
+        "exposure taken out, 128 pixels": (levelled, 128),
         "exposure taken out, 192 pixels": (levelled, 192),
-        "exposure taken out, 256 pixels (shipped)": (levelled, 256),
         "exposure taken out, 320 pixels": (levelled, 320),
-        "the same at 256 pixels, aspect kept, margin by reflection": (boxed, 256),
     }
     found: dict[str, Any] = {}
     for name, (prepare, side) in variants.items():
@@ -213,10 +209,11 @@ def steps() -> dict[str, Any]:
                 for key, values in parts.items():
                     values.append(out[key].numpy())
         fine, coarse = (np.concatenate(parts[key]) for key in ("fine", "coarse"))
+        whole = np.concatenate([coarse.mean(axis=(2, 3)), coarse.std(axis=(2, 3))], axis=1)
         n = len(good)
-        fitted, _, _ = GoodParts.fit(fine[:n], coarse[:n])
-        raw = fitted._raw(fine[n:], coarse[n:])
-        scores = {"whole image": raw[:, 0], "places": raw[:, 1], "together": fitted.scores(fine[n:], coarse[n:])}
+        fitted, _, _ = GoodParts.fit(fine[:n], whole[:n])
+        raw = fitted._raw(fine[n:], whole[n:])
+        scores = {"whole image": raw[:, 0], "places": raw[:, 1], "together": fitted.scores(fine[n:], whole[n:])}
         kinds_of = np.array([s.kind for s in tests])
         shading = [auroc(kinds_of[keep] == "uneven", s[keep]) for keep in [np.isin(kinds_of, ("good", "uneven"))] for s in scores.values()]
         found[name] = {row: {"image": auroc(truth, s), "uneven": u} for (row, s), u in zip(scores.items(), shading, strict=True)}
@@ -407,7 +404,8 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
         lines.append("")
     if found := load("steps"):
         lines += [
-            "How far each step goes on the tiles: AUROC of images (of the kind `uneven`, shading over the whole image).",
+            "How far each step goes on the tiles: AUROC of images (of the kind `uneven`, shading over the whole image). Shipped: places at 256 pixels, the",
+            "whole image at 128.",
             "",
             "| input | whole image | places | together |",
             "|---|---|---|---|",

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 MODEL = "texture-features"
 SIZE = 256
 """The network sees SIZE x SIZE pixels, whatever the part's own size and shape."""
-MAP, FINE_SIDE, COARSE_SIDE = SIZE // 4, SIZE // 8, SIZE // 16
+MAP, FINE_SIDE = SIZE // 4, SIZE // 8
 FINE, COARSE, EMBEDDING = 48, 96, 576 * 3
+WHOLE = 2 * COARSE
 BRIGHTNESS, CONTRAST, FLAT = 110.0, 40.0, 8.0
 """Mean and deviation of the grey levels that every image is brought to; FLAT keeps noise of empty images small."""
 

@@ -78,9 +78,10 @@ def teach(
     begin = time.monotonic()
     model = None if folder is None else Path(folder.name) / "model"
     with open_session(model) as session:
+        network = session.model.sha256
         seen = _with_progress(session, images, report)
         bad_seen = features(session, bad_images) if bad_samples else {}
-    parts, scores, maps = GoodParts.fit(seen["fine"], seen["coarse"])
+    parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
     weight, scale = learned_weight(len(bad_samples)), scale_of(learned_scores(seen)[unseen])
     map_scale = scale if bad_samples else scale_of(seen["map"])
     scores = combined(scores, learned_scores(seen), weight, scale)[unseen]
@@ -97,6 +98,7 @@ def teach(
         sharpness=float(np.median([sharpness(image) for image in images])),
         aspect=_aspect(images),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
+        network=network,
         learned_weight=weight,
         learned_scale=scale,
         map_scale=map_scale,

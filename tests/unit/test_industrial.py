@@ -8,6 +8,7 @@ import threading
 import zlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,7 +23,8 @@ from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
 from apps.industrial.images import decode_image, png, unusable
-from apps.industrial.inspection.recipe import checked_name
+from apps.industrial.inspection.inspector import Inspector
+from apps.industrial.inspection.recipe import Recipe, checked_name
 from apps.industrial.inspection.template import compare
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.spc import p_chart, western_electric
@@ -80,15 +82,15 @@ def test_defects_change_the_image_where_their_mask_is(texture: str, kind: str) -
 
 def test_good_parts_are_near_and_others_far() -> None:
     rng = np.random.default_rng(0)
-    fine, coarse = rng.normal(0, 1, (40, 6, 32, 32)).astype(np.float32), rng.normal(0, 1, (40, 8, 16, 16)).astype(np.float32)
-    parts, _, _ = GoodParts.fit(fine, coarse)
+    fine, whole = rng.normal(0, 1, (40, 6, 32, 32)).astype(np.float32), rng.normal(0, 1, (40, 16)).astype(np.float32)
+    parts, _, _ = GoodParts.fit(fine, whole)
     strange = fine[:1].copy()
     strange[0, :, 8:24, 16:32] += 1.5
-    assert parts.scores(strange, coarse[:1] + 0.5)[0] > 3
+    assert parts.scores(strange, whole[:1] + 0.5)[0] > 3
     hot = parts.maps(strange)[0]
     assert hot[16:48, 32:].mean() > hot[:, :16].mean() + 1
     again = GoodParts.from_arrays(parts.arrays())
-    np.testing.assert_array_equal(again.scores(fine, coarse), parts.scores(fine, coarse))
+    np.testing.assert_array_equal(again.scores(fine, whole), parts.scores(fine, whole))
 
 
 def test_thresholds_state_the_rate_that_they_hold() -> None:
@@ -170,6 +172,10 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     before = service.store.counts().total
     service.process(FrameMessage(frame, "2026-01-01T00:00:00Z", "s", "cast", "sha256:" + "0" * 64))
     assert service.store.counts().total == before, "a frame is judged once"
+    recipe = service.recipes.load("cast")
+    facts = msgspec.structs.replace(recipe.facts, network="0" * 64)
+    with pytest.raises(InputError, match=r"was taught with another network \(0000.*teach it again"):
+        Inspector(Recipe(facts, recipe.good, recipe.kinds, recipe.model), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
     service.close()

@@ -1,7 +1,7 @@
 """Statistics of good parts: the whole image, and its places at three scales; distances are Mahalanobis'.
 
 Places: Defard et al., "PaDiM" (ICPR Workshops 2021), on blocks of averaged features. The whole image: the
-mean and deviation of the deep features, with Ledoit and Wolf's shrinkage (2004). Chosen among a memory bank
+mean and deviation of the deep features at half its size, with Ledoit and Wolf's shrinkage (2004). Chosen among a memory bank
 of patches, Gaussians of places, the whole image alone and a segmenter of synthetic defects: docs/benchmarks.md.
 """
 
@@ -32,11 +32,6 @@ def pooled(features: Array, side: int) -> Array:
     r, q = rows[:, None], columns[None, :]
     sums = total[:, :, r + side, q + side] - total[:, :, r, q + side] - total[:, :, r + side, q] + total[:, :, r, q]
     return (sums / side**2).transpose(0, 2, 3, 1).astype(np.float32)
-
-
-def described(coarse: Array) -> Array:
-    """Mean and deviation of the coarse features over the image: (N, C, H, W) -> (N, 2 C)."""
-    return np.concatenate([coarse.mean(axis=(2, 3)), coarse.std(axis=(2, 3))], axis=1)
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,10 @@ class GoodParts:
     """Usual distances and their deviations: (1 + len(BLOCKS), 2), found on parts that the statistics did not see."""
 
     @classmethod
-    def fit(cls, fine: Array, coarse: Array) -> tuple[GoodParts, Array, Array]:
+    def fit(cls, fine: Array, whole: Array) -> tuple[GoodParts, Array, Array]:
         """The statistics of N good images, four at least, and what they say of those that they did not see.
+
+        `fine` (N, FINE, H, W) and `whole` (N, WHOLE) are outputs of `texture-features`.
 
         The images are cut in five parts, each judged by the statistics of the others: scores (N,) and maps
         (N, MAP, MAP). Neighbours in order stay together, so that several images of one part fall on one side.
@@ -96,31 +93,31 @@ class GoodParts:
         without = []
         for part in parts:
             rest = np.setdiff1d(np.arange(n), part)
-            without.append(cls._fit(fine[rest], coarse[rest]))
-        distances = np.concatenate([some._raw(fine[part], coarse[part]) for some, part in zip(without, parts, strict=True)])
+            without.append(cls._fit(fine[rest], whole[rest]))
+        distances = np.concatenate([some._raw(fine[part], whole[part]) for some, part in zip(without, parts, strict=True)])
         usual = np.stack([np.median(distances, axis=0), distances.std(axis=0) + 1e-3], axis=1).astype(np.float32)
         others = [cls(some.image, some.places, usual) for some in without]
-        scores = np.concatenate([some.scores(fine[part], coarse[part]) for some, part in zip(others, parts, strict=True)])
+        scores = np.concatenate([some.scores(fine[part], whole[part]) for some, part in zip(others, parts, strict=True)])
         maps = np.concatenate([some.maps(fine[part]) for some, part in zip(others, parts, strict=True)])
-        fitted = cls._fit(fine, coarse)
+        fitted = cls._fit(fine, whole)
         return cls(fitted.image, fitted.places, usual), scores, maps
 
     @classmethod
-    def _fit(cls, fine: Array, coarse: Array) -> GoodParts:
+    def _fit(cls, fine: Array, whole: Array) -> GoodParts:
         places = tuple(Gaussian.of_places(_flat(pooled(fine, side))) for side in BLOCKS)
-        return cls(Gaussian.of_image(described(coarse)), places, np.tile(np.array([[0, 1]], np.float32), (1 + len(BLOCKS), 1)))
+        return cls(Gaussian.of_image(whole), places, np.tile(np.array([[0, 1]], np.float32), (1 + len(BLOCKS), 1)))
 
-    def _raw(self, fine: Array, coarse: Array) -> Array:
+    def _raw(self, fine: Array, whole: Array) -> Array:
         """(N, 1 + len(BLOCKS)): the image's distance, and the largest places' of each scale."""
-        columns = [self.image.distance(described(coarse)[:, None])[:, 0]]
+        columns = [self.image.distance(whole[:, None])[:, 0]]
         for side, gaussian in zip(BLOCKS, self.places, strict=True):
             distances = np.sort(gaussian.distance(_flat(pooled(fine, side))), axis=1)
             columns.append(distances[:, -max(1, distances.shape[1] // 10) :].mean(axis=1))
         return np.stack(columns, axis=1)
 
-    def scores(self, fine: Array, coarse: Array) -> Array:
+    def scores(self, fine: Array, whole: Array) -> Array:
         """(N,) how far each image is from good parts, in usual deviations: 0 for a usual one."""
-        standard = (self._raw(fine, coarse) - self.usual[:, 0]) / self.usual[:, 1]
+        standard = (self._raw(fine, whole) - self.usual[:, 0]) / self.usual[:, 1]
         return np.asarray((standard[:, 0] + standard[:, 1]) / 2, np.float32)
 
     def maps(self, fine: Array) -> Array:

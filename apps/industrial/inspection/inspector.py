@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import shared_runtime as rt
+from apps.industrial.errors import InputError
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels, unusable
 from apps.industrial.inspection.recipe import Recipe
@@ -78,6 +79,12 @@ class Inspector:
     """A recipe with its network, ready to judge. Threads may share it."""
 
     def __init__(self, recipe: Recipe, session: rt.Session) -> None:
+        """Raises InputError where the recipe was taught with another network than the session's."""
+        if recipe.facts.network != session.model.sha256:
+            raise InputError(
+                f"recipe {recipe.facts.name!r} was taught with another network ({recipe.facts.network[:12] or 'an earlier version'}) than "
+                f"{session.model.name} {session.model.version} ({session.model.sha256[:12]}); teach it again"
+            )
         self.recipe, self.session = recipe, session
 
     def inspect(self, image: Pixels) -> Inspection:
@@ -88,7 +95,7 @@ class Inspector:
         """The same for several images, which share the network's batches."""
         seen = features(self.session, images)
         good, facts = self.recipe.good, self.recipe.facts
-        scores = combined(good.scores(seen["fine"], seen["coarse"]), learned_scores(seen), facts.learned_weight, facts.learned_scale)
+        scores = combined(good.scores(seen["fine"], seen["whole"]), learned_scores(seen), facts.learned_weight, facts.learned_scale)
         maps = combined(good.maps(seen["fine"]), seen["map"], facts.learned_weight, facts.map_scale)
         kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
         return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]

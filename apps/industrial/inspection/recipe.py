@@ -35,6 +35,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     sharpness: float
     aspect: tuple[float, float]
     colour: bool
+    network: str = ""
+    """SHA-256 of the network whose features the statistics are of."""
     learned_weight: float
     """Share of the learned network's say in the score; 0 where only good parts are known."""
     learned_scale: tuple[float, float] = (0.0, 1.0)
@@ -43,7 +45,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     statistics_sha256: str = ""
-    version: int = 1
+    version: int = 2
 
 
 class Recipe:
