@@ -82,7 +82,7 @@ def teach(
         seen = _with_progress(session, images, report)
         bad_seen = features(session, bad_images) if bad_samples else {}
     parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
-    weight, scale = learned_weight(len(bad_samples)), scale_of(learned_scores(seen)[unseen])
+    weight, scale = learned_weight(bad_samples), scale_of(learned_scores(seen)[unseen])
     map_scale = scale if bad_samples else scale_of(seen["map"])
     scores = combined(scores, learned_scores(seen), weight, scale)[unseen]
     peaks = combined(maps, seen["map"], weight, map_scale)[unseen].max(axis=(1, 2))
@@ -145,14 +145,17 @@ def advice(defects: int) -> str:
     )
 
 
-def learned_weight(defects: int) -> float:
-    """How much the learned network has to say beside the statistics of good parts, by the number of defects it learned from.
+def learned_weight(defects: Sequence[Sample]) -> float:
+    """How much the learned network has to say beside the statistics of good parts, by the defects it learned from.
 
-    Near the best weights at 5, 20, 50 and 260 defects of magnetic tiles: more defects, more say.
+    Near the best weights at 5, 20, 50 and 260 outlined defects of magnetic tiles: more defects, more say. A label
+    without an outline counts as a quarter of one.
     """
     if not defects:
         return 0.0
-    return float(np.clip(0.35 + 0.42 * np.log10(defects / 5), 0.35, 0.75))
+    outlined = sum(sample.mask is not None or bool(sample.boxes) for sample in defects)
+    number = outlined + (len(defects) - outlined) / 4
+    return float(np.clip(0.35 + 0.42 * np.log10(number / 5), 0.35, 0.75))
 
 
 def _read(samples: Sequence[Sample], report: Report) -> tuple[list[Pixels], list[Sample], list[tuple[str, str]]]:

@@ -30,6 +30,7 @@ from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.spc import p_chart, western_electric
 from apps.industrial.synthesis.defects import DEFECTS, add_defect
 from apps.industrial.synthesis.textures import TEXTURES, good_part
+from apps.industrial.teaching import advice, learned_weight
 from apps.industrial.worker import run_worker
 
 
@@ -180,6 +181,18 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
     service.close()
     log.close()
+
+
+def test_more_outlined_defects_have_more_say() -> None:
+    outlined = [Sample(Path("a.png"), "hole", Path("a_mask.png"))]
+    labelled = [Sample(Path("a.png"), "hole")]
+    assert learned_weight([]) == 0
+    weights = [learned_weight(outlined * n) for n in (5, 20, 50, 300)]
+    assert weights == sorted(weights)
+    assert weights[-1] < 1
+    assert learned_weight(labelled * 40) < learned_weight(outlined * 40)
+    assert "ten more held about" in advice(0)
+    assert "brought little" in advice(500)
 
 
 def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:
