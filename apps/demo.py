@@ -29,6 +29,7 @@ from apps.finance.worker import REPORTS as FINANCE_REPORTS
 from apps.finance.worker import run_worker as run_finance_worker
 from apps.industrial.acquisition.generated import GeneratedSource
 from apps.industrial.bootstrap import open_industrial
+from apps.industrial.errors import IndustrialError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import png
 from apps.industrial.service import IndustrialService
@@ -173,10 +174,19 @@ def _live_parts(service: IndustrialService, stop: threading.Event) -> None:
         service.submit(frame.content, PART, "demo", frame.serial, "demo", frame.time)
 
 
+def _ready(service: IndustrialService) -> bool:
+    """Whether the demo's recipe is here and was taught with this installation's network."""
+    try:
+        service.inspector(PART)
+    except IndustrialError:
+        return False
+    return True
+
+
 def _industrial(service: IndustrialService, log: Log, stop: threading.Event, report: Callable[[str], None]) -> dict[str, Any]:
     start = time.monotonic()
     report(f"industrial: a recipe from {GOOD_PARTS} generated good parts, then {FIRST_PARTS} parts through the log ...")
-    if PART not in service.recipes.names():
+    if not _ready(service):
         with tempfile.TemporaryDirectory() as folder:
             samples = []
             for number, (image, _) in enumerate(GeneratedSource(PART_TEXTURE, GOOD_PARTS, defect_share=0.0, seed=1).parts()):
