@@ -486,7 +486,7 @@ def _few_shot_lines(found: dict[str, Any], gpu: dict[str, Any] | None, where: Ca
     if gpu:
         lines += [
             f"All folds on a GPU ({gpu['host']['gpu']}), a trial of more steps: {gpu['command']}. The goals are 0.95 at 20, 0.98 at 50 and 0.985 at all: they are",
-            "missed. Three good test tiles carry marks like cracks and head the false alarms; without them the last row is about 0.01 higher.",
+            "missed. Three good test tiles carry marks like cracks and head the false alarms.",
             "",
             "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
             "|---|---|---|---|---|",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -238,23 +238,33 @@ def feed(
     service, log = open_industrial(load_settings().settings)
     service.recipes.folder(recipe)
     buffer = FrameBuffer(policy=policy)  # type: ignore[arg-type]
-    sent, failures = 0, []
-    with stop_on_signals() as stop:
+    sent = 0
+    failures: list[Exception] = []
 
-        def run() -> None:
-            try:
-                fill(opened, buffer, stop)
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=run, name="source", daemon=True)
-        thread.start()
-        while not stop.is_set() and not buffer.done and not (number and sent >= number):
+    def send() -> None:
+        nonlocal sent
+        while not buffer.done and not (number and sent >= number):
             frame = buffer.get(0.5)
             if frame is not None:
                 service.submit(frame.content, recipe, station, frame.serial, lot, frame.time)
                 sent += 1
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # raised again below
+            failures.append(error)
+            buffer.close()
+
+    with stop_on_signals() as stop:
+        source_thread = threading.Thread(target=guarded, args=(lambda: fill(opened, buffer, stop),), name="source", daemon=True)
+        sender = threading.Thread(target=guarded, args=(send,), name="sender")
+        source_thread.start()
+        sender.start()
+        while sender.is_alive():  # a signal must not break into join, which would then take the thread for ended
+            stop.wait(0.2)
     stop.set()
+    sender.join()  # what the source had taken before it was told to stop is still sent
     buffer.close()
     service.close()
     log.close()

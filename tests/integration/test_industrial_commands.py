@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import urllib.error
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from apps.industrial.bootstrap import open_industrial
 from apps.industrial.evaluation.dataset import good_samples, labelled_samples
 from apps.industrial.images import png
 from tests.conftest import Commands
+from tests.services import free_port
 
 
 @pytest.fixture
@@ -135,3 +138,23 @@ def test_the_network_is_trained_again_by_its_command(commands: Commands, data_di
         outputs = session.run({"pixels": np.zeros((2, 3, 256, 256), np.float32)})
     assert outputs["map"].shape == (2, 64, 64)
     assert all(np.isfinite(value).all() for value in outputs.values())
+
+
+def test_frames_that_were_acknowledged_reach_the_log_when_the_feed_is_stopped(commands: Commands, parts: Path, settings: Settings) -> None:
+    service, log = open_industrial(settings)
+    service.teach("plate", good_samples(parts / "train" / "good"))
+    port = free_port()
+    process = commands.start("industrial", "feed", f"http:{port}", "--recipe", "plate")
+    content, taken = (parts / "test" / "good" / "0000.png").read_bytes(), 0
+    for number in range(12):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/frames?serial={number}", data=content, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                taken += answer.status == 202
+        except urllib.error.HTTPError as error:
+            error.close()
+    assert taken >= 8
+    assert commands.stop(process, timeout=15)[0] == 0
+    assert sum(log.lag("industrial", "industrial.frames").values()) == taken
+    service.close()
+    log.close()

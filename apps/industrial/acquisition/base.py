@@ -78,11 +78,9 @@ class FrameBuffer:
 
 
 def fill(source: Source, buffer: FrameBuffer, stop: threading.Event) -> None:
-    """Run `source` into `buffer` until it ends; for a thread of its own."""
+    """Run `source` into `buffer` until it ends, soon after `stop`; for a thread of its own."""
     try:
         for frame in source.frames(stop):
-            if stop.is_set():
-                return
             buffer.put(frame)
     finally:
         buffer.close()

@@ -43,6 +43,8 @@ class FolderSource:
                     fresh.append((state.st_mtime, path))
                 sizes[path.name] = state.st_size
             for modified, path in sorted(fresh):
+                if stop.is_set():
+                    return
                 seen.add(path.name)
                 sizes.pop(path.name, None)
                 try:

@@ -39,6 +39,7 @@ class UploadSource:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((address, port))
+            self._socket.listen()  # who comes before the server runs waits, and is not refused
         except OSError as error:
             self._socket.close()
             raise SourceError(f"can't listen on {address}:{port}: {error}; choose another port: http:PORT") from error
@@ -56,6 +57,10 @@ class UploadSource:
             while not stop.is_set():
                 with contextlib.suppress(queue.Empty):
                     yield self._waiting.get(timeout=0.2)
+            server.should_exit = True
+            thread.join(5)
+            while not self._waiting.empty():  # these were acknowledged
+                yield self._waiting.get_nowait()
         finally:
             server.should_exit = True
             thread.join(5)
