@@ -11,20 +11,31 @@
 It knows tensors, models and devices; it knows no DICOM, no money, no defect.
 """
 
+from shared_runtime.certificate import Certificate
 from shared_runtime.errors import (
     BackendUnavailableError,
     BatcherClosedError,
     BatcherError,
+    CalibrationError,
+    ImportMismatchError,
     InputError,
+    MemoryBudgetError,
+    MetricError,
     ModelError,
     ModelIntegrityError,
     ModelNotFoundError,
+    OptimizationError,
     QueueFullError,
     SharedRuntimeError,
     UnsupportedModelError,
+    VariantRefusedError,
 )
+from shared_runtime.importers import import_model
 from shared_runtime.model import Model, load
+from shared_runtime.optimize import Quantizer, optimize, verify
+from shared_runtime.planning.objective import Objective
 from shared_runtime.planning.planner import Candidate, Plan
+from shared_runtime.quantization import metrics
 from shared_runtime.scheduling.batcher import Batcher, BatcherStatistics
 from shared_runtime.session import Session
 from shared_runtime.signature import Signature, TensorSpec
@@ -35,18 +46,31 @@ __all__ = [
     "BatcherClosedError",
     "BatcherError",
     "BatcherStatistics",
+    "CalibrationError",
     "Candidate",
+    "Certificate",
+    "ImportMismatchError",
     "InputError",
+    "MemoryBudgetError",
+    "MetricError",
     "Model",
     "ModelError",
     "ModelIntegrityError",
     "ModelNotFoundError",
+    "Objective",
+    "OptimizationError",
     "Plan",
+    "Quantizer",
     "QueueFullError",
     "Session",
     "SharedRuntimeError",
     "Signature",
     "TensorSpec",
     "UnsupportedModelError",
+    "VariantRefusedError",
+    "import_model",
     "load",
+    "metrics",
+    "optimize",
+    "verify",
 ]

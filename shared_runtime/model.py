@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import atexit
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -10,36 +11,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from shared_runtime.certificate import Certificate
 from shared_runtime.errors import ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
-from shared_runtime.graph.export import to_onnx
+from shared_runtime.graph.check import check_graph, graph_hash
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature
+from shared_runtime.variants import Variant, VariantStore
 
 GRAPH_FILE, SIGNATURE_FILE, CARD_FILE = "model.onnx", "signature.json", "card.toml"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A verified model on disk. `sha256` is that of the graph file; `card` is empty for a bare file."""
+    """A verified model on disk. `sha256` is that of the graph file; `card` is empty for a bare file.
+
+    `known` holds every variant by name, also those that are not served; `refused` says what the last
+    `rt.optimize` tried and did not keep, and why.
+    """
 
     name: str
     graph: Path
     signature: Signature
     sha256: str
     card: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, Variant] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
         """The card's version, or the first digits of the hash."""
         return str(self.card.get("version", self.sha256[:12]))
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants that hold a valid certificate on this host."""
+        return tuple(name for name, variant in self.known.items() if not variant.why_void)
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def variant(self, name: str) -> Variant:
+        """A certified variant. Raises ModelNotFoundError, naming those there are or why this one is void."""
+        found = self.known.get(name)
+        if found is None:
+            raise ModelNotFoundError(f"model {self.name!r} has no variant {name!r}; it has {list(self.known) or 'none'}: run rt.optimize")
+        if found.why_void:
+            raise ModelIntegrityError(f"variant {name!r} of {self.name!r} is not served: {found.why_void}")
+        return found
+
+    def certificate(self, name: str) -> Certificate:
+        """The certificate of a variant. Raises as `variant` does."""
+        certificate = self.variant(name).certificate
+        assert certificate is not None
+        return certificate
 
 
 def load(
@@ -49,75 +70,60 @@ def load(
     example: Mapping[str, Any] | None = None,
     name: str | None = None,
     repository: ModelRepository | None = None,
+    variants: VariantStore | None = None,
 ) -> Model:
-    """Load a model from an ONNX file, a model folder, a repository name or a torch module.
+    """Load a model: a repository name, a model folder, an ONNX file, or anything that `rt.import_model` takes
+    (a torch module, a scikit-learn, XGBoost or LightGBM estimator, a MONAI bundle, an nnU-Net folder ...).
 
-    `sha256` is what the graph file must hash to; a folder's card states it. A torch module needs
-    `example`, named inputs with a leading batch dimension, to be exported with.
-    Raises ModelNotFoundError, ModelIntegrityError, UnsupportedModelError.
+    `sha256` is what the graph file must hash to; a folder's card states it. A torch module needs `example`, named
+    inputs with a leading batch dimension. What was optimised on this host before comes with its certified variants.
+    Raises ModelNotFoundError, ModelIntegrityError, UnsupportedModelError, ImportMismatchError.
     """
-    if not isinstance(source, (str, Path)):
-        return _from_torch(source, example, name)
-    path = Path(source)
-    if path.is_dir():
-        return _from_folder(path, sha256)
-    if path.is_file():
-        return _from_file(path, sha256, name)
-    if path.suffix or len(path.parts) > 1:
-        raise ModelNotFoundError(f"no model at {path}; expected an ONNX file, a model folder or a repository name")
-    return _from_folder((repository or ModelRepository.default()).folder(str(source)), sha256)
+    store = variants or VariantStore()
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_dir() and (path / CARD_FILE).is_file():
+            return _from_folder(path, sha256, store)
+        if path.suffix == ".onnx" and path.is_file():
+            return _from_file(path, sha256, name, store)
+        if not path.exists():
+            if path.suffix or len(path.parts) > 1:
+                raise ModelNotFoundError(f"no model at {path}; expected an ONNX file, a model folder or a repository name")
+            return _from_folder((repository or ModelRepository.default()).folder(str(source)), sha256, store)
+    from shared_runtime.importers import import_to_folder
+
+    folder = Path(tempfile.mkdtemp(prefix="triscope-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return _from_folder(import_to_folder(source, folder / "model", name=name, example=example), sha256, store)
 
 
-def _from_file(path: Path, sha256: str | None, name: str | None) -> Model:
-    if path.suffix != ".onnx":
-        raise UnsupportedModelError(
-            f"{path.name} has suffix {path.suffix!r}; supported are .onnx files, model folders and torch modules: export it to ONNX"
-        )
+def _from_file(path: Path, sha256: str | None, name: str | None, store: VariantStore) -> Model:
     actual = _verified(path, sha256)
-    return Model(name or path.stem, path, Signature.from_onnx(path), actual)
+    check_graph(path)
+    return Model(name or path.stem, path, Signature.from_onnx(path), actual, known=store.read(actual))
 
 
-def _from_folder(folder: Path, sha256: str | None) -> Model:
+def _from_folder(folder: Path, sha256: str | None, store: VariantStore) -> Model:
     graph, card_file = folder / GRAPH_FILE, folder / CARD_FILE
     for needed in (graph, card_file, folder / SIGNATURE_FILE):
         if not needed.is_file():
             raise ModelNotFoundError(f"model folder {folder} has no {needed.name}; restore it or import the model again")
     try:
         card = tomllib.loads(card_file.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UnsupportedModelError(f"the card {card_file} is not valid TOML: {error}") from error
     stated = card.get("artefact", {}).get("sha256")
     if not isinstance(stated, str):
         raise ModelIntegrityError(f"the card {card_file} states no artefact.sha256, so the model can't be verified")
     actual = _verified(graph, sha256 or stated)
-    return Model(str(card.get("name", folder.name)), graph, Signature.read(folder / SIGNATURE_FILE), actual, card)
+    known = store.read(actual, folder / "variants")
+    return Model(str(card.get("name", folder.name)), graph, Signature.read(folder / SIGNATURE_FILE), actual, card, known)
 
 
 def _verified(path: Path, expected: str | None) -> str:
-    actual = sha256_of(path)
+    actual = graph_hash(path)
     if expected is not None and actual != expected.lower():
         raise ModelIntegrityError(
             f"{path} has SHA-256 {actual}, expected {expected}; the file was changed or damaged: install or import the model again"
         )
     return actual
-
-
-def _from_torch(module: Any, example: Mapping[str, Any] | None, name: str | None) -> Model:
-    """Export through torch.export into a temporary file that lives as long as the process."""
-    kind = type(module).__module__.partition(".")[0]
-    try:
-        import torch
-    except ImportError:
-        torch = None
-    if torch is None or not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            f"can't load a {type(module).__name__} from {kind!r}; supported are paths, repository names and torch.nn.Module "
-            "(TorchScript holds code: export the original module instead)"
-        )
-    if not example:
-        raise UnsupportedModelError("a torch module needs example={'input_name': array} with a leading batch dimension")
-    folder = Path(tempfile.mkdtemp(prefix="triscope-model-"))
-    graph = folder / GRAPH_FILE
-    tensors = {key: torch.from_numpy(np.repeat(np.asarray(value)[:1], 2, axis=0)) for key, value in example.items()}
-    graph.write_bytes(to_onnx(module, tensors).SerializeToString())
-    return _from_file(graph, None, name or type(module).__name__)

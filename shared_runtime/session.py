@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from shared_runtime.backends.base import Executable
 from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.graph.memory import within_budget
 from shared_runtime.home import home
 from shared_runtime.host import usable_cores
 from shared_runtime.model import Model
-from shared_runtime.planning.planner import Plan, plan_and_compile
-from shared_runtime.signature import Tensors
+from shared_runtime.planning.objective import LATENCY, Objective
+from shared_runtime.planning.planner import BUDGET_SECONDS, LADDER, Ladder, Plan, plan_and_compile
+from shared_runtime.signature import Checker, Tensors
 from shared_runtime.telemetry import metrics
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,49 @@ class Session:
 
     `device`: "auto" (the fastest of what is here), "cpu" or "cuda"; one that is missing is an error
     that names what is missing, never a fallback. `threads`: CPU threads, by default every usable core.
-    `plans`: folder of the plan cache, by default `TRISCOPE_HOME/plans`.
+    `plans`: folder of the plan cache, by default `TRISCOPE_HOME/plans`. `objective`: "latency", "throughput",
+    "memory", "energy" or an Objective. `ladder`: numbers of rows to plan for. `variant`: only that one ("float32":
+    the reference); without, every variant with a valid certificate takes part. `thorough`: also try what is slow
+    to prepare. `budget_s`: seconds of measurement. `probe`: inputs to measure on, random ones without.
+    `memory_budget_mib`: refuse a model whose planned peak for one row is above it (MemoryBudgetError).
     """
 
-    def __init__(self, model: Model, device: str = "auto", *, threads: int | None = None, plans: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str = "auto",
+        *,
+        threads: int | None = None,
+        plans: Path | None = None,
+        objective: str | Objective = LATENCY,
+        ladder: Sequence[int] = LADDER,
+        variant: str | None = None,
+        thorough: bool = False,
+        budget_s: float = BUDGET_SECONDS,
+        probe: Mapping[str, Any] | None = None,
+        memory_budget_mib: float | None = None,
+    ) -> None:
         if device not in DEVICES:
             raise BackendUnavailableError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
         self.model = model
         self._device, self._threads = device, threads or usable_cores()
         self._plans = plans or home() / "plans"
+        self._check = Checker(model.signature, model.name)
         self._lock = threading.Lock()
-        self._ready: tuple[Plan, Executable] | None = None
+        self._ready: tuple[Plan, Ladder] | None = None
         self._closed = False
+        self._asked: dict[str, Any] = {
+            "objective": Objective(objective) if isinstance(objective, str) else objective,
+            "ladder": tuple(ladder),
+            "variant": variant,
+            "thorough": thorough,
+            "budget_s": budget_s,
+            "probe": None if probe is None else model.signature.check(probe, model.name),
+        }
+        if not ladder or min(ladder) < 1:
+            raise ValueError(f"a ladder holds numbers of rows from 1 on, got {list(ladder)}")
+        if memory_budget_mib is not None:
+            within_budget(model, memory_budget_mib)
 
     def __enter__(self) -> Session:
         return self
@@ -58,12 +90,16 @@ class Session:
         Zero rows give zero rows. Raises InputError where a tensor does not fit the signature,
         BackendUnavailableError where the device is missing.
         """
-        checked = self.model.signature.check(inputs, self.model.name)
-        plan, executable = self._prepared()
-        begin = time.perf_counter()
+        checked = self._check(inputs)
+        executable = (self._ready or self._prepared())[1]
+        begin = perf_counter()
         outputs = executable.run(checked)
-        metrics.ran(plan, self.model.version, len(next(iter(checked.values()), ())), time.perf_counter() - begin)
+        self._observe(len(next(iter(checked.values()))), perf_counter() - begin)
         return outputs
+
+    def prepare(self) -> Plan:
+        """Plan and load now, so that no request pays for it."""
+        return self._prepared()[0]
 
     def close(self) -> None:
         """Free the engine; the session can't be used afterwards."""
@@ -72,12 +108,13 @@ class Session:
                 self._ready[1].close()
             self._ready, self._closed = None, True
 
-    def _prepared(self) -> tuple[Plan, Executable]:
+    def _prepared(self) -> tuple[Plan, Ladder]:
         with self._lock:
             if self._closed:
                 raise BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
             if self._ready is None:
-                self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans)
+                self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans, **self._asked)
                 metrics.planned(self._ready[0], self.model.version)
+                self._observe = metrics.observer(self._ready[0], self.model.version)
                 logger.info("plan: %s", self._ready[0].describe())
             return self._ready

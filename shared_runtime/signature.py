@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from shared_runtime.errors import InputError, ModelError, UnsupportedModelError
+from shared_runtime.errors import InputError, ModelError
+from shared_runtime.graph.check import read_graph
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -38,10 +39,7 @@ class Signature(msgspec.Struct, frozen=True):
     @classmethod
     def from_onnx(cls, graph: Path) -> Signature:
         """Read the signature off an ONNX file. Raises UnsupportedModelError where it is not one."""
-        try:
-            proto = onnx.load(str(graph), load_external_data=False)
-        except Exception as error:
-            raise UnsupportedModelError(f"{graph} is not a readable ONNX model: {error}; export it again") from error
+        proto = read_graph(graph)
         weights = {item.name for item in proto.graph.initializer}
         return cls(
             tuple(_spec(value) for value in proto.graph.input if value.name not in weights),
@@ -87,6 +85,32 @@ class Signature(msgspec.Struct, frozen=True):
             values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
             made[spec.name] = values.astype(dtype)
         return made
+
+
+class Checker:
+    """`Signature.check` for the calls of one session: what already fits is passed on after a few comparisons."""
+
+    def __init__(self, signature: Signature, model: str) -> None:
+        self._signature, self._model = signature, model
+        self._specs = [(spec.name, np.dtype(spec.dtype), len(spec.shape), tuple(enumerate(spec.shape))) for spec in signature.inputs]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Tensors:
+        """Checked inputs by name. Raises InputError as `Signature.check` does."""
+        if type(inputs) is dict and len(inputs) == len(self._specs) and self._fits(inputs):
+            return inputs
+        return self._signature.check(inputs, self._model)
+
+    def _fits(self, inputs: Tensors) -> bool:
+        bound: dict[str, int] = {}
+        for name, dtype, rank, shape in self._specs:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.dtype != dtype or array.ndim != rank or not array.flags.c_contiguous:
+                return False
+            have = array.shape
+            for axis, want in shape:
+                if (want if type(want) is int else bound.setdefault(want, have[axis])) != have[axis]:  # type: ignore[arg-type]
+                    return False
+        return True
 
 
 def _fit(array: NDArray[Any], spec: TensorSpec, model: str, bound: dict[str, tuple[int, str]]) -> NDArray[Any]:

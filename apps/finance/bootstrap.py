@@ -25,7 +25,7 @@ def open_scorer(settings: Settings) -> FraudScorer:
     boosting, sequence = (rt.load(name, repository=repository) for name in (BOOSTING, SEQUENCE))
     plans = settings.home_path / "plans"
     explainer = Explainer(
-        boosting.graph.parent, str(boosting.card.get("artefact", {}).get("booster_sha256")), settings.model_threads or usable_cores()
+        boosting.graph.parent, str(boosting.card.get("native", {}).get("sha256")), settings.model_threads or usable_cores()
     )
     return FraudScorer(
         rt.Session(boosting, settings.device, threads=THREADS, plans=plans),

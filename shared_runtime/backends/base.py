@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
+from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, Variant
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,51 @@ class HardwareBackend(Protocol):
         """Whether `device` can be used here and now, without loading a model."""
         ...
 
-    def compile(self, model: Model, device: str, threads: int) -> Executable:
-        """Make `model` ready in float32 on exactly that device.
+    def modes(self, device: str) -> tuple[str, ...]:
+        """The ways in which it can run a model there without a change of precision; "" is the plain one and comes first."""
+        ...
+
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> Executable:
+        """Make `model` ready on exactly that device: in float32, or as a variant that is this engine's.
 
         Raises BackendUnavailableError where the device can't be had, UnsupportedModelError where the
         graph can't be run. Never falls back to another device or precision.
         """
         ...
+
+
+def specialise(executable: Executable, inputs: Tensors) -> None:
+    """Let an executable prepare for the shapes of `inputs` before requests come; most have nothing to prepare."""
+    prepare = getattr(executable, "specialise", None)
+    if prepare is not None:
+        prepare(inputs)
+
+
+def nodes_by_device(executable: Executable) -> dict[str, int]:
+    """How many operators run where, as the engine itself reports after a run; empty where it does not tell."""
+    report = getattr(executable, "nodes", None)
+    return dict(report()) if report is not None else {}
+
+
+def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
+    """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
+    if all(len(value) for value in inputs.values()):
+        return None
+    one = {name: np.zeros((max(1, len(value)), *value.shape[1:]), value.dtype) for name, value in inputs.items()}
+    return {name: value[:0] for name, value in executable.run(one).items()}
+
+
+def refuse_foreign(engine: str, device: str, variant: Variant | None) -> None:
+    """Raise UnsupportedModelError where a variant was made for another engine or device."""
+    if variant is not None and (variant.facts.engine, variant.facts.device) != (engine, device):
+        raise UnsupportedModelError(
+            f"variant {variant.name!r} was made for {variant.facts.engine} on {variant.facts.device}; {engine} on {device} can't take it"
+        )
+
+
+def precision_of(variant: Variant | None) -> str:
+    """The precision that a variant computes in."""
+    return FLOAT if variant is None else variant.facts.precision
 
 
 @cache

@@ -1,33 +1,50 @@
-"""ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider."""
+"""ONNX Runtime: on the CPU, and on an NVIDIA GPU through its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
+import ctypes.util
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from shared_runtime.backends.base import Availability
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
+from shared_runtime.variants import Variant
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TENSORRT = "TensorrtExecutionProvider"
 
 
 class OnnxRuntimeExecutable:
     """One inference session; ONNX Runtime lets several threads run it at once."""
 
-    precision = "float32"
-
-    def __init__(self, session: ort.InferenceSession, device: str) -> None:
-        self._session, self.device = session, device
+    def __init__(self, session: ort.InferenceSession, device: str, precision: str) -> None:
+        self._session, self.device, self.precision = session, device, precision
         self._outputs = [output.name for output in session.get_outputs()]
+        self._run = session._sess.run if device == "cpu" else None
+        self._probe: Tensors | None = None
 
     def run(self, inputs: Tensors) -> Tensors:
-        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+        if self._run is not None:
+            return dict(zip(self._outputs, self._run(self._outputs, inputs, None), strict=True))
+        # Inputs and outputs are bound, so that each crosses to the GPU and back once.
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, self.device, 0))
+        for name in self._outputs:
+            binding.bind_output(name, self.device)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
     def close(self) -> None:
+        self._run = None
         del self._session
 
 
@@ -35,7 +52,7 @@ class OnnxRuntimeBackend:
     """The backend `onnxruntime`."""
 
     name = "onnxruntime"
-    requires = "onnxruntime (CPU); onnxruntime-gpu, an NVIDIA driver, CUDA and cuDNN libraries (GPU)"
+    requires = "onnxruntime (CPU); onnxruntime-gpu, an NVIDIA driver, CUDA and cuDNN libraries (GPU); TensorRT's for the mode 'tensorrt'"
     devices = ("cpu", "cuda")
     planned = ("cpu", "cuda")
 
@@ -48,19 +65,61 @@ class OnnxRuntimeBackend:
             return Availability(lacks="the CUDA provider (install onnxruntime-gpu)")
         return Availability(version=ort.__version__)
 
-    def compile(self, model: Model, device: str, threads: int) -> OnnxRuntimeExecutable:
-        provider = PROVIDERS[device]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 4
-        settings: dict[str, Any] = {"use_tf32": "0"} if device == "cuda" else {}
-        try:
-            session = ort.InferenceSession(str(model.graph), options, providers=[(provider, settings)])
-        except Exception as error:
-            raise UnsupportedModelError(f"ONNX Runtime can't load {model.name!r}: {error}") from error
-        if session.get_providers()[0] != provider:
-            raise BackendUnavailableError(
-                f"ONNX Runtime was asked for {provider} and would run on {session.get_providers()[0]}: "
-                "its CUDA or cuDNN libraries are missing; install them or ask for device='cpu'"
-            )
-        return OnnxRuntimeExecutable(session, device)
+    def modes(self, device: str) -> tuple[str, ...]:
+        built = device == "cuda" and TENSORRT in ort.get_available_providers()
+        return ("", "tensorrt") if built and ctypes.util.find_library("nvinfer") else ("",)
+
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> OnnxRuntimeExecutable:
+        refuse_foreign(self.name, device, variant)
+        graph = model.graph if variant is None else variant.graph(model.graph)
+        return compile_file(model.name, graph, device, threads, precision_of(variant), mode)
+
+
+def compile_file(name: str, graph: Path, device: str, threads: int, precision: str, mode: str = "") -> OnnxRuntimeExecutable:
+    """An ONNX file made ready. Raises UnsupportedModelError, BackendUnavailableError."""
+    return OnnxRuntimeExecutable(_session(name, graph, _options(threads), device, mode), device, precision)
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    return options
+
+
+def _session(name: str, graph: Path, options: ort.SessionOptions, device: str, mode: str) -> ort.InferenceSession:
+    providers: list[Any] = [(PROVIDERS[device], {"use_tf32": "0"} if device == "cuda" else {})]
+    if device == "cuda":
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN as pip installs them beside torch
+        if mode == "tensorrt":
+            providers.insert(0, (TENSORRT, {"trt_fp16_enable": False}))
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=providers)
+    except Exception as error:
+        raise UnsupportedModelError(f"ONNX Runtime can't load {name!r}: {error}") from error
+    wanted = TENSORRT if mode == "tensorrt" else PROVIDERS[device]
+    if session.get_providers()[0] != wanted:
+        raise BackendUnavailableError(
+            f"ONNX Runtime was asked for {wanted} and would run on {session.get_providers()[0]}: "
+            "its CUDA, cuDNN or TensorRT libraries are missing; install them or ask for device='cpu'"
+        )
+    return session
+
+
+def profiled_run(name: str, graph: Path, inputs: Tensors, device: str, threads: int, runs: int = 1) -> list[dict[str, Any]]:
+    """The events of ONNX Runtime's own profiler over `runs` runs after one warm-up: node times [us], providers, shapes, sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(threads)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = _session(name, graph, options, device, "")
+        for _ in range(runs + 1):
+            session.run(None, inputs)
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+    starts = sorted(e["ts"] for e in events if e["name"] == "model_run")
+    return [e for e in events if e.get("cat") == "Node" and e["name"].endswith("kernel_time") and e["ts"] >= starts[1]]
+
+
+def nodes_by_provider(name: str, graph: Path, inputs: Tensors, device: str) -> dict[str, int]:
+    """How many nodes of the optimised graph ran on which provider, from a profiled run."""
+    return dict(Counter(event["args"]["provider"] for event in profiled_run(name, graph, inputs, device, 1)))

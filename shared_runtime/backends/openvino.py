@@ -1,39 +1,80 @@
-"""OpenVINO on the CPU, held to float32: left alone it computes in bfloat16 on some CPUs."""
+"""OpenVINO on the CPU, held to the precision that was asked for: left alone it computes in bfloat16 on some CPUs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import threading
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_runtime.backends.base import Availability
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, Variant
+
+HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
+MOST_SHAPES = 6
 
 
 class OpenVinoExecutable:
-    """One compiled model with an infer request a thread."""
+    """A compiled model for any shape, and one more for each shape it was prepared for; an infer request a thread."""
 
     device = "cpu"
 
-    def __init__(self, compiled: Any, outputs: list[str]) -> None:
-        self._compiled, self._outputs = compiled, outputs
+    def __init__(self, network: Any, properties: dict[str, str], outputs: list[str], precision: str) -> None:
+        self._network, self._properties, self._outputs, self.precision = network, properties, outputs, precision
+        self._general = _compile(network, properties)
+        self._prepared: dict[tuple[Any, ...], Any] = {}
         self._local = threading.local()
-        self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()).replace("f32", "float32")
 
     def run(self, inputs: Tensors) -> Tensors:
-        if not hasattr(self._local, "request"):
-            self._local.request = self._compiled.create_infer_request()
-        results = self._local.request.infer(inputs, share_inputs=True, share_outputs=False)
+        results = self._request(inputs).infer(inputs, share_inputs=True, share_outputs=False)
         return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
 
+    def specialise(self, inputs: Tensors) -> None:
+        """Compile for exactly these shapes: the engine plans better when it knows them."""
+        key = _shapes(inputs)
+        if key in self._prepared or len(self._prepared) >= MOST_SHAPES or not self._network.is_dynamic():
+            return
+        network = self._network.clone()
+        network.reshape({name: list(value.shape) for name, value in inputs.items()})
+        self._prepared[key] = _compile(network, self._properties)
+
+    def nodes(self) -> dict[str, int]:
+        """Operators of the compiled graph, by the implementation that runs them."""
+        compiled = next(iter(self._prepared.values()), self._general)
+        kinds = (dict(op.get_rt_info()) for op in compiled.get_runtime_model().get_ordered_ops())
+        return dict(Counter(str(k["runtimePrecision"].astype(str)) for k in kinds if "runtimePrecision" in k))
+
     def close(self) -> None:
-        del self._compiled
+        self._prepared.clear()
+        del self._general, self._network
         self._local = threading.local()
+
+    def _request(self, inputs: Tensors) -> Any:
+        key = _shapes(inputs) if self._prepared else None
+        if key not in self._prepared:
+            key = None
+        requests = self._local.__dict__.setdefault("requests", {})
+        if key not in requests:
+            compiled = self._general if key is None else self._prepared[key]
+            requests[key] = compiled.create_infer_request()
+        return requests[key]
+
+
+def _shapes(inputs: Tensors) -> tuple[Any, ...]:
+    return tuple((name, inputs[name].shape) for name in sorted(inputs))
+
+
+def _compile(network: Any, properties: dict[str, str]) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(network, "CPU", properties)
 
 
 class OpenVinoBackend:
@@ -49,23 +90,39 @@ class OpenVinoBackend:
             return Availability(lacks="the package openvino (pip install openvino)")
         return Availability(version=importlib.metadata.version("openvino"))
 
-    def compile(self, model: Model, device: str, threads: int) -> OpenVinoExecutable:
+    def modes(self, device: str) -> tuple[str, ...]:
+        return ("",)
+
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> OpenVinoExecutable:
         if lacks := self.availability(device).lacks:
             raise BackendUnavailableError(f"OpenVINO lacks {lacks}")
-        import openvino
+        refuse_foreign(self.name, device, variant)
+        graph = model.graph if variant is None else variant.graph(model.graph)
+        rest = FLOAT if variant is None else variant.facts.rest
+        outputs = [spec.name for spec in model.signature.outputs]
+        return compile_graph(model.name, graph, outputs, threads, rest, precision_of(variant))
 
-        core = openvino.Core()
-        properties = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "EXECUTION_MODE_HINT": "ACCURACY",
-            "INFERENCE_NUM_THREADS": str(threads),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        try:
-            compiled = core.compile_model(core.read_model(str(model.graph)), "CPU", properties)
-        except RuntimeError as error:
-            raise UnsupportedModelError(f"OpenVINO can't load {model.name!r}: {error}") from error
-        executable = OpenVinoExecutable(compiled, [spec.name for spec in model.signature.outputs])
-        if executable.precision != "float32":
-            raise BackendUnavailableError(f"OpenVINO would compute {model.name!r} in {executable.precision}; float32 was asked for")
-        return executable
+
+def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int, rest: str, precision: str) -> OpenVinoExecutable:
+    """Compile an ONNX file, an OpenVINO file or an `openvino.Model`; what is not quantized computes in `rest`.
+
+    Raises UnsupportedModelError where OpenVINO can't load it, BackendUnavailableError where it would compute in another precision.
+    """
+    import openvino
+
+    properties = {
+        "INFERENCE_PRECISION_HINT": HINTS[rest],
+        "EXECUTION_MODE_HINT": "ACCURACY" if rest == FLOAT else "PERFORMANCE",
+        "INFERENCE_NUM_THREADS": str(threads),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    try:
+        network = openvino.Core().read_model(str(graph)) if isinstance(graph, Path) else graph
+        executable = OpenVinoExecutable(network, properties, outputs, precision)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
+    chosen = str(executable._general.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    if chosen != HINTS[rest]:
+        executable.close()
+        raise BackendUnavailableError(f"OpenVINO would compute {name!r} in {chosen}; {rest} was asked for")
+    return executable

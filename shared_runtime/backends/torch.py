@@ -1,56 +1,154 @@
-"""torch on an NVIDIA GPU (or, asked for by name, the CPU): an ONNX graph run operator by operator."""
+"""torch on an NVIDIA GPU (or, asked for by name, the CPU): an ONNX graph operator by operator, compiled, or captured as a CUDA graph."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shared_runtime.backends.base import Availability
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
+from shared_runtime.variants import Variant
+
+MOST_CAPTURES = 8
+
+
+@dataclass
+class _Capture:
+    """A CUDA graph with the buffers that it reads and writes."""
+
+    replay: Callable[[], None]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
 
 
 class TorchExecutable:
-    """The graph's nodes in order, with weights resident on the device; float32 without TF32."""
+    """The graph's nodes in order, with weights resident on the device; float32 without TF32 unless the variant allows it.
 
-    precision = "float32"
+    Prepared shapes run compiled, or as a captured CUDA graph whose rows a smaller request fills in part.
+    """
 
-    def __init__(self, program: Any, device: str, threads: int) -> None:
-        self._program, self.device, self._threads = program, device, threads
+    def __init__(self, program: Any, device: str, threads: int, precision: str, mode: str) -> None:
+        self._program, self.device, self._threads, self.precision = program, device, threads, precision
+        self._captured, self._compiled = "graph" in mode, "compiled" in mode
+        self._ready: dict[tuple[Any, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {}
+        self._captures: dict[tuple[Any, ...], _Capture] = {}
         self._lock = threading.Lock()
 
     def run(self, inputs: Tensors) -> Tensors:
-        if any(len(value) == 0 for value in inputs.values()):
-            # torch's normalisations refuse empty batches: run one row of zeros, keep none of it.
-            one = {name: np.zeros((1, *value.shape[1:]), value.dtype) for name, value in inputs.items()}
-            return {name: value[:0] for name, value in self.run(one).items()}
+        if (empty := zero_rows(self, inputs)) is not None:
+            return empty
         import torch
 
-        with self._lock, torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-            previous = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-            if self.device == "cpu" and torch.get_num_threads() != self._threads:
-                torch.set_num_threads(self._threads)
+        with self._lock, torch.inference_mode(), self._numerics():
+            if (capture := self._capture_for(inputs)) is not None:
+                return self._replay(capture, inputs)
+            given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
+            call = self._ready.get(_shapes(inputs), self._program)
+            return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in call(given).items()}
+
+    def specialise(self, inputs: Tensors) -> None:
+        """Compile or capture for exactly these shapes."""
+        key = _shapes(inputs)
+        if not (self._captured or self._compiled) or key in self._ready or len(self._ready) >= MOST_CAPTURES:
+            return
+        import torch
+
+        with self._lock, torch.inference_mode(), self._numerics():
+            given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
+            module = self._program.straight(given)
+            run = torch.compile(module, fullgraph=True, dynamic=False) if self._compiled else module
+            names = self._program.outputs
+
+            def call(tensors: dict[str, Any]) -> dict[str, Any]:
+                laid = (self._program.laid_out(tensors[name]) for name in given)
+                return dict(zip(names, run(*laid), strict=True))
+
             try:
-                given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
-                return {name: value.cpu().numpy() for name, value in self._program(given).items()}
-            finally:
-                torch.backends.cuda.matmul.allow_tf32 = previous
+                call(given)
+                if self._captured:
+                    self._captures[key] = _capture(call, given)
+            except Exception as error:
+                raise UnsupportedModelError(f"torch can't compile or capture this graph: {str(error).splitlines()[0]}") from error
+            self._ready[key] = call
 
     def close(self) -> None:
+        self._ready.clear()
+        self._captures.clear()
         del self._program
+
+    def _capture_for(self, inputs: Tensors) -> _Capture | None:
+        """The smallest captured graph that the rows fit into."""
+        rows = len(next(iter(inputs.values())))
+        fits = [
+            (len(next(iter(capture.inputs.values()))), capture)
+            for capture in self._captures.values()
+            if all(tuple(capture.inputs[n].shape[1:]) == v.shape[1:] and len(capture.inputs[n]) >= rows for n, v in inputs.items())
+        ]
+        return min(fits, key=lambda pair: pair[0])[1] if fits else None
+
+    def _replay(self, capture: _Capture, inputs: Tensors) -> Tensors:
+        import torch
+
+        rows = len(next(iter(inputs.values())))
+        for name, value in inputs.items():
+            capture.inputs[name][:rows].copy_(torch.from_numpy(np.require(value, requirements="W")))
+        capture.replay()
+        return {n: (v[:rows].float() if _narrow(v) else v[:rows]).cpu().numpy() for n, v in capture.outputs.items()}
+
+    def _numerics(self) -> AbstractContextManager[Any]:
+        """float32 means float32: TF32 only in the variant of that name; threads as asked."""
+        import torch
+
+        allowed = self.precision == "tf32"
+        stack = ExitStack()
+        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=allowed, benchmark=True))
+        previous = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        stack.callback(lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", previous))
+        if self.device == "cpu" and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return stack
+
+
+def _narrow(value: Any) -> bool:
+    return str(value.dtype) == "torch.bfloat16"
+
+
+def _shapes(inputs: Tensors) -> tuple[Any, ...]:
+    return tuple((name, inputs[name].shape) for name in sorted(inputs))
+
+
+def _capture(call: Callable[[dict[str, Any]], dict[str, Any]], given: dict[str, Any]) -> _Capture:
+    import torch
+
+    static = {name: value.clone() for name, value in given.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call(static)
+    return _Capture(graph.replay, static, outputs)
 
 
 class TorchBackend:
-    """The backend `torch`. On a CPU the two other engines are faster, so "auto" tries it on a GPU alone."""
+    """The backend `torch`. On a CPU the other engines are faster, so "auto" tries it on a GPU alone."""
 
     name = "torch"
-    requires = "torch (the extra 'torch'); an NVIDIA GPU for device 'cuda'"
+    requires = "torch (the extra 'torch'); an NVIDIA GPU for device 'cuda'; a C++ compiler for the mode 'compiled' on a CPU"
     devices = ("cuda", "cpu")
     planned = ("cuda",)
 
@@ -64,13 +162,22 @@ class TorchBackend:
             return Availability(lacks=built)
         return Availability(version=importlib.metadata.version("torch"))
 
-    def compile(self, model: Model, device: str, threads: int) -> TorchExecutable:
+    def modes(self, device: str) -> tuple[str, ...]:
+        if device == "cuda":
+            return ("", "graph", "channels-last graph", "compiled graph", "channels-last compiled graph")
+        return ("", "compiled") if shutil.which("g++") or shutil.which("clang++") else ("",)
+
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> TorchExecutable:
         if lacks := self.availability(device).lacks:
             raise BackendUnavailableError(f"torch on {device} lacks {lacks}")
+        if mode not in self.modes(device):
+            raise BackendUnavailableError(f"torch on {device} has no mode {mode!r} here; it has {list(self.modes(device))}")
+        refuse_foreign(self.name, device, variant)
         from shared_runtime.backends.torch_graph import GraphProgram, UnsupportedOperator
 
+        graph = model.graph if variant is None else variant.graph(model.graph)
         try:
-            program = GraphProgram(model.graph, device)
+            program = GraphProgram(graph, device, "channels-last" in mode)
         except UnsupportedOperator as error:
             raise UnsupportedModelError(f"the torch backend can't run {model.name!r}: {error}") from error
-        return TorchExecutable(program, device, threads)
+        return TorchExecutable(program, device, threads, precision_of(variant), mode)

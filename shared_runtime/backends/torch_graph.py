@@ -6,7 +6,9 @@ operator or attribute outside of this set is refused when it is loaded, never ru
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,39 +97,59 @@ def _batch_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
     return functional.batch_norm(x, mean, variance, scale, bias, eps=attributes.get("epsilon", 1e-5))
 
 
+def _ints(value: Any) -> list[int]:
+    """Shapes, axes and indices, which stay on the host."""
+    return value if isinstance(value, list) else value.reshape(-1).tolist()
+
+
 def _slice(inputs: list[Any], attributes: Attributes) -> Tensor:
-    x, starts, ends = inputs[0], inputs[1].tolist(), inputs[2].tolist()
-    axes = inputs[3].tolist() if len(inputs) > 3 and inputs[3] is not None else list(range(len(starts)))
-    steps = inputs[4].tolist() if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
+    x, starts, ends, axes, steps = [*inputs, None, None][:5]
+    starts, ends = _ints(starts), _ints(ends)
+    axes = _ints(axes) if axes is not None else list(range(len(starts)))
+    steps = _ints(steps) if steps is not None else [1] * len(starts)
     index: list[slice] = [slice(None)] * x.dim()
+    flipped = []
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if step < 0:
-            raise UnsupportedOperator("Slice with a negative step")
-        index[axis] = slice(start, end, step)
-    return x[tuple(index)]
+        if step < -1:
+            raise UnsupportedOperator(f"Slice with step {step}")
+        if step == -1:
+            size = x.shape[axis]
+            first = min(start + size if start < 0 else start, size - 1)
+            last = end + size if -size <= end < 0 else max(end, -1)
+            index[axis % x.dim()] = slice(last + 1, first + 1)
+            flipped.append(axis)
+        else:
+            index[axis % x.dim()] = slice(start, end, step)
+    result = x[tuple(index)]
+    return result.flip(flipped) if flipped else result
 
 
 def _reshape(inputs: list[Any], attributes: Attributes) -> Tensor:
-    shape = inputs[1].tolist()
+    shape = _ints(inputs[1])
     if not attributes.get("allowzero", 0):
         shape = [inputs[0].shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
     return inputs[0].reshape(shape)
 
 
-def _mean(inputs: list[Any], attributes: Attributes) -> Tensor:
-    axes = inputs[1].tolist() if len(inputs) > 1 and inputs[1] is not None else attributes.get("axes")
-    keep = bool(attributes.get("keepdims", 1))
-    return inputs[0].mean(dim=tuple(axes) if axes is not None else tuple(range(inputs[0].dim())), keepdim=keep)
+def _reduce(call: Callable[..., Tensor]) -> Operator:
+    def run(inputs: list[Any], attributes: Attributes) -> Tensor:
+        axes = _ints(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else attributes.get("axes")
+        if not axes and attributes.get("noop_with_empty_axes", 0):
+            return inputs[0]
+        keep = bool(attributes.get("keepdims", 1))
+        return call(inputs[0], dim=tuple(axes) if axes else tuple(range(inputs[0].dim())), keepdim=keep)
+
+    return run
 
 
 def _squeeze(inputs: list[Any], attributes: Attributes) -> Tensor:
-    axes = inputs[1].tolist() if len(inputs) > 1 else attributes.get("axes")
+    axes = _ints(inputs[1]) if len(inputs) > 1 else attributes.get("axes")
     return inputs[0].squeeze(tuple(axes)) if axes is not None else inputs[0].squeeze()
 
 
 def _unsqueeze(inputs: list[Any], attributes: Attributes) -> Tensor:
     result = inputs[0]
-    axes = inputs[1].tolist() if len(inputs) > 1 else attributes["axes"]
+    axes = _ints(inputs[1]) if len(inputs) > 1 else attributes["axes"]
     rank = result.dim() + len(axes)
     for axis in sorted(axis % rank for axis in axes):
         result = result.unsqueeze(axis)
@@ -135,46 +157,249 @@ def _unsqueeze(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 
 def _cast(inputs: list[Any], attributes: Attributes) -> Tensor:
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(attributes["to"])
-    return inputs[0].to(torch.from_numpy(np.zeros(0, dtype)).dtype)
+    return inputs[0].to(_dtype(attributes["to"]))
 
 
-OPERATORS: dict[str, Operator] = {
+def _dtype(onnx_type: int) -> torch.dtype:
+    special = {onnx.TensorProto.BFLOAT16: torch.bfloat16, onnx.TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
+    if onnx_type in special:
+        return special[onnx_type]
+    return torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(onnx_type))).dtype
+
+
+def _split(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+    axis = attributes.get("axis", 0)
+    if len(inputs) > 1 and inputs[1] is not None:
+        return torch.split(inputs[0], _ints(inputs[1]), dim=axis)
+    if "split" in attributes:
+        return torch.split(inputs[0], list(attributes["split"]), dim=axis)
+    return torch.split(inputs[0], -(-inputs[0].shape[axis] // attributes["num_outputs"]), dim=axis)
+
+
+def _expand(inputs: list[Any], attributes: Attributes) -> Tensor:
+    shape = _ints(inputs[1])
+    return inputs[0] * torch.ones(shape, dtype=inputs[0].dtype, device=inputs[0].device) if shape else inputs[0]
+
+
+def _pad(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, pads = inputs[0], _ints(inputs[1])
+    if len(inputs) > 3 and inputs[3] is not None:
+        raise UnsupportedOperator("Pad with axes")
+    mode = attributes.get("mode", "constant")
+    if mode not in ("constant", "reflect", "edge"):
+        raise UnsupportedOperator(f"Pad with mode {mode!r}")
+    pairs = [value for axis in reversed(range(x.dim())) for value in (pads[axis], pads[axis + x.dim()])]
+    if mode == "constant":
+        return functional.pad(x, pairs, value=_ints(inputs[2])[0] if len(inputs) > 2 and inputs[2] is not None else 0.0)
+    while pairs[-2:] == [0, 0]:
+        del pairs[-2:]
+    return functional.pad(x, pairs, mode={"reflect": "reflect", "edge": "replicate"}[mode])
+
+
+def _resize(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, _, scales, sizes = [*inputs, None, None, None][:4]
+    mode, place = attributes.get("mode", "nearest"), attributes.get("coordinate_transformation_mode", "half_pixel")
+    target = _ints(sizes)[2:] if sizes is not None else [int(n * s) for n, s in zip(x.shape[2:], _ints(scales)[2:], strict=True)]
+    whole = all(want % have == 0 for want, have in zip(target, x.shape[2:], strict=True))
+    if (
+        mode == "nearest"
+        and (whole or place == "asymmetric")
+        and attributes.get("nearest_mode", "round_prefer_floor") in ("floor", "round_prefer_floor")
+    ):
+        return functional.interpolate(x, target, mode="nearest")
+    kinds = {1: "linear", 2: "bilinear", 3: "trilinear"}
+    if mode == "linear" and place in ("half_pixel", "pytorch_half_pixel", "align_corners") and not attributes.get("antialias", 0):
+        return functional.interpolate(x, target, mode=kinds[x.dim() - 2], align_corners=place == "align_corners")
+    raise UnsupportedOperator(f"Resize with mode {mode!r} and {place!r}")
+
+
+def _layer_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, scale, bias = [*inputs, None][:3]
+    shape = x.shape[attributes.get("axis", -1) % x.dim() :]
+    return functional.layer_norm(x, shape, scale, bias, attributes.get("epsilon", 1e-5))
+
+
+def _group_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, scale, bias = inputs
+    return functional.group_norm(x, attributes["num_groups"], scale, bias, attributes.get("epsilon", 1e-5))
+
+
+def _top_k(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+    return tuple(torch.topk(inputs[0], _ints(inputs[1])[0], dim=attributes.get("axis", -1), largest=bool(attributes.get("largest", 1))))
+
+
+def _argmax(inputs: list[Any], attributes: Attributes) -> Tensor:
+    return torch.argmax(inputs[0], dim=attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+def _fold(call: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    def run(inputs: list[Any], attributes: Attributes) -> Tensor:
+        result = inputs[0]
+        for other in inputs[1:]:
+            result = call(result, other)
+        return result
+
+    return run
+
+
+def _gather(inputs: list[Any], attributes: Attributes) -> Tensor:
+    data, indices = inputs
+    axis = attributes.get("axis", 0) % data.dim()
+    if indices.dim() == 0 and not indices.is_cuda:
+        return data.select(axis, int(indices))
+    flat = torch.index_select(data, axis, indices.reshape(-1) % data.shape[axis])
+    return flat.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
+
+
+def _lstm(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+    """One layer with the default activations, as in the ONNX operator: gates in the order i, o, f, c; Y (T, directions, N, H)."""
+    x, w, r, b, lengths, h0, c0, peepholes = [*inputs, *[None] * 8][:8]
+    directions = w.shape[0]
+    hidden = attributes["hidden_size"]
+    odd = {"clip", "input_forget"} & set(attributes) or lengths is not None or peepholes is not None or attributes.get("layout", 0)
+    if odd or attributes.get("direction", "forward") == "reverse" or "activations" in attributes:
+        raise UnsupportedOperator("LSTM with clip, input_forget, lengths, peepholes, layout, activations or in reverse")
+
+    def order(value: Tensor) -> Tensor:  # i, o, f, c -> torch's i, f, g, o
+        i, o, f, c = value.split(hidden, 0)
+        return torch.cat([i, f, c, o])
+
+    flat = []
+    for d in range(directions):
+        bias = b[d] if b is not None else torch.zeros(8 * hidden, dtype=x.dtype, device=x.device)
+        flat += [order(w[d]), order(r[d]), order(bias[: 4 * hidden]), order(bias[4 * hidden :])]
+    zero = torch.zeros(directions, x.shape[1], hidden, dtype=x.dtype, device=x.device)
+    state = (zero if h0 is None else h0, zero if c0 is None else c0)
+    y, h, c = torch.lstm(x, state, flat, True, 1, 0.0, False, directions == 2, False)
+    return y.reshape(*y.shape[:2], directions, hidden).transpose(1, 2), h, c
+
+
+def _quantize(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, scale, zero = inputs
+    axis = attributes.get("axis", 1)
+    shape = [1] * x.dim()
+    if scale.numel() > 1:
+        shape[axis] = -1
+    if zero.dtype == torch.float8_e4m3fn:
+        return (x / scale.reshape(shape)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    bounds = torch.iinfo(zero.dtype)
+    return ((x / scale.reshape(shape)).round() + zero.reshape(shape)).clamp(bounds.min, bounds.max).to(zero.dtype)
+
+
+def _dequantize(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, scale, zero = [*inputs, None][:3]
+    shape = [1] * x.dim()
+    if scale.numel() > 1:
+        shape[attributes.get("axis", 1)] = -1
+    shifted = (
+        x.to(scale.dtype) if zero is None or zero.dtype == torch.float8_e4m3fn else x.to(scale.dtype) - zero.reshape(shape).to(scale.dtype)
+    )
+    return shifted * scale.reshape(shape)
+
+
+def _range(inputs: list[Any], attributes: Attributes) -> Tensor:
+    start, limit, delta = (value if isinstance(value, (int, float)) else value.item() for value in inputs)
+    return torch.arange(start, limit, delta)
+
+
+OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
+    "Abs": lambda x, a: x[0].abs(),
     "Add": lambda x, a: x[0] + x[1],
+    "And": lambda x, a: x[0] & x[1],
+    "ArgMax": _argmax,
     "AveragePool": _pool((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), 0.0, True),
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Clip": lambda x, a: torch.clamp(x[0], *[*x[1:], None, None][:2]),
     "Concat": lambda x, a: torch.cat(x, dim=a["axis"]),
     "Constant": lambda x, a: a["value"],
+    "ConstantOfShape": lambda x, a: torch.full(_ints(x[0]), a["value"].item() if "value" in a else 0.0),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
-    "Div": lambda x, a: x[0] / x[1],
+    "DequantizeLinear": _dequantize,
+    "Div": lambda x, a: torch.div(x[0], x[1], rounding_mode=None if x[0].is_floating_point() else "trunc"),
+    "Dropout": lambda x, a: x[0],
+    "Einsum": lambda x, a: torch.einsum(a["equation"], *x),
+    "Elu": lambda x, a: functional.elu(x[0], a.get("alpha", 1.0)),
+    "Equal": lambda x, a: x[0] == x[1],
+    "Erf": lambda x, a: torch.erf(x[0]),
+    "Exp": lambda x, a: x[0].exp(),
+    "Expand": _expand,
     "Flatten": lambda x, a: x[0].reshape(int(np.prod(x[0].shape[: a.get("axis", 1)])), -1),
-    "Gather": lambda x, a: x[0][(slice(None),) * (a.get("axis", 0) % x[0].dim()) + (x[1],)],
+    "Floor": lambda x, a: x[0].floor(),
+    "Gather": _gather,
+    "Gelu": lambda x, a: functional.gelu(x[0], approximate=a.get("approximate", "none")),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x, a: x[0].mean(dim=tuple(range(2, x[0].dim())), keepdim=True),
+    "GlobalMaxPool": lambda x, a: x[0].amax(dim=tuple(range(2, x[0].dim())), keepdim=True),
+    "Greater": lambda x, a: x[0] > x[1],
+    "GroupNormalization": _group_norm,
+    "HardSigmoid": lambda x, a: torch.clamp(a.get("alpha", 0.2) * x[0] + a.get("beta", 0.5), 0.0, 1.0),
+    "HardSwish": lambda x, a: functional.hardswish(x[0]),
     "Identity": lambda x, a: x[0],
     "InstanceNormalization": lambda x, a: functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=a.get("epsilon", 1e-5)),
+    "LSTM": _lstm,
+    "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda x, a: functional.leaky_relu(x[0], a.get("alpha", 0.01)),
+    "Less": lambda x, a: x[0] < x[1],
+    "Log": lambda x, a: x[0].log(),
+    "LogSoftmax": lambda x, a: torch.log_softmax(x[0], dim=a.get("axis", -1)),
     "MatMul": lambda x, a: x[0] @ x[1],
+    "Max": _fold(torch.maximum),
     "MaxPool": _pool((functional.max_pool1d, functional.max_pool2d, functional.max_pool3d), float("-inf"), False),
+    "Min": _fold(torch.minimum),
     "Mul": lambda x, a: x[0] * x[1],
+    "Neg": lambda x, a: -x[0],
+    "Not": lambda x, a: ~x[0],
+    "PRelu": lambda x, a: torch.where(x[0] >= 0, x[0], x[0] * x[1]),
+    "Pad": _pad,
     "Pow": lambda x, a: x[0] ** x[1],
-    "ReduceMean": _mean,
+    "QuantizeLinear": _quantize,
+    "Range": _range,
+    "Reciprocal": lambda x, a: x[0].reciprocal(),
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceMin": _reduce(torch.amin),
+    "ReduceSum": _reduce(torch.sum),
     "Relu": lambda x, a: functional.relu(x[0]),
     "Reshape": _reshape,
+    "Resize": _resize,
     "Shape": lambda x, a: torch.tensor(list(x[0].shape)[a.get("start", 0) : a.get("end")]),
     "Sigmoid": lambda x, a: torch.sigmoid(x[0]),
+    "Sign": lambda x, a: torch.sign(x[0]),
     "Slice": _slice,
     "Softmax": lambda x, a: torch.softmax(x[0], dim=a.get("axis", -1)),
+    "Softplus": lambda x, a: functional.softplus(x[0]),
+    "Split": _split,
     "Sqrt": lambda x, a: torch.sqrt(x[0]),
     "Squeeze": _squeeze,
     "Sub": lambda x, a: x[0] - x[1],
     "Tanh": lambda x, a: torch.tanh(x[0]),
+    "Tile": lambda x, a: x[0].repeat(_ints(x[1])),
+    "TopK": _top_k,
     "Transpose": lambda x, a: x[0].permute(*a.get("perm", range(x[0].dim() - 1, -1, -1))),
     "Unsqueeze": _unsqueeze,
+    "Where": lambda x, a: torch.where(x[0], x[1], x[2]),
 }
+HOST_INPUTS: Mapping[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Pad": (1, 2),
+    "Range": (0, 1, 2),
+    "ReduceMax": (1,),
+    "ReduceMean": (1,),
+    "ReduceMin": (1,),
+    "ReduceSum": (1,),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Unsqueeze": (1,),
+}
+"""Inputs that an operator reads as numbers: they are shapes, axes and sizes, and never cross to the device."""
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -182,32 +407,121 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     for item in node.attribute:
         value = onnx.helper.get_attribute_value(item)
         if isinstance(value, onnx.TensorProto):
-            value = torch.from_numpy(numpy_helper.to_array(value).copy())
+            value = _tensor(value)
         found[item.name] = value.decode() if isinstance(value, bytes) else value
     return found
+
+
+def _tensor(proto: onnx.TensorProto) -> Tensor:
+    array = numpy_helper.to_array(proto)
+    if proto.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN):
+        return torch.from_numpy(array.astype(np.float32)).to(_dtype(proto.data_type))
+    return torch.from_numpy(array.copy())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: what computes it, the names it reads and writes."""
+
+    kind: str
+    operator: Callable[[list[Any], Attributes], Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Attributes
 
 
 class GraphProgram:
     """The nodes of an ONNX file, ready on a device. Calling it maps named tensors to named tensors."""
 
-    def __init__(self, graph: Path, device: str) -> None:
+    def __init__(self, graph: Path, device: str, channels_last: bool = False) -> None:
         proto = onnx.load(str(graph))
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):
             raise UnsupportedOperator(f"operators {missing} have no torch form here")
-        self._nodes = [(OPERATORS[n.op_type], list(n.input), n.output[0], _attributes(n)) for n in proto.graph.node]
-        self._outputs = [value.name for value in proto.graph.output]
+        self.steps = [Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n)) for n in proto.graph.node]
+        self.outputs = [value.name for value in proto.graph.output]
+        self.device, self.channels_last = device, channels_last
+        host = {name for step in self.steps for at in HOST_INPUTS.get(step.kind, ()) for name in step.inputs[at : at + 1]}
+        self.constants: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         for item in proto.graph.initializer:
-            tensor = torch.from_numpy(numpy_helper.to_array(item).copy())
-            # Shapes, axes and indices stay on the host, where operators read them as numbers.
-            self._weights[item.name] = tensor if tensor.dtype == torch.int64 else tensor.to(device)
-        self._last = {name: index for index, (_, inputs, _, _) in enumerate(self._nodes) for name in inputs}
+            tensor = _tensor(item)
+            # Whole numbers are kept on the host too: shapes are computed from them.
+            if item.name in host or tensor.dtype == torch.int64:
+                self.constants[item.name] = tensor
+            self._weights[item.name] = self.laid_out(tensor.to(device))
+        self._last = {name: index for index, step in enumerate(self.steps) for name in step.inputs}
+
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """The tensor in channels-last memory where that is this program's layout."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        if not self.channels_last or tensor.dim() not in formats:
+            return tensor
+        return tensor.contiguous(memory_format=formats[tensor.dim()])
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values: dict[str, Any] = {**self._weights, **given}
-        for index, (operator, inputs, output, attributes) in enumerate(self._nodes):
-            values[output] = operator([values[name] if name else None for name in inputs], attributes)
-            for name in inputs:
-                if self._last.get(name) == index and name not in self._outputs:
+        values: dict[str, Any] = {**self._weights, **{name: self.laid_out(value) for name, value in given.items()}}
+        static: dict[str, Any] = dict(self.constants)
+        for index, step in enumerate(self.steps):
+            self._execute(step, values, static)
+            for name in step.inputs:
+                if self._last.get(name) == index and name not in self.outputs and name not in self._weights:
                     values.pop(name, None)
-        return {name: values[name] for name in self._outputs}
+        return {name: values[name] for name in self.outputs}
+
+    def _execute(self, step: Step, values: dict[str, Any], static: dict[str, Any]) -> bool:
+        """Run one step; True where its result is known from the shapes alone, and so computed on the host."""
+        known = step.kind == "Shape" or all(name in static for name in step.inputs if name)
+        source = static if known and step.kind != "Shape" else values
+        hosted = HOST_INPUTS.get(step.kind, ())
+        arguments: list[Any] = []
+        for at, name in enumerate(step.inputs):
+            if not name:
+                arguments.append(None)
+            elif at in hosted:
+                arguments.append((static[name] if name in static else values[name]).reshape(-1).tolist())
+            else:
+                arguments.append(source[name])
+        if step.kind == "Range":
+            arguments = [value[0] for value in arguments]
+        result = step.operator(arguments, step.attributes)
+        for name, value in zip(step.outputs, result if isinstance(result, tuple) else (result,), strict=False):
+            if known:
+                static[name] = value
+                values[name] = value.to(self.device)
+            else:
+                values[name] = value
+        return known
+
+    def straight(self, given: Mapping[str, Tensor]) -> torch.fx.GraphModule:
+        """The program for exactly these shapes as a torch.fx module from tensors to a tuple of outputs: what
+        depends on the shapes alone is computed now, so that it can be compiled or captured."""
+        values: dict[str, Any] = {**self._weights, **{name: self.laid_out(value) for name, value in given.items()}}
+        static: dict[str, Any] = dict(self.constants)
+        root = torch.nn.Module()
+        graph = torch.fx.Graph()
+        nodes: dict[str, torch.fx.Node] = {name: graph.placeholder(f"input_{i}") for i, name in enumerate(given)}
+
+        def node(name: str) -> Any:
+            if name not in nodes:
+                key = f"constant_{len(nodes)}"
+                root.register_buffer(key, values[name])
+                nodes[name] = graph.get_attr(key)
+            return nodes[name]
+
+        for step in self.steps:
+            if self._execute(step, values, static):
+                continue
+            hosted = HOST_INPUTS.get(step.kind, ())
+            arguments = [
+                None if not name else (static[name].reshape(-1).tolist() if at in hosted and name in static else node(name))
+                for at, name in enumerate(step.inputs)
+            ]
+            made = graph.call_function(step.operator, (arguments, dict(step.attributes)))
+            if len(step.outputs) == 1 and not isinstance(values[step.outputs[0]], tuple) and step.kind not in ("Split", "LSTM", "TopK"):
+                nodes[step.outputs[0]] = made
+            else:
+                for at, name in enumerate(step.outputs):
+                    if name:
+                        nodes[name] = graph.call_function(operator.getitem, (made, at))
+        graph.output(tuple(node(name) for name in self.outputs))
+        return torch.fx.GraphModule(root, graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import tempfile
 import warnings
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 
-def to_onnx(module: Any, example: Mapping[str, Any], outputs: Sequence[str] = ()) -> Any:
+def to_onnx(module: Any, example: Mapping[str, Any], outputs: Sequence[str] = (), *, scopes: bool = False) -> Any:
     """An `onnx.ModelProto` of `module` in evaluation mode; the leading dimension of every input is its one dynamic one.
 
     `example`: a tensor of two rows or more an input, by name, in the module's order. `outputs`: names, the
-    exporter's own without. Notes of where each operator came from (folders of this machine) are left out.
+    exporter's own without. Notes of where each operator came from (folders of this machine) are left out; with `scopes`
+    the result is a pair of the graph and, by path of each sub-module, the tensor in which it ends.
     """
     import onnx
     import torch
@@ -36,9 +38,14 @@ def to_onnx(module: Any, example: Mapping[str, Any], outputs: Sequence[str] = ()
             verbose=False,
         )
         model = onnx.load(file)
+    ends = {}
     for node in model.graph.node:
+        notes = {item.key: item.value for item in node.metadata_props}
+        names = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        if len(names) >= 2 and names[-2]:
+            ends[names[-2]] = node.output[0]
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
     onnx.checker.check_model(model)
-    return model
+    return (model, ends) if scopes else model

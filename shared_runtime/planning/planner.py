@@ -1,34 +1,57 @@
-"""The planner: every backend that can run the model here is timed side by side; the fastest is kept.
+"""The planner: what can run the model here is timed side by side, and the fastest is kept for each number of rows.
 
-Candidates are run in turn, round by round, so that a busy moment of the machine falls on all of them. A
-candidate whose outputs differ from the reference (ONNX Runtime on the CPU, float32) loses, however fast.
-The plan is cached under the model's hash and the host's fingerprint.
+Candidates are backend x variant x mode x threads. A cost model gives up those that can't win; the rest run in
+turn, round by round, so that a busy moment of the machine falls on all of them. A float32 candidate whose outputs
+differ from the reference (ONNX Runtime on the CPU) loses, however fast; another precision takes part only as a
+variant with a valid certificate. The plan is cached under the model's hash and the host's fingerprint.
 """
 
 from __future__ import annotations
 
-import statistics
+import hashlib
 import time
-import zlib
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from shared_runtime.backends.base import Executable, backends
-from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.backends.base import Executable, HardwareBackend, backends, nodes_by_device, specialise
+from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
+from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
+from shared_runtime.planning.ceiling import lower_bound_ms
+from shared_runtime.planning.measure import Timed, interleave
+from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, Variant
 
-ROUNDS, BUDGET_SECONDS = 5, 6.0
+BUDGET_SECONDS = 6.0
+LADDER = (1, 8, 32)
 TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
+HAIR = 1.03
+"""A second engine is not kept for a gain below this."""
+SHARED = 5e7
+"""Operations above which one thread can't beat several."""
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """A candidate's times at a number of rows: median, spread (interquartile) and 99th percentile [ms]."""
+
+    rows: int
+    median_ms: float
+    spread_ms: float
+    p99_ms: float
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One backend on one device: its median and spread (interquartile) [ms], or why it can't be used."""
+    """One way to run the model: its times, or why it can't be used. `median_ms` is that of the fewest rows."""
 
     backend: str
     device: str
@@ -37,10 +60,34 @@ class Candidate(msgspec.Struct, frozen=True):
     spread_ms: float | None = None
     error: float | None = None
     lost: str = ""
+    variant: str = FLOAT
+    precision: str = FLOAT
+    mode: str = ""
+    threads: int = 0
+    timings: tuple[Timing, ...] = ()
+    memory_mib: float | None = None
+    joules: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as `openvino on cpu, int8-openvino, 2 threads`."""
+        parts = [
+            f"{self.backend} on {self.device}",
+            *([self.variant] if self.variant != FLOAT else []),
+            *([self.mode] if self.mode else []),
+        ]
+        return ", ".join([*parts, f"{self.threads} thread{'s' if self.threads != 1 else ''}"])
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """Requests of about `rows` rows run by candidate number `candidate`."""
+
+    rows: int
+    candidate: int
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What this host runs for a model, why, and what it was compared with."""
+    """What this host runs for a model, why, and what it was compared with. The first rung's choice stands at the top."""
 
     model: str
     sha256: str
@@ -52,6 +99,9 @@ class Plan(msgspec.Struct, frozen=True):
     threads: int
     why: str
     candidates: tuple[Candidate, ...]
+    ladder: tuple[Rung, ...] = ()
+    objective: str = "latency"
+    nodes: dict[str, int] = {}
 
     def describe(self) -> str:
         """One line: the choice and the reason."""
@@ -60,42 +110,89 @@ class Plan(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Contender:
-    backend: str
-    device: str
-    version: str
+    candidate: Candidate
     executable: Executable
-    error: float
-    times: list[float]
+    first: float
+    timed: dict[int, Timed] = field(default_factory=dict)
+
+    def timings(self) -> tuple[Timing, ...]:
+        return tuple(
+            Timing(rows, round(1e3 * t.median, 4), round(1e3 * t.spread, 4), round(1e3 * t.quantile(0.99), 4))
+            for rows, t in sorted(self.timed.items())
+        )
 
 
-def plan_and_compile(model: Model, device: str, threads: int, cache: Path | None) -> tuple[Plan, Executable]:
-    """The plan for `model` on `device` ("auto", "cpu" or "cuda") and the executable it names.
+class Ladder:
+    """The executables of a plan: each request goes to the one that was fastest for about as many rows."""
 
+    def __init__(self, rungs: Sequence[tuple[int, Executable]]) -> None:
+        executables = [executable for _, executable in rungs]
+        self._bounds = [(low * high) ** 0.5 for (low, _), (high, _) in pairwise(rungs)]
+        self._runs = [executable.run for executable in executables]
+        self._executables = executables
+        self.device, self.precision = rungs[0][1].device, rungs[0][1].precision
+        same = all(executable is rungs[0][1] for _, executable in rungs)
+        self.run = rungs[0][1].run if same else self._dispatch
+
+    def _dispatch(self, inputs: Tensors) -> Tensors:
+        return self._runs[bisect(self._bounds, len(next(iter(inputs.values()))))](inputs)
+
+    def close(self) -> None:
+        for executable in {id(e): e for e in self._executables}.values():
+            executable.close()
+
+
+def plan_and_compile(
+    model: Model,
+    device: str,
+    threads: int,
+    cache: Path | None,
+    *,
+    objective: Objective = LATENCY,
+    ladder: Sequence[int] = LADDER,
+    budget_s: float = BUDGET_SECONDS,
+    thorough: bool = False,
+    variant: str | None = None,
+    probe: Tensors | None = None,
+) -> tuple[Plan, Ladder]:
+    """The plan for `model` on `device` ("auto", "cpu" or "cuda") and the executables it names.
+
+    `variant`: only this one ("float32" is the reference itself); without, every certified variant takes part.
+    `thorough`: also the ways that are slow to prepare (torch.compile). `probe`: inputs of one row to measure on.
     Raises BackendUnavailableError where no backend can serve the device: it names what each one lacks.
     """
-    file = None if cache is None else cache / f"{model.sha256[:16]}-{_context(device, threads)}.json"
+    key = _key(model, device, threads, objective, tuple(ladder), thorough, variant)
+    file = None if cache is None else cache / f"{model.sha256[:16]}-{key}.json"
     if file is not None and (plan := _cached(file, model)) is not None:
-        return plan, backends()[plan.backend].compile(model, plan.device, threads)
-    contenders, lost = _contenders(model, device, threads)
+        return plan, _compile(model, plan, probe)
+    probe = model.signature.random() if probe is None else {name: value[:1] for name, value in probe.items()}
+    cost = _cost(model, probe)
+    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant)
     if not contenders:
-        reasons = "; ".join(f"{c.backend} on {c.device}: {c.lost}" for c in lost) or "no backend knows this device"
+        reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
-    _measure(contenders, model.signature.random())
-    ranked = sorted(contenders, key=lambda c: statistics.median(c.times))
-    plan = _plan(model, ranked, lost, threads)
-    for loser in ranked[1:]:
-        loser.executable.close()
+    _measure(contenders, probe, ladder if objective.kind != "memory" else (1,), budget_s)
+    plan, chosen = _select(model, contenders, lost, objective, threads, probe)
+    used = {id(executable) for _, executable in chosen}
+    for loser in contenders:
+        if id(loser.executable) not in used:
+            loser.executable.close()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{time.monotonic_ns()}.part")
         part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2))
         part.replace(file)
-    return plan, ranked[0].executable
+    return plan, Ladder(chosen)
 
 
-def _context(device: str, threads: int) -> str:
+def _key(
+    model: Model, device: str, threads: int, objective: Objective, ladder: tuple[int, ...], thorough: bool, variant: str | None
+) -> str:
+    """What a cached plan depends on besides the float graph: host, engines, certified variants, and what was asked for."""
     versions = [f"{name}{backend.availability(d).version}" for name, backend in backends().items() for d in backend.planned]
-    return f"{host().fingerprint}-{device}-{threads}-{zlib.crc32(','.join(versions).encode()):08x}"
+    certified = [f"{name}{model.certificate(name).created}" for name in model.variants]
+    asked = [device, str(threads), repr(objective), repr(ladder), str(thorough), str(variant), *versions, *certified]
+    return f"{host().fingerprint}-{hashlib.sha256(chr(0).join(asked).encode()).hexdigest()[:12]}"
 
 
 def _cached(file: Path, model: Model) -> Plan | None:
@@ -103,41 +200,114 @@ def _cached(file: Path, model: Model) -> Plan | None:
         plan = msgspec.json.decode(file.read_bytes(), type=Plan)
     except (OSError, msgspec.MsgspecError):
         return None
-    return plan if plan.sha256 == model.sha256 and plan.backend in backends() else None
+    named = [plan.candidates[rung.candidate] for rung in plan.ladder]
+    known = all(c.backend in backends() and (c.variant == FLOAT or c.variant in model.variants) for c in named)
+    return plan if plan.sha256 == model.sha256 and known and named else None
 
 
-def _contenders(model: Model, device: str, threads: int) -> tuple[list[_Contender], list[Candidate]]:
-    probe = model.signature.random()
+def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
+    """The executables of a cached plan, without measuring."""
+    made: dict[int, Executable] = {}
+    one = model.signature.random() if probe is None else {name: value[:1] for name, value in probe.items()}
+    for rung in plan.ladder:
+        c = plan.candidates[rung.candidate]
+        if rung.candidate not in made:
+            variant = None if c.variant == FLOAT else model.variant(c.variant)
+            made[rung.candidate] = backends()[c.backend].compile(model, c.device, c.threads, variant, c.mode)
+        specialise(made[rung.candidate], repeat_rows(one, rung.rows))
+    return Ladder([(rung.rows, made[rung.candidate]) for rung in plan.ladder])
+
+
+def repeat_rows(one: Tensors, rows: int) -> Tensors:
+    """Inputs of `rows` rows from inputs of one."""
+    return {name: np.ascontiguousarray(np.repeat(value, rows, axis=0)) for name, value in one.items()}
+
+
+def _cost(model: Model, probe: Tensors) -> GraphCost:
+    try:
+        return graph_cost(model.graph, probe)
+    except Exception:  # shape inference is an aid: without it every candidate is measured
+        return GraphCost((), ())
+
+
+def _ways(
+    model: Model, device: str, threads: int, thorough: bool, only: str | None
+) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
+    """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
+    named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
+    variants: list[Variant | None] = [None] if only in (None, FLOAT) else []
+    variants += [model.variant(name) for name in model.variants if only in (None, name)]
+    if only is not None and not variants:
+        variants = [model.variant(only)]
+    for backend in named:
+        for kind in backend.devices:
+            if device not in ("auto", kind) or (kind not in backend.planned and not thorough):
+                continue
+            modes = backend.modes(kind) if backend.availability(kind).available else ("",)
+            for variant in variants:
+                if variant is not None and (variant.facts.engine, variant.facts.device) != (backend.name, kind):
+                    continue
+                for mode in modes:
+                    if "compiled" in mode and not thorough:
+                        continue
+                    for count in dict.fromkeys((threads, 1) if kind == "cpu" else (threads,)):
+                        yield backend, kind, mode, count, variant
+
+
+def _contenders(
+    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None
+) -> tuple[list[_Contender], list[Candidate]]:
     reference: Tensors | None = None
     contenders: list[_Contender] = []
     lost: list[Candidate] = []
-    for name, backend in backends().items():
-        for kind in backend.devices:
-            if (device == "auto" and kind not in backend.planned) or device not in ("auto", kind):
-                continue
-            if device == kind == "cpu" and kind not in backend.planned:
-                continue
-            state = backend.availability(kind)
-            if state.lacks is not None:
-                lost.append(Candidate(name, kind, lost=f"lacks {state.lacks}"))
-                continue
-            try:
-                executable = backend.compile(model, kind, threads)
-                outputs = executable.run(probe)
-            except (UnsupportedModelError, BackendUnavailableError) as failure:
-                lost.append(Candidate(name, kind, state.version or "", lost=str(failure)))
-                continue
-            if reference is None:
-                reference = outputs if name == "onnxruntime" and kind == "cpu" else _reference(model, threads, probe)
-            error = _difference(outputs, reference)
-            if not error <= TOLERANCE:
+    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only):
+        precision = FLOAT if variant is None else variant.facts.precision
+        name = FLOAT if variant is None else variant.name
+        state = backend.availability(kind)
+        candidate = Candidate(backend.name, kind, state.version or "", variant=name, precision=precision, mode=mode, threads=count)
+        why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
+        if why:
+            lost.append(msgspec.structs.replace(candidate, lost=why))
+            continue
+        executable = None
+        try:
+            executable = backend.compile(model, kind, count, variant, mode)
+            specialise(executable, probe)
+            executable.run(probe)
+            begin = time.perf_counter()
+            outputs = executable.run(probe)
+            first = time.perf_counter() - begin
+        except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as failure:
+            if executable is not None:
                 executable.close()
-                lost.append(
-                    Candidate(name, kind, state.version or "", error=error, lost=f"outputs differ from the reference by {error:.1e}")
-                )
-                continue
-            contenders.append(_Contender(name, kind, state.version or "", executable, error, []))
+            lost.append(msgspec.structs.replace(candidate, lost=" ".join(str(failure).split())))
+            continue
+        if reference is None:
+            plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
+            reference = outputs if plain else _reference(model, threads, probe)
+        error = difference(outputs, reference)
+        if not error <= (TOLERANCE if variant is None else float("1e30")):
+            executable.close()
+            lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
+            continue
+        contenders.append(_Contender(msgspec.structs.replace(candidate, error=error), executable, first))
+    lost += [
+        Candidate(v.facts.engine, v.facts.device, variant=v.name, precision=v.facts.precision, threads=threads, lost=v.why_void)
+        for v in model.known.values()
+        if v.why_void
+    ]
     return contenders, lost
+
+
+def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: Sequence[_Contender]) -> str:
+    """Why the cost model gives a candidate up, or ""."""
+    if candidate.device != "cpu" or not cost.nodes:
+        return ""
+    if candidate.threads < threads and cost.operations > SHARED:
+        return f"{cost.operations / 1e9:.2f} G operations are not for one thread of {threads}"
+    bound = lower_bound_ms(cost, candidate.precision, candidate.threads) if cost.operations > SHARED else 0.0
+    best = min((c.first for c in contenders), default=float("inf"))
+    return f"at least {bound:.1f} ms by the cost model, and another takes {1e3 * best:.1f} ms" if bound > 1e3 * best else ""
 
 
 def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
@@ -147,51 +317,111 @@ def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
     return outputs
 
 
-def _difference(outputs: Tensors, reference: Tensors) -> float:
+def difference(outputs: Tensors, reference: Tensors) -> float:
+    """The largest relative difference of an output: norm of the difference over the norm; infinite where shapes or numbers don't fit."""
     worst = 0.0
     for name, expected in reference.items():
-        a, b = outputs[name].astype(np.float64), expected.astype(np.float64)
-        if a.shape != b.shape:
+        if name not in outputs or outputs[name].shape != expected.shape:
             return float("inf")
-        norm = float(np.linalg.norm(b))
-        distance = float(np.linalg.norm(a - b))
-        worst = max(worst, distance / norm if norm else distance) if np.isfinite(distance) else float("inf")
+        a, b = outputs[name].astype(np.float64), expected.astype(np.float64)
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return float("inf")
+        a, b = a[np.isfinite(b)], b[np.isfinite(b)]
+        norm, distance = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
+        worst = max(worst, distance / norm if norm else distance)
     return worst
 
 
-def _measure(contenders: list[_Contender], probe: Tensors) -> None:
-    start = time.monotonic()
-    for round_ in range(ROUNDS):
+def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[int], budget: float) -> None:
+    """Time the contenders at every rung that the budget allows; those far behind at a rung are left out of it."""
+    alone = len(contenders) == 1
+    fastest = min(contender.first for contender in contenders)
+    for rows in sorted(set(ladder)):
+        if rows > min(ladder) and (alone or fastest * rows > budget / 3):
+            break
+        inputs = repeat_rows(probe, rows)
+        racing = []
         for contender in contenders:
-            begin = time.perf_counter()
-            contender.executable.run(probe)
-            contender.times.append(1e3 * (time.perf_counter() - begin))
-        if len(contenders) == 1 or (round_ >= 1 and time.monotonic() - start > BUDGET_SECONDS):
-            return
+            before = contender.timed.get(1)
+            if rows > 1 and contender.candidate.backend != "xgboost" and before is not None and before.median > 4 * fastest:
+                continue
+            if rows == min(ladder) and contender.first > 4 * fastest and contender.first > 2e-3:
+                contender.timed[rows] = Timed(lambda: None, [contender.first])
+                continue
+            specialise(contender.executable, inputs)
+            contender.executable.run(inputs)
+            contender.timed[rows] = Timed(partial(contender.executable.run, inputs))
+            racing.append(contender.timed[rows])
+        interleave(racing, budget / (2 if rows == min(ladder) else 4))
 
 
-def _plan(model: Model, ranked: list[_Contender], lost: list[Candidate], threads: int) -> Plan:
-    best = ranked[0]
-    fastest = statistics.median(best.times)
+def _select(
+    model: Model, contenders: Sequence[_Contender], lost: Sequence[Candidate], objective: Objective, threads: int, probe: Tensors
+) -> tuple[Plan, list[tuple[int, Executable]]]:
+    scores = objective.scores(model, [(c.candidate, c.executable, c.timed) for c in contenders], probe)
+    order = sorted(range(len(contenders)), key=lambda i: scores[i].value)
+    rungs = sorted({rows for c in contenders for rows in c.timed})
+    best = _fastest(contenders, rungs) if objective.kind == "latency" else dict.fromkeys(rungs, order[0])
+    order = [best[rungs[0]], *(i for i in order if i != best[rungs[0]])]
+    top = contenders[best[rungs[0]]]
     measured = []
-    for contender in ranked:
-        median = statistics.median(contender.times)
-        spread = float(np.subtract(*np.percentile(contender.times, (75, 25))))
-        reason = "" if contender is best else f"{median / fastest:.2f} times as slow"
+    for place in order:
+        contender = contenders[place]
+        wins = [rows for rows in rungs if best[rows] == place]
+        timings = contender.timings()
         measured.append(
-            Candidate(contender.backend, contender.device, contender.version, round(median, 3), round(spread, 3), contender.error, reason)
+            msgspec.structs.replace(
+                contender.candidate,
+                median_ms=timings[0].median_ms if timings else None,
+                spread_ms=timings[0].spread_ms if timings else None,
+                timings=timings,
+                memory_mib=scores[place].memory_mib,
+                joules=scores[place].joules,
+                lost=""
+                if wins
+                else scores[place].why or f"{contender.timed[rungs[0]].median / top.timed[rungs[0]].median:.2f} times as slow",
+            )
         )
-    rest = [f"{c.backend} on {c.device} {c.median_ms:.1f} ms" for c in measured[1:]]
-    why = f"median {fastest:.1f} ms" + (f", against {', '.join(rest)}" if rest else ", the only backend that can run it here")
-    return Plan(
+    ladder = tuple(Rung(rows, order.index(best[rows])) for rows in rungs)
+    first = measured[0]
+    rest = [f"{c.label} {c.median_ms:.3g} ms" for c in measured[1:4] if c.median_ms is not None]
+    why = f"median {first.median_ms:.3g} ms" + (f", against {', '.join(rest)}" if rest else ", the only backend that can run it here")
+    others = [f"{r.rows} rows: {measured[r.candidate].label}" for r in ladder[1:] if r.candidate != ladder[0].candidate]
+    why += "".join(f"; from {text}" for text in others)
+    plan = Plan(
         model.name,
         model.sha256,
         host().fingerprint,
-        best.backend,
-        best.device,
-        best.executable.precision,
-        "float32",
-        threads,
+        first.backend,
+        first.device,
+        first.precision,
+        first.variant,
+        first.threads,
         why,
         (*measured, *lost),
+        ladder,
+        objective.kind,
+        _nodes(model, first, top.executable, probe),
     )
+    return plan, [(rung.rows, contenders[order[rung.candidate]].executable) for rung in ladder]
+
+
+def _fastest(contenders: Sequence[_Contender], rungs: Sequence[int]) -> dict[int, int]:
+    """The fastest contender at each rung; that of the rung before stays where it is within a hair."""
+    best: dict[int, int] = {}
+    for before, rows in zip([None, *rungs], rungs, strict=False):
+        timed = {i: c.timed[rows].median for i, c in enumerate(contenders) if rows in c.timed}
+        first = min(timed, key=timed.__getitem__)
+        kept = best.get(before) if before is not None else None
+        best[rows] = kept if kept in timed and timed[kept] <= HAIR * timed[first] else first
+    return best
+
+
+def _nodes(model: Model, chosen: Candidate, executable: Executable, probe: Tensors) -> dict[str, int]:
+    """How many operators ran where, by the engine's own account."""
+    if chosen.backend == "onnxruntime":
+        from shared_runtime.backends.onnxruntime import nodes_by_provider
+
+        graph = model.graph if chosen.variant == FLOAT else model.variant(chosen.variant).graph(model.graph)
+        return nodes_by_provider(model.name, graph, probe, chosen.device)
+    return nodes_by_device(executable)

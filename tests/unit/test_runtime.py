@@ -125,7 +125,10 @@ class _Engine:
     def availability(self, device: str) -> base.Availability:
         return base.Availability(version="1")
 
-    def compile(self, model: rt.Model, device: str, threads: int) -> _Engine:
+    def modes(self, device: str) -> tuple[str, ...]:
+        return ("",)
+
+    def compile(self, model: rt.Model, device: str, threads: int, variant: Any = None, mode: str = "") -> _Engine:
         return self
 
     def run(self, inputs: Tensors) -> Tensors:

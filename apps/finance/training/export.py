@@ -89,9 +89,9 @@ def write_models(trained: Trained, out: Path, recipe: Recipe, result: dict[str, 
     digests = {folder.name: _sha256(folder / "model.onnx") for folder in (boosting, sequence)}
     combination: Combination = msgspec.structs.replace(trained.combination, feature_version=VERSION, members=digests)
     combination.write(boosting)
-    trees = {"booster_sha256": _sha256(boosting / BOOSTER_FILE)}
+    native = {"engine": "xgboost", "file": BOOSTER_FILE, "sha256": _sha256(boosting / BOOSTER_FILE)}
     (boosting / "card.toml").write_text(
-        _card(BOOSTING, digests[BOOSTING], trees, asdict(recipe.boosting), result["table"]["boosting"], about)
+        _card(BOOSTING, digests[BOOSTING], native, asdict(recipe.boosting), result["table"]["boosting"], about)
     )
     (sequence / "card.toml").write_text(_card(SEQUENCE, digests[SEQUENCE], {}, asdict(recipe.sequence), result["table"]["sequence"], about))
     (boosting / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -107,7 +107,7 @@ TASKS = {
 }
 
 
-def _card(name: str, sha256: str, extra: dict[str, str], recipe: dict[str, Any], metrics: dict[str, Any], about: dict[str, str]) -> str:
+def _card(name: str, sha256: str, native: dict[str, str], recipe: dict[str, Any], metrics: dict[str, Any], about: dict[str, str]) -> str:
     def rounded(value: Any) -> Any:
         return round(value, 4) if isinstance(value, float) else value
 
@@ -119,8 +119,8 @@ def _card(name: str, sha256: str, extra: dict[str, str], recipe: dict[str, Any],
         "",
         "[artefact]",
         f'sha256 = "{sha256}"',
-        *(f'{key} = "{value}"' for key, value in extra.items()),
         "",
+        *(["[native]", *(f'{key} = "{value}"' for key, value in native.items()), ""] if native else []),
         "[use]",
         'for = "ranking transactions for an analyst, together with the other model through combination.json of fraud-boosting"',
         'not_for = "refusing customers without a person; data other than what it was trained on: train it again on yours"',

@@ -1,0 +1,101 @@
+"""Is a file an ONNX graph that can be trusted and run: readable, complete, nothing outside its folder, every operator known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from shared_runtime.errors import ModelIntegrityError, UnsupportedModelError
+
+KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph without its external weights. Raises UnsupportedModelError where the file is not one."""
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise UnsupportedModelError(f"{path} is not a readable ONNX model: {error}; export it again") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise UnsupportedModelError(f"{path} is not a readable ONNX model: it holds no graph; export it again")
+    return proto
+
+
+def external_files(proto: onnx.ModelProto, folder: Path) -> list[Path]:
+    """The files beside the graph that hold its weights. Raises ModelIntegrityError where one is missing or leaves the folder."""
+    found: dict[str, Path] = {}
+    for tensor in _tensors(proto.graph):
+        if not uses_external_data(tensor):
+            continue
+        location = next((item.value for item in tensor.external_data if item.key == "location"), "")
+        path = (folder / location).resolve()
+        if Path(location).is_absolute() or not path.is_relative_to(folder.resolve()):
+            raise ModelIntegrityError(
+                f"weight {tensor.name!r} points to {location!r}, outside of the model's folder; the file is not loaded"
+            )
+        if not path.is_file():
+            raise ModelIntegrityError(f"weight {tensor.name!r} lies in {location!r}, which is not beside the graph; copy it there")
+        found[location] = path
+    return [found[name] for name in sorted(found)]
+
+
+def graph_hash(path: Path) -> str:
+    """SHA-256 of a graph file; with external weights, over the file and each of them in the order of their names."""
+    with path.open("rb") as stream:
+        own = hashlib.file_digest(stream, "sha256")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception:  # what can't be read is refused, with its reason, where the graph is checked
+        return own.hexdigest()
+    files = external_files(proto, path.parent)
+    if not files:
+        return own.hexdigest()
+    for file in files:
+        with file.open("rb") as stream:
+            own.update(hashlib.file_digest(stream, "sha256").digest())
+    return own.hexdigest()
+
+
+def check_graph(path: Path) -> None:
+    """Raise UnsupportedModelError for an operator that no engine can know, or a graph that is not well formed."""
+    proto = read_graph(path)
+    external_files(proto, path.parent)
+    versions = {item.domain or "ai.onnx": item.version for item in proto.opset_import}
+    local = {(function.domain, function.name) for function in proto.functions}
+    for node in _nodes(proto.graph):
+        domain = node.domain if node.domain not in ("", "ai.onnx") else ""
+        if (node.domain, node.op_type) in local or domain in KNOWN_DOMAINS:
+            continue
+        version = versions.get(domain or "ai.onnx")
+        if domain or version is None or not onnx.defs.has(node.op_type, max_inclusive_version=version):
+            where = f"{domain or 'ai.onnx'} {version}" if version else f"{domain or 'ai.onnx'}, which the graph does not import"
+            raise UnsupportedModelError(
+                f"{path.name}: node {node.name or node.output[0]!r} has the unknown operator {node.op_type!r} ({where}); "
+                "export the model with standard ONNX operators"
+            )
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise UnsupportedModelError(f"{path.name} is not a valid ONNX graph: {' '.join(str(error).split())[:400]}") from error
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in _nodes(graph):
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from attribute.g.initializer

@@ -1,0 +1,1 @@
+"""Rewrites of ONNX graphs, each verified as it is applied."""

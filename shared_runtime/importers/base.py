@@ -1,0 +1,173 @@
+"""The plug-in point of an importer, the comparison with the origin, and the writing of a model folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from shared_runtime.certificate import hash_file
+from shared_runtime.errors import ImportMismatchError, ModelError, UnsupportedModelError
+from shared_runtime.graph.check import check_graph
+from shared_runtime.signature import Signature, Tensors, TensorSpec
+from shared_runtime.variants import replace_folder
+
+TOLERANCE = 1e-4
+"""Largest relative difference of an output from its origin: norm of the difference over the norm."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass
+class Imported:
+    """An ONNX graph with what it came from. `origin` computes the same outputs by the original framework; `layers`
+    gives, for inputs, the origin's value of graph tensors in order, so that the first layer that differs can be named."""
+
+    proto: onnx.ModelProto
+    origin: Callable[[Tensors], Tensors]
+    source: str
+    given: Tensors | None = None
+    layers: Callable[[Tensors], Mapping[str, np.ndarray[Any, Any]]] | None = None
+    card: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    outputs: tuple[TensorSpec, ...] = ()
+
+
+class Importer(Protocol):
+    """One origin. `takes` looks at a path or an object without loading it; `load` may need the extra packages in `requires`."""
+
+    name: str
+    requires: str
+
+    def takes(self, source: Any) -> bool:
+        """Whether this importer is the one for `source`."""
+        ...
+
+    def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
+        """Raises UnsupportedModelError with the reason and the way out."""
+        ...
+
+
+def relative_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Norm of `a - b` over the norm of `b`; infinite where shapes or finite places differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        return float("inf")
+    x, y = x[np.isfinite(x)], y[np.isfinite(y)]
+    norm, distance = float(np.linalg.norm(y)), float(np.linalg.norm(x - y))
+    return distance / norm if norm else distance
+
+
+def compare(imported: Imported, signature: Signature, path: Path, name: str) -> float:
+    """The largest relative difference from the origin, on random inputs of one and three rows and on the given ones.
+
+    Raises ImportMismatchError, naming the first layer that differs where the origin can tell its layers.
+    """
+    session = _plain_session(path.read_bytes(), name)
+    probes = [signature.random(1, 1), signature.random(3, 2), *([imported.given] if imported.given else [])]
+    worst = 0.0
+    for inputs in probes:
+        expected = imported.origin(inputs)
+        names = [output.name for output in session.get_outputs()]
+        got = dict(zip(names, session.run(names, inputs), strict=True))
+        for output, value in expected.items():
+            error = relative_difference(np.asarray(got[output]), np.asarray(value))
+            worst = max(worst, error)
+            if not error <= TOLERANCE:
+                where = _first_layer(imported, inputs, name) or f"output {output!r}"
+                raise ImportMismatchError(
+                    f"{name!r} does not compute what its {imported.source} origin computes: {where} differs by {error:.1e} "
+                    f"(relative), expected at most {TOLERANCE:.0e}; nothing was imported"
+                )
+    return worst
+
+
+def _first_layer(imported: Imported, inputs: Tensors, name: str) -> str:
+    if imported.layers is None:
+        return ""
+    expected = imported.layers(inputs)
+    probe = onnx.ModelProto()
+    probe.CopyFrom(imported.proto)
+    there = {output for node in probe.graph.node for output in node.output}
+    wanted = [layer for layer in expected if layer in there]
+    present = {output.name for output in probe.graph.output}
+    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(layer) for layer in wanted if layer not in present)
+    got = _plain_session(probe.SerializeToString(), name).run(wanted, inputs)
+    for layer, value in zip(wanted, got, strict=True):
+        if not relative_difference(np.asarray(value), np.asarray(expected[layer])) <= TOLERANCE:
+            node = next(n for n in probe.graph.node if layer in n.output)
+            return f"the first layer to differ is {node.op_type} {node.name or layer!r}; it"
+    return ""
+
+
+def _plain_session(content: bytes, name: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UnsupportedModelError(f"ONNX Runtime can't load what {name!r} became: {' '.join(str(error).split())[:400]}") from error
+
+
+def write_folder(imported: Imported, folder: Path, name: str) -> Path:
+    """Compare with the origin and write the model folder whole or not at all. Raises ImportMismatchError, UnsupportedModelError."""
+    if not NAME.fullmatch(name):
+        raise ModelError(f"{name!r} can't be a model's name; expected letters, digits, '.', '_', '-', starting with a letter or digit")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        graph = part / "model.onnx"
+        graph.write_bytes(imported.proto.SerializeToString())
+        check_graph(graph)
+        signature = Signature.from_onnx(graph)
+        if imported.outputs:
+            signature = Signature(signature.inputs, imported.outputs)
+        error = compare(imported, signature, graph, name)
+        signature.write(part / "signature.json")
+        for file, content in imported.files.items():
+            (part / file).write_bytes(content)
+        facts: dict[str, dict[str, Any]] = {
+            "artefact": {"sha256": hash_file(graph)},
+            "import": {"from": imported.source, "difference": float(f"{error:.3g}")},
+        }
+        (part / "card.toml").write_text(card_text(name, {**facts, **imported.card}))
+        part.chmod(0o755)
+        replace_folder(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def card_text(name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A card: the name, a version, and a table a section; what TOML has no form for is kept as JSON text."""
+    lines = [f"name = {json.dumps(name)}", 'version = "1"']
+    for title, values in sections.items():
+        lines += ["", f"[{title}]", *(f"{json.dumps(str(key))} = {_toml(value)}" for key, value in values.items() if value is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (bool, int, float)) or (isinstance(value, list) and all(isinstance(v, (bool, int, float, str)) for v in value)):
+        return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+    return json.dumps(value if isinstance(value, str) else json.dumps(value))
+
+
+def needs(package: str, what: str) -> Any:
+    """Import an optional package. Raises UnsupportedModelError naming what to install."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UnsupportedModelError(f"importing {what} needs the package {package}: pip install 'triscope[optimize]' ({error})") from error

@@ -1,0 +1,134 @@
+"""XGBoost and LightGBM: estimators, boosters and their own model files, through onnxmltools; the native booster travels along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.sklearn import name_batch
+from shared_runtime.signature import Tensors
+
+
+class XgboostImporter:
+    """`xgboost.XGBModel`, `xgboost.Booster`, `.ubj` and XGBoost's `.json`."""
+
+    name, requires = "xgboost", "xgboost and onnxmltools"
+
+    def takes(self, source: Any) -> bool:
+        if isinstance(source, Path):
+            return source.is_file() and (
+                source.suffix == ".ubj" or (source.suffix == ".json" and b'"learner"' in source.read_bytes()[:4096])
+            )
+        return type(source).__module__.partition(".")[0] == "xgboost"
+
+    def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
+        xgboost = needs("xgboost", "an XGBoost model")
+        if isinstance(source, Path):
+            try:
+                booster = xgboost.Booster(model_file=str(source))
+            except xgboost.core.XGBoostError as error:
+                raise UnsupportedModelError(f"XGBoost can't read {source.name}: {str(error).splitlines()[0]}") from error
+        else:
+            booster = source.get_booster() if hasattr(source, "get_booster") else source
+        config = json.loads(booster.save_config())["learner"]
+        objective = config["objective"]["name"]
+        width = int(booster.num_features())
+        booster.feature_names = None
+        proto = _convert("convert_xgboost", booster, width, "an XGBoost model")
+        classes = objective.startswith(("binary:", "multi:"))
+        proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary:"))
+        output = proto.graph.output[0].name
+        flat = not objective.startswith("multi:")
+
+        def origin(inputs: Tensors) -> Tensors:
+            values = np.asarray(booster.inplace_predict(inputs["features"]), np.float32)
+            return {output: values.reshape(len(values), -1)}
+
+        content = bytes(booster.save_raw("ubj"))
+        native = {"engine": "xgboost", "file": "booster.ubj", "sha256": hashlib.sha256(content).hexdigest()}
+        card = {"native": native} if flat or objective == "multi:softprob" else {}
+        return Imported(proto, origin, f"xgboost {objective}", _given(example), None, card, {"booster.ubj": content} if card else {})
+
+
+class LightgbmImporter:
+    """`lightgbm.LGBMModel`, `lightgbm.Booster` and LightGBM's `.txt`."""
+
+    name, requires = "lightgbm", "lightgbm and onnxmltools"
+
+    def takes(self, source: Any) -> bool:
+        if isinstance(source, Path):
+            return source.is_file() and source.suffix == ".txt" and source.read_bytes()[:5] == b"tree\n"
+        return type(source).__module__.partition(".")[0] == "lightgbm"
+
+    def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
+        lightgbm = needs("lightgbm", "a LightGBM model")
+        booster = lightgbm.Booster(model_file=str(source)) if isinstance(source, Path) else getattr(source, "booster_", source)
+        objective = str(booster.dump_model().get("objective", "regression")).split()[0]
+        proto = _convert("convert_lightgbm", booster, booster.num_feature(), "a LightGBM model")
+        classes = objective.startswith(("binary", "multiclass"))
+        proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary"))
+        output = proto.graph.output[0].name
+
+        def origin(inputs: Tensors) -> Tensors:
+            values = np.asarray(booster.predict(inputs["features"]), np.float32)
+            return {output: values.reshape(len(values), -1)}
+
+        return Imported(proto, origin, f"lightgbm {objective}", _given(example))
+
+
+def _given(example: Mapping[str, Any] | None) -> Tensors | None:
+    return None if not example else {"features": np.asarray(next(iter(example.values())), np.float32)}
+
+
+def _convert(function: str, booster: Any, width: int, what: str) -> onnx.ModelProto:
+    onnxmltools = needs("onnxmltools", what)
+    from onnxmltools.convert.common.data_types import FloatTensorType
+
+    options = {"zipmap": False} if function == "convert_lightgbm" else {}
+    try:
+        proto = getattr(onnxmltools, function)(
+            booster, initial_types=[("features", FloatTensorType([None, width]))], target_opset=15, **options
+        )
+    except Exception as error:
+        raise UnsupportedModelError(f"onnxmltools can't convert {what}: {' '.join(str(error).split())[:300]}") from error
+    kept = [item for item in proto.opset_import if item.domain]
+    del proto.opset_import[:]
+    proto.opset_import.extend([*kept, onnx.helper.make_opsetid("", 15)])
+    return proto
+
+
+def _one_output(proto: onnx.ModelProto, name: str, *, binary: bool) -> onnx.ModelProto:
+    """Keep the scores alone, as (batch, classes) float32: of two classes the second one's probability, of one value (batch, 1)."""
+    score = next((o.name for o in proto.graph.output if "prob" in o.name), proto.graph.output[-1].name)
+    width: int | None = None
+    if binary:
+        for key, value in (("start", 1), ("end", 2), ("axis", 1)):
+            proto.graph.initializer.append(onnx.helper.make_tensor(f"{name}_{key}", onnx.TensorProto.INT64, [1], [value]))
+        proto.graph.node.append(onnx.helper.make_node("Slice", [score, f"{name}_start", f"{name}_end", f"{name}_axis"], [name]))
+        width = 1
+    else:
+        proto.graph.node.append(onnx.helper.make_node("Identity", [score], [name]))
+        known = next(o for o in proto.graph.output if o.name == score).type.tensor_type.shape.dim
+        width = int(known[1].dim_value) or None if len(known) == 2 else None
+    del proto.graph.output[:]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", width or "values"]))
+    name_batch(proto)
+    # Only what leads to the scores is kept; a class label would be computed for nothing.
+    needed = {name}
+    kept = []
+    for node in reversed(proto.graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(reversed(kept))
+    onnx.checker.check_model(proto)
+    return proto

@@ -1,0 +1,121 @@
+"""torch modules through torch.export; TorchScript and pickled files are refused, with the way out."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.importers.base import Imported, needs
+from shared_runtime.signature import Tensors
+
+SCRIPT = "TorchScript holds code that can't be exported: load the original module in Python and pass it to rt.load(module, example=...)"
+PICKLED = "a pickled torch file may hold code: build the module in Python, load its weights with weights_only=True and pass the module"
+
+
+class TorchImporter:
+    """`torch.nn.Module` objects; recognises torch files to say why they are refused."""
+
+    name, requires = "torch", "torch and onnxscript"
+
+    def takes(self, source: Any) -> bool:
+        if isinstance(source, Path):
+            return source.suffix in (".pt", ".pth", ".ts", ".pt2", ".ckpt") and source.is_file()
+        return any(base.__module__.startswith("torch.nn.modules") or base.__name__ == "ScriptModule" for base in type(source).__mro__)
+
+    def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
+        if isinstance(source, Path):
+            raise UnsupportedModelError(f"{source.name} is refused: {SCRIPT if _is_script(source) else PICKLED}")
+        torch = needs("torch", "a torch module")
+        needs("onnxscript", "a torch module")
+        if isinstance(source, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"a {type(source).__name__} is refused: {SCRIPT}")
+        if not example:
+            raise UnsupportedModelError("a torch module needs example={'input_name': array} with a leading batch dimension")
+        return from_module(source, example, "torch")
+
+
+def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: tuple[str, ...] = ()) -> Imported:
+    """Export a module whose inputs, in order, are `example`'s; its layers are the values of its sub-modules.
+
+    Raises UnsupportedModelError where torch.export can't.
+    """
+    import torch
+
+    from shared_runtime.graph.export import to_onnx
+
+    given = {name: np.asarray(value) for name, value in example.items()}
+    tensors = {name: torch.from_numpy(np.repeat(value[:1], 2, axis=0).copy()) for name, value in given.items()}
+    was_training = module.training
+    module.eval()
+    try:
+        proto, scopes = to_onnx(module, tensors, outputs, scopes=True)
+    except Exception as error:
+        raise UnsupportedModelError(f"torch can't export this {type(module).__name__}: {_reason(error)}") from error
+    finally:
+        module.train(was_training)
+    names = [output.name for output in proto.graph.output]
+
+    def origin(inputs: Tensors) -> Tensors:
+        return dict(zip(names, _flat(_run(module, given, inputs)), strict=True))
+
+    def layers(inputs: Tensors) -> Mapping[str, np.ndarray[Any, Any]]:
+        seen: dict[str, np.ndarray[Any, Any]] = {}
+        hooks = []
+        for path, tensor in scopes.items():
+            try:
+                part = module.get_submodule(path)
+            except AttributeError:
+                continue
+
+            def keep(_: Any, __: Any, value: Any, tensor: str = tensor) -> None:
+                if isinstance(value, torch.Tensor):
+                    seen[tensor] = value.detach().numpy()
+
+            hooks.append(part.register_forward_hook(keep))
+        try:
+            _run(module, given, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        order = {name: place for place, node in enumerate(proto.graph.node) for name in node.output}
+        return dict(sorted(seen.items(), key=lambda item: order.get(item[0], len(order))))
+
+    return Imported(proto, origin, source, given, layers)
+
+
+def _run(module: Any, given: Mapping[str, Any], inputs: Tensors) -> Any:
+    import torch
+
+    was_training = module.training
+    try:
+        with torch.inference_mode():
+            return module.eval()(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in given))
+    finally:
+        module.train(was_training)
+
+
+def _flat(value: Any) -> list[np.ndarray[Any, Any]]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [array for item in value for array in _flat(item)]
+    return [value.detach().cpu().numpy()]
+
+
+def _is_script(path: Path) -> bool:
+    if path.suffix == ".ts":
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] or type(error).__name__

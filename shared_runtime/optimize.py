@@ -1,0 +1,299 @@
+"""`rt.optimize`: every reduced form that this host's engines know, guarded by the user's metric; what passes is certified."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_runtime.backends.base import Executable, backends
+from shared_runtime.certificate import Certificate, numerics
+from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
+from shared_runtime.host import host, usable_cores
+from shared_runtime.model import Model, load
+from shared_runtime.planning.planner import difference
+from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
+from shared_runtime.quantization.forms import Form
+from shared_runtime.quantization.guard import Guard, Guarded, Report
+from shared_runtime.quantization.judge import Judge, slice_names
+from shared_runtime.quantization.metrics import Metric, agreement
+from shared_runtime.quantization.samples import SampleStore, hold_out, read_calibration, read_validation, refuse_overlap
+from shared_runtime.signature import Tensors
+from shared_runtime.variants import Variant, VariantStore, file_hashes
+
+logger = logging.getLogger(__name__)
+MAX_DROP = 0.005
+BUDGET_SECONDS = 900.0
+PROBE_ROWS, PROBE_SEED = 2, 7
+
+
+@dataclass
+class _Job:
+    """One call of `optimize`: the model, its data and its judge."""
+
+    model: Model
+    calibration: SampleStore
+    judge: Judge
+    threads: int
+    store: VariantStore
+    report: Report
+    references: dict[tuple[str, str], Executable]
+
+
+def optimize(
+    model: Model | str | Path | Any,
+    *,
+    calibration: Iterable[Any],
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    max_drop: float = MAX_DROP,
+    slices: Callable[[Tensors, Any], str] | Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    budget_s: float = BUDGET_SECONDS,
+    store: VariantStore | None = None,
+    report: Report | None = None,
+) -> Model:
+    """The model with every reduced form that passed its guard on this host; `model.refused` says why others did not.
+
+    `calibration`: an iterable of input dicts, read once, at most 300. `validation`: an iterable of (inputs, target);
+    without it a quarter of the calibration set is held out and `metric` is agreement with the float model.
+    `metric(outputs, targets)` over the lists of all outputs and targets, higher is better. `max_drop`: absolute, in
+    the metric's unit. `slices`: the slice of each validation item, or a function of (inputs, target).
+    `precisions`: of "int8", "bfloat16", "float16", "float8"; all that apply here without.
+
+    A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError.
+    """
+    loaded = model if isinstance(model, Model) else load(model)
+    wanted = _precisions(precisions)
+    data = read_calibration(calibration, loaded.signature, loaded.name)
+    report = report or (lambda text: logger.info("%s", text))
+    cores = threads or usable_cores()
+    reference = backends()["onnxruntime"].compile(loaded, "cpu", cores)
+    references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
+    try:
+        judge, data = _judge(loaded, data, validation, metric, max_drop, slices, reference)
+        job = _Job(loaded, data, judge, cores, store or VariantStore(), report, references)
+        makers = forms_for(loaded, device, wanted)
+        known, refused = dict(loaded.known), {}
+        for maker in makers:
+            try:
+                variant, why = _attempt(job, maker, budget_s / max(1, len(makers)))
+            except (UnsupportedModelError, BackendUnavailableError) as error:
+                variant, why = None, str(error)
+            if variant is None:
+                refused[maker.name] = why
+                known.pop(maker.name, None)
+                job.store.remove(loaded.sha256, maker.name)
+                report(f"{maker.name} refused: {why}")
+            else:
+                known[variant.name] = variant
+                refused.pop(maker.name, None)
+        return replace(loaded, known=known, refused=refused)
+    finally:
+        for executable in references.values():
+            executable.close()
+
+
+def _precisions(names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return PRECISIONS
+    if unknown := sorted(set(names) - set(PRECISIONS)):
+        raise UnsupportedModelError(f"unknown precision {unknown[0]!r}; expected of {', '.join(PRECISIONS)}")
+    return tuple(names)
+
+
+def _judge(
+    model: Model,
+    data: SampleStore,
+    validation: Iterable[Any] | None,
+    metric: Metric | None,
+    max_drop: float,
+    slices: Callable[[Tensors, Any], str] | Sequence[str] | None,
+    reference: Executable,
+) -> tuple[Judge, SampleStore]:
+    """The judge, and the calibration set without what it judges on."""
+    if validation is None:
+        kept, apart = hold_out(data, model.signature, model.name)
+        targets: list[Any] = [reference.run(inputs) for inputs in apart]
+        return Judge(targets, apart, targets, metric or agreement, max_drop, slice_names(slices, apart, targets)), kept
+    apart, targets = read_validation(validation, model.signature, model.name)
+    refuse_overlap(data, apart, model.name)
+    outputs = [reference.run(inputs) for inputs in apart]
+    chosen, against = (agreement, outputs) if metric is None else (metric, targets)
+    return Judge(outputs, apart, against, chosen, max_drop, slice_names(slices, apart, targets)), data
+
+
+def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None, str]:
+    """Make one form, guard it, and certify it; or None and why it was refused."""
+    why = ""
+    best: tuple[Form, Guarded] | None = None
+    for form in maker.make(job.calibration):
+        key = (form.facts.engine, form.facts.device)
+        if key not in job.references:
+            job.references[key] = backends()[key[0]].compile(job.model, key[1], job.threads)
+        found = Guard(form, job.judge, job.references[key], job.threads, budget, job.report).search()
+        if found.passed and (best is None or len(found.reverted) < len(best[1].reverted)):
+            best = (form, found)
+        why = why or found.verdict.why
+        if found.passed and not found.reverted:
+            break
+    if best is None:
+        return None, why
+    return _certify(job, *best), ""
+
+
+def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
+    judge, verdict = job.judge, found.verdict
+    executable = form.compile(found.layers, job.threads)
+    try:
+        probe_error = probe_difference(job.model, executable, job.threads)
+    finally:
+        executable.close()
+    saturated = _saturated(job, form, found)
+
+    def fill(folder: Path) -> Certificate:
+        form.save(found.layers, folder)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        return Certificate(
+            model=job.model.name,
+            sha256=job.model.sha256,
+            variant=form.facts.name,
+            precision=form.facts.precision,
+            files=file_hashes(folder),
+            metric=judge.name,
+            before=verdict.before,
+            after=verdict.after,
+            drop=verdict.drop,
+            drop_interval=verdict.interval,
+            max_drop=judge.max_drop,
+            slices=verdict.slices,
+            calibration=job.calibration.digest if form.layers else None,
+            validation=judge.samples.digest,
+            passes=form.passes,
+            layers=len(form.layers),
+            reverted=found.reverted,
+            saturated=saturated,
+            probe_error=probe_error,
+            bytes=size or job.model.graph.stat().st_size,
+            float_bytes=job.model.graph.stat().st_size,
+            speedup=None if found.speedup is None else round(found.speedup, 3),
+            numerics=numerics(form.facts.engine, form.facts.device),
+            host=host().fingerprint,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+    variant = job.store.write(job.model.sha256, form.facts, fill)
+    job.report(f"{form.facts.name} certified: {judge.name} {verdict.before:.4g} to {verdict.after:.4g}")
+    return variant
+
+
+def probe_difference(model: Model, executable: Any, threads: int) -> float:
+    """Relative difference of an executable from the float reference on the signature's own seeded inputs."""
+    probe = model.signature.random(PROBE_ROWS, PROBE_SEED)
+    reference = backends()["onnxruntime"].compile(model, "cpu", threads)
+    try:
+        return difference(executable.run(probe), reference.run(probe))
+    finally:
+        reference.close()
+
+
+def _saturated(job: _Job, form: Form, found: Guarded) -> int | None:
+    """How many sums would saturate on a CPU without VNNI; None where the form has no INT8 arithmetic of that kind."""
+    from shared_runtime.quantization.onnxruntime_int8 import StaticInt8
+    from shared_runtime.quantization.saturation import count_saturation
+
+    if not isinstance(form, StaticInt8):
+        return None
+    return sum(layer.saturated for layer in count_saturation(form.proto(found.layers), job.calibration[0]))
+
+
+@dataclass
+class Quantizer:
+    """The guarded optimiser in the field's usual form: `Quantizer(model, precision="int8", calibration_data=...).run()`.
+
+    Raises VariantRefusedError from `run` where no form in that precision passes; the model that was given stays as it is.
+    """
+
+    model: Any
+    precision: str = "int8"
+    calibration_data: Iterable[Any] = ()
+    validation_data: Iterable[Any] | None = None
+    metric: Metric | None = None
+    max_drop: float = MAX_DROP
+    device: str = "auto"
+    threads: int | None = None
+    budget_s: float = BUDGET_SECONDS
+
+    def run(self) -> Model:
+        """The model with the certified variants of that precision."""
+        made = optimize(
+            self.model,
+            calibration=self.calibration_data,
+            validation=self.validation_data,
+            metric=self.metric,
+            max_drop=self.max_drop,
+            precisions=(self.precision,),
+            device=self.device,
+            threads=self.threads,
+            budget_s=self.budget_s,
+        )
+        if not any(made.variant(name).facts.precision.startswith(self.precision) for name in made.variants):
+            reasons = "; ".join(f"{name}: {why}" for name, why in made.refused.items()) or "no engine here has it"
+            raise VariantRefusedError(f"no {self.precision} form of {made.name!r} passed: {reasons}; the float model is unchanged")
+        return made
+
+
+def verify(
+    model: Model,
+    variant: str,
+    *,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    threads: int | None = None,
+    slices: Callable[[Tensors, Any], str] | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Compute a certificate again: files, host and the difference on seeded inputs always; the metric where
+    `validation` (and its `metric`, agreement without) is given. `holds` says whether all of it agrees."""
+    known = model.known.get(variant)
+    if known is None or known.certificate is None:
+        raise ModelError(f"model {model.name!r} has no variant {variant!r} with a certificate; it has {list(model.known) or 'none'}")
+    certificate, cores = known.certificate, threads or usable_cores()
+    found: dict[str, Any] = {"variant": variant, "void": known.why_void, "certificate": {"probe_error": certificate.probe_error}}
+    if known.why_void:
+        return {**found, "holds": False}
+    executable = backends()[known.facts.engine].compile(model, known.facts.device, cores, known)
+    try:
+        found["probe_error"] = probe_difference(model, executable, cores)
+        same = bool(np.isclose(found["probe_error"], certificate.probe_error, rtol=0.05, atol=1e-5))
+        if validation is not None:
+            reference = backends()["onnxruntime"].compile(model, "cpu", cores)
+            try:
+                judge = _judge_again(model, validation, metric, certificate, slices, reference)
+            finally:
+                reference.close()
+            verdict = judge.judge(judge.run(executable))
+            found |= {"metric": judge.name, "before": verdict.before, "after": verdict.after, "drop": verdict.drop}
+            found |= {"drop_interval": verdict.interval, "why": verdict.why}
+            found["same_validation_set"] = judge.samples.digest == certificate.validation
+            same = same and not verdict.why
+            if found["same_validation_set"] and judge.name == certificate.metric:
+                same = same and bool(np.isclose(verdict.after, certificate.after, rtol=0, atol=max(1e-3, certificate.max_drop / 5)))
+    finally:
+        executable.close()
+    return {**found, "holds": same}
+
+
+def _judge_again(
+    model: Model, validation: Iterable[Any], metric: Metric | None, certificate: Certificate, slices: Any, reference: Any
+) -> Judge:
+    apart, targets = read_validation(validation, model.signature, model.name)
+    outputs = [reference.run(inputs) for inputs in apart]
+    chosen, against = (agreement, outputs) if metric is None else (metric, targets)
+    return Judge(outputs, apart, against, chosen, certificate.max_drop, slice_names(slices, apart, targets))

@@ -1,0 +1,129 @@
+"""What a plan is the best at: latency, throughput within a latency limit, memory, or energy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared_runtime.backends.base import Executable
+from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.planning.measure import Timed
+from shared_runtime.signature import Tensors
+
+if TYPE_CHECKING:
+    from shared_runtime.model import Model
+
+KINDS = ("latency", "throughput", "memory", "energy")
+ENERGY_SECONDS = 1.0
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Lower is better; `why` says in words why it lost, where times alone do not."""
+
+    value: float
+    why: str = ""
+    memory_mib: float | None = None
+    joules: float | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`kind`: latency (fastest at each number of rows), throughput (most rows a second whose p99 stays under
+    `p99_ms`), memory (smallest peak of a process that runs one row) or energy (fewest joules a thousand rows)."""
+
+    kind: str = "latency"
+    p99_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown objective {self.kind!r}; expected one of {', '.join(KINDS)}")
+
+    def scores(self, model: Model, contenders: Sequence[tuple[Any, Executable, dict[int, Timed]]], probe: Tensors) -> list[Score]:
+        """A score a contender: (candidate, executable, times by rows). Raises BackendUnavailableError where energy can't be read."""
+        if self.kind == "throughput":
+            return [self._throughput(timed) for _, _, timed in contenders]
+        if self.kind == "memory":
+            return [_memory(model, candidate) for candidate, _, _ in contenders]
+        if self.kind == "energy":
+            return [_energy(executable, probe) for _, executable, _ in contenders]
+        return [Score(timed[min(timed)].median) for _, _, timed in contenders]
+
+    def _throughput(self, timed: dict[int, Timed]) -> Score:
+        limit = float("inf") if self.p99_ms is None else self.p99_ms / 1e3
+        fits = {rows: t for rows, t in timed.items() if t.quantile(0.99) <= limit}
+        if not fits:
+            return Score(float("inf"), f"p99 over {self.p99_ms} ms at every number of rows")
+        rows, best = min(fits.items(), key=lambda item: item[1].median / item[0])
+        return Score(best.median / rows, f"{rows / best.median:.1f} rows/s at best, at {rows} rows")
+
+
+LATENCY = Objective()
+
+
+def _memory(model: Model, candidate: Any) -> Score:
+    """Peak resident memory of a fresh process that loads the candidate and runs one row, over one that only imports [MiB]."""
+    facts = {
+        "graph": str(model.graph),
+        "folder": str(model.graph.parent),
+        "variant": candidate.variant,
+        "backend": candidate.backend,
+        "device": candidate.device,
+        "threads": candidate.threads,
+        "mode": candidate.mode,
+    }
+    command = [sys.executable, "-m", "shared_runtime.planning.footprint", json.dumps(facts)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if answer.returncode:
+        return Score(float("inf"), f"its memory could not be measured: {answer.stderr.strip().splitlines()[-1:]}")
+    peak = float(json.loads(answer.stdout)["peak_mib"])
+    return Score(peak, f"{peak:.0f} MiB", memory_mib=round(peak, 1))
+
+
+def energy_counter() -> Path | None:
+    """The processor's energy counter (RAPL, microjoules) where it can be read."""
+    for path in sorted(POWERCAP.glob("*rapl:0/energy_uj")):
+        try:
+            path.read_text()
+        except OSError:
+            continue
+        return path
+    return None
+
+
+def _energy(executable: Executable, probe: Tensors) -> Score:
+    read = _nvml() if executable.device == "cuda" else _rapl()
+    begin, runs, start = read(), 0, time.monotonic()
+    while time.monotonic() - start < ENERGY_SECONDS:
+        executable.run(probe)
+        runs += 1
+    joules = 1000 * (read() - begin) / runs
+    return Score(joules, f"{joules:.2f} J a thousand rows", joules=round(joules, 3))
+
+
+def _rapl() -> Any:
+    counter = energy_counter()
+    if counter is None:
+        raise BackendUnavailableError(
+            f"energy can't be measured: no RAPL counter under {POWERCAP} can be read; choose the objective latency, throughput or memory"
+        )
+    return lambda: int(counter.read_text()) / 1e6
+
+
+def _nvml() -> Any:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception as error:
+        raise BackendUnavailableError(f"energy can't be measured: NVML gives no counter ({error}); pip install nvidia-ml-py") from error
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3

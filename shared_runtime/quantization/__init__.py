@@ -1,0 +1,1 @@
+"""Smaller and faster forms of a model, and the guard that lets them pass."""

@@ -1,0 +1,178 @@
+"""The guarded search: reduce everything, measure, and put layers back to float until the metric holds and nothing is slower.
+
+The idea of ranking layers by the harm that they do is NNCF's accuracy control; added here are slices, intervals,
+the same guard over speed, and a bisection that puts back as few layers as it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared_runtime.backends.base import Executable
+from shared_runtime.certificate import Reversion
+from shared_runtime.planning.measure import Timed, interleave
+from shared_runtime.quantization.forms import Form
+from shared_runtime.quantization.judge import Judge, Verdict
+from shared_runtime.signature import Tensors
+
+logger = logging.getLogger(__name__)
+RANKING_ITEMS = 8
+SLOWER, NOTICEABLE = 1.15, 0.02
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What the search found: the layers put back and why, the last verdict, and how much faster than float it is here."""
+
+    verdict: Verdict
+    reverted: tuple[Reversion, ...]
+    speedup: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the form may be certified."""
+        return not self.verdict.why
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers in float."""
+        return frozenset(item.layer for item in self.reverted)
+
+
+class Guard:
+    """Searches one form. `reference` is the float model in the same engine, `budget_s` the time for ranking and measuring."""
+
+    def __init__(
+        self, form: Form, judge: Judge, reference: Executable, threads: int, budget_s: float, report: Report | None = None
+    ) -> None:
+        self._form, self._judge, self._reference, self._threads = form, judge, reference, threads
+        self._end = time.monotonic() + budget_s
+        self._report = report or (lambda text: logger.info("%s", text))
+
+    def search(self) -> Guarded:
+        """The form with as few layers in float as pass, or the verdict that it does not pass."""
+        verdict, outputs = self._measure(frozenset())
+        self._tell(0, verdict)
+        reverted: tuple[Reversion, ...] = ()
+        if verdict.why and self._form.layers:
+            verdict, reverted = self._revert_for_accuracy(verdict, outputs)
+        if verdict.why:
+            return Guarded(verdict, reverted, None)
+        speedup = self._speedup(frozenset(item.layer for item in reverted))
+        return self._revert_for_speed(Guarded(verdict, reverted, speedup))
+
+    def _measure(self, reverted: frozenset[str]) -> tuple[Verdict, list[Tensors]]:
+        executable = self._form.compile(reverted, self._threads)
+        try:
+            outputs = self._judge.run(executable)
+        finally:
+            executable.close()
+        return self._judge.judge(outputs), outputs
+
+    def _tell(self, count: int, verdict: Verdict) -> None:
+        state = verdict.why or f"{self._judge.name} {verdict.before:.4g} to {verdict.after:.4g}: passes"
+        self._report(f"{self._form.facts.name}, {count} of {len(self._form.layers)} layers in float: {state}")
+
+    def _revert_for_accuracy(self, verdict: Verdict, outputs: Sequence[Tensors]) -> tuple[Verdict, tuple[Reversion, ...]]:
+        """Grow the set of the most harmful layers until it passes, then shrink it by bisection; measured anew each time."""
+        harm = self._rank(outputs)
+        order = sorted(self._form.layers, key=lambda layer: -harm.get(layer, 0.0))
+        low, high, best = 0, 1, None
+        while True:
+            high = min(high, len(order))
+            tried, _ = self._measure(frozenset(order[:high]))
+            self._tell(high, tried)
+            if not tried.why:
+                best = tried
+                break
+            if high == len(order) or time.monotonic() > self._end:
+                return tried, _reversions(order[:high], harm)
+            low, high = high, 2 * high
+        while high - low > 1 and time.monotonic() < self._end:
+            middle = (low + high) // 2
+            tried, _ = self._measure(frozenset(order[:middle]))
+            self._tell(middle, tried)
+            if tried.why:
+                low = middle
+            else:
+                high, best = middle, tried
+        if high == len(order):
+            why = f"every layer had to go back to float to keep {self._judge.name} within {self._judge.max_drop:.4g}"
+            return Verdict(best.before, best.after, best.interval, best.slices, why), _reversions(order, harm)
+        return best, _reversions(order[:high], harm)
+
+    def _rank(self, outputs: Sequence[Tensors]) -> dict[str, float]:
+        """Harm of each layer: how much of the output error goes away when it alone is in float, on the items that suffer most."""
+        errors = [_error(mine, theirs) for mine, theirs in zip(outputs, self._judge.reference, strict=True)]
+        worst = [int(i) for i in np.argsort(errors)[::-1][:RANKING_ITEMS]]
+        base = float(np.mean([errors[i] for i in worst]))
+        harm: dict[str, float] = {}
+        start = time.monotonic()
+        room = (self._end - start) / 2
+        for layer in self._form.layers:
+            executable = self._form.compile(frozenset((layer,)), self._threads)
+            try:
+                left = [_error(executable.run(self._judge.samples[i]), self._judge.reference[i]) for i in worst]
+            finally:
+                executable.close()
+            harm[layer] = base - float(np.mean(left))
+            if time.monotonic() - start > room:
+                self._report(f"{len(harm)} of {len(self._form.layers)} layers ranked in the time there is")
+                break
+        return harm
+
+    def _speedup(self, reverted: frozenset[str]) -> float:
+        executable = self._form.compile(reverted, self._threads)
+        inputs = self._judge.samples[0]
+        try:
+            executable.run(inputs), self._reference.run(inputs)
+            mine, theirs = Timed(lambda: executable.run(inputs)), Timed(lambda: self._reference.run(inputs))
+            interleave([mine, theirs], 2.0, hopeless=float("inf"))
+        finally:
+            executable.close()
+        return theirs.median / mine.median
+
+    def _revert_for_speed(self, found: Guarded) -> Guarded:
+        """Put back layers whose INT8 form is slower here, where the whole is faster for it and still passes."""
+        if not self._form.layers or time.monotonic() > self._end:
+            return found
+        quick = self._form.layer_times(found.layers, self._threads)
+        plain = self._form.layer_times(frozenset(self._form.layers), self._threads)
+        total = sum(plain.values())
+        slower = {
+            layer: quick[layer] / plain[layer]
+            for layer in self._form.layers
+            if layer in quick and plain.get(layer) and quick[layer] > SLOWER * plain[layer] and quick[layer] > NOTICEABLE * total
+        }
+        more = {layer: ratio for layer, ratio in slower.items() if layer not in found.layers}
+        if not more or len(found.layers) + len(more) == len(self._form.layers):
+            return found
+        wider = found.layers | set(more)
+        speedup = self._speedup(wider)
+        if found.speedup is None or speedup <= 1.02 * found.speedup:
+            return found
+        verdict, _ = self._measure(wider)
+        if verdict.why:
+            return found
+        self._report(f"{self._form.facts.name}: {len(more)} layers are slower here than in float and go back to it")
+        return Guarded(verdict, (*found.reverted, *(Reversion(k, "speed", round(v, 3)) for k, v in more.items())), speedup)
+
+
+def _reversions(layers: Sequence[str], harm: dict[str, float]) -> tuple[Reversion, ...]:
+    return tuple(Reversion(layer, "accuracy", round(harm.get(layer, 0.0), 6)) for layer in layers)
+
+
+def _error(outputs: Tensors, reference: Tensors) -> float:
+    """Mean relative difference of the outputs; 1 where an output is not finite."""
+    errors = []
+    for name, expected in reference.items():
+        a, b = outputs[name].astype(np.float64), expected.astype(np.float64)
+        distance = np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12)
+        errors.append(float(distance) if np.isfinite(distance) else 1.0)
+    return float(np.mean(errors))

@@ -1,0 +1,112 @@
+"""Metrics for the guard: `metric(outputs, targets) -> float`, higher is better, over lists of output dicts and targets.
+
+Each takes the model's first output unless it is made for another by name: `named("logits", top1)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shared_runtime.signature import Tensors
+
+Metric = Callable[[Sequence[Tensors], Sequence[Any]], float]
+
+
+def correlation(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
+    """Agreement in value with the float model: Pearson's correlation an item and output, the mean over items, the worst output."""
+    return min(float(np.mean([_correlation(o[name], t[name]) for o, t in zip(outputs, targets, strict=True)])) for name in targets[0])
+
+
+def agreement(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
+    """Agreement with the float model where there are no labels: the lower of `correlation` and, for outputs that
+    hold classes on axis 1 (2 to 4096 of them), the share of places where the same class is highest."""
+    worst = correlation(outputs, targets)
+    for name, first in targets[0].items():
+        if first.ndim >= 2 and 2 <= first.shape[1] <= 4096 and first.dtype.kind == "f":
+            same = [np.mean(o[name].argmax(1) == t[name].argmax(1)) for o, t in zip(outputs, targets, strict=True)]
+            worst = min(worst, float(np.mean(same)))
+    return worst
+
+
+def top1(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+    """Share of rows whose highest class (axis 1 of the first output) is the target's."""
+    hits = [np.asarray(_first(o).argmax(1)).ravel() == np.asarray(t).ravel() for o, t in zip(outputs, targets, strict=True)]
+    return float(np.mean(np.concatenate(hits)))
+
+
+def dice(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+    """Mean Dice of the foreground classes; targets are label maps (N, ...) for outputs (N, classes, ...)."""
+    scores = []
+    for output, target in zip(outputs, targets, strict=True):
+        scores_of = _first(output)
+        labels, wanted = scores_of.argmax(1), np.asarray(target).reshape(len(scores_of), *scores_of.shape[2:])
+        for label in range(1, scores_of.shape[1]):
+            a, b = labels == label, wanted == label
+            if a.any() or b.any():
+                scores.append(2 * np.sum(a & b) / (np.sum(a) + np.sum(b)))
+    return float(np.mean(scores)) if scores else 1.0
+
+
+def average_precision(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+    """Average precision of the first output (the last class's score where it has several)."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(_flat(targets), _scores(outputs)))
+
+
+def auroc(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+    """Area under the ROC curve of the first output (the last class's score where it has several)."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(_flat(targets), _scores(outputs)))
+
+
+def named(output: str, metric: Metric) -> Metric:
+    """`metric` on one output by name."""
+
+    def of_one(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+        return metric([{output: item[output]} for item in outputs], targets)
+
+    of_one.__name__ = f"{getattr(metric, '__name__', 'metric')}:{output}"
+    return of_one
+
+
+METRICS: Mapping[str, Metric] = {
+    "agreement": agreement,
+    "correlation": correlation,
+    "top1": top1,
+    "dice": dice,
+    "average_precision": average_precision,
+    "auroc": auroc,
+}
+
+
+def _first(output: Tensors) -> np.ndarray[Any, Any]:
+    return next(iter(output.values()))
+
+
+def _scores(outputs: Sequence[Tensors]) -> np.ndarray[Any, Any]:
+    rows = [_first(o).reshape(len(_first(o)), -1)[:, -1] for o in outputs]
+    return np.concatenate(rows)
+
+
+def _flat(targets: Sequence[Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.asarray(target).ravel() for target in targets])
+
+
+def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    if not np.isfinite(x).all():
+        return 0.0
+    if x.size > 1 and np.ptp(y) > 0:
+        x, y = x - x.mean(), y - y.mean()
+    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if scale == 0.0:
+        return 1.0 if np.array_equal(x, y) else 0.0
+    if x.size < 3:  # too few values to correlate: their relative difference
+        scale = max(float(np.linalg.norm(b.astype(np.float64))), 1e-12)
+        return max(0.0, 1.0 - float(np.linalg.norm(a.astype(np.float64) - b)) / scale)
+    return float(x @ y / scale)

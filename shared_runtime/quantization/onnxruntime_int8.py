@@ -1,0 +1,254 @@
+"""INT8 for ONNX Runtime: static (QDQ or operator form), dynamic, and weights alone."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from shared_runtime.backends.base import Executable
+from shared_runtime.backends.onnxruntime import compile_file, profiled_run
+from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.passes.base import opset, prepared
+from shared_runtime.model import Model
+from shared_runtime.quantization.openvino_int8 import overflows
+from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.variants import VariantFacts
+
+STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
+METHODS = ("minmax", "entropy", "percentile")
+SMALLEST = 256
+"""Weights with fewer elements stay in float: their scales would weigh more than they save."""
+
+
+class _OnnxForm:
+    """What the three have in common: a graph that is built anew for the layers put back to float."""
+
+    facts: VariantFacts
+    layers: tuple[str, ...]
+    passes: tuple[str, ...]
+
+    def __init__(self, model: Model, facts: VariantFacts) -> None:
+        self._model, self.facts = model, facts
+        self._work = tempfile.TemporaryDirectory(prefix="triscope-int8-")
+
+    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        """The quantized graph with those layers in float."""
+        raise NotImplementedError
+
+    def compile(self, reverted: frozenset[str], threads: int) -> Executable:
+        path = Path(self._work.name) / "candidate.onnx"
+        onnx.save(self.proto(reverted), path)
+        return compile_file(self._model.name, path, "cpu", threads, self.facts.precision)
+
+    def save(self, reverted: frozenset[str], folder: Path) -> None:
+        onnx.save(self.proto(reverted), folder / self.facts.graph)
+
+    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+        path = Path(self._work.name) / "timed.onnx"
+        onnx.save(self.proto(reverted), path)
+        return node_times(self._model, path, threads)
+
+
+class StaticInt8(_OnnxForm):
+    """Weights and activations in INT8 with ranges from the calibration set, a channel at a time."""
+
+    def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", operators: bool = False) -> None:
+        name = "int8-onnxruntime-operators" if operators else "int8-onnxruntime"
+        super().__init__(model, VariantFacts(name, "int8", "onnxruntime", "cpu", "model.onnx"))
+        self._operators, self._half = operators, overflows()
+        self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
+        self._prepared = _prepared(model, Path(self._work.name))
+        self.layers = _layers(self._prepared, STATIC_KINDS)
+        if not self.layers:
+            raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
+        self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))
+
+    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+        common: dict[str, Any] = {
+            "per_channel": True,
+            "reduce_range": self._half,
+            "weight_qType": QuantType.QInt8,
+            "activation_qType": QuantType.QUInt8,
+            "tensors_range": self._ranges,
+            "nodes_to_quantize": [],
+            "nodes_to_exclude": sorted(reverted),
+            "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
+            "extra_options": {},
+        }
+        proto = onnx.load(self._prepared)
+        with _silent():
+            if self._operators:
+                quantizer = ONNXQuantizer(proto, mode=_mode("QLinearOps"), static=True, **common)
+            else:
+                quantizer = QDQQuantizer(proto, **common)
+            quantizer.quantize_model()
+        return quantizer.model.model
+
+
+class DynamicInt8(_OnnxForm):
+    """Weights in INT8, activations quantized from each request's own range: for matrix products and LSTM."""
+
+    passes = ("onnxruntime dynamic",)
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
+        self._prepared = _prepared(model, Path(self._work.name))
+        self.layers = _layers(self._prepared, DYNAMIC_KINDS)
+        if not self.layers:
+            raise UnsupportedModelError(f"{model.name!r} has no layer for dynamic INT8 ({', '.join(DYNAMIC_KINDS)} with constant weights)")
+
+    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with _silent():
+            path = Path(self._work.name) / "dynamic.onnx"
+            quantize_dynamic(
+                self._prepared,
+                path,
+                op_types_to_quantize=list(DYNAMIC_KINDS),
+                per_channel=True,
+                reduce_range=overflows(),
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=sorted(reverted),
+            )
+        return onnx.load(path)
+
+
+class WeightOnlyInt8(_OnnxForm):
+    """Weights stored in INT8, symmetric, one scale a channel, and computed in float: a quarter of the size, nearly the float values."""
+
+    passes = ("weights alone",)
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model, VariantFacts("int8-weights", "int8 weights", "onnxruntime", "cpu", "model.onnx"))
+        self._prepared = _prepared(model, Path(self._work.name))
+        self.layers = _layers(self._prepared, (*STATIC_KINDS, "LSTM"))
+        if not self.layers:
+            raise UnsupportedModelError(f"{model.name!r} has no layer with constant weights of {SMALLEST} elements or more")
+
+    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        proto = onnx.load(self._prepared)
+        kept = {name for node in proto.graph.node if node.name in reverted for name in node.input}
+        axes = {name: axis for node in proto.graph.node for name, axis in _weights(node)}
+        for item in [i for i in proto.graph.initializer if i.name in axes and i.name not in kept]:
+            values = numpy_helper.to_array(item)
+            if values.dtype != np.float32 or values.size < SMALLEST:
+                continue
+            if opset(proto) < 13:
+                raise UnsupportedModelError(f"weights in INT8 need opset 13, {self._model.name!r} has {opset(proto)}: apply opset-upgrade")
+            axis = axes[item.name] % values.ndim
+            others = tuple(a for a in range(values.ndim) if a != axis)
+            scale = np.maximum(np.abs(values).max(axis=others) / 127.0, 1e-12).astype(np.float32)
+            shape = [-1 if a == axis else 1 for a in range(values.ndim)]
+            stored = np.clip(np.round(values / scale.reshape(shape)), -127, 127).astype(np.int8)
+            proto.graph.initializer.remove(item)
+            proto.graph.initializer.append(numpy_helper.from_array(stored, f"{item.name}_int8"))
+            proto.graph.initializer.append(numpy_helper.from_array(scale, f"{item.name}_scale"))
+            node = helper.make_node("DequantizeLinear", [f"{item.name}_int8", f"{item.name}_scale"], [item.name], axis=axis)
+            proto.graph.node.insert(0, node)
+        return proto
+
+
+def _weights(node: onnx.NodeProto) -> list[tuple[str, int]]:
+    """The constant operands of a layer that may be stored in INT8, with their channel axis."""
+    if node.op_type == "Conv":
+        return [(node.input[1], 0)]
+    if node.op_type == "ConvTranspose":
+        return [(node.input[1], 1)]
+    if node.op_type == "Gemm":
+        return [(node.input[1], 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1)]
+    if node.op_type == "MatMul":
+        return [(node.input[0], -2), (node.input[1], -1)]
+    if node.op_type == "LSTM":
+        return [(node.input[1], 1), (node.input[2], 1)]
+    return []
+
+
+def _prepared(model: Model, folder: Path) -> Path:
+    """The float graph with shapes inferred and every node named, as the quantizers need it."""
+    proto = prepared(onnx.load(str(model.graph)))
+    try:
+        proto = onnx.shape_inference.infer_shapes(proto)
+    except Exception as error:
+        raise UnsupportedModelError(f"shapes of {model.name!r} can't be inferred: {error}") from error
+    path = folder / "prepared.onnx"
+    onnx.save(proto, path)
+    return path
+
+
+def _layers(path: Path, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    proto = onnx.load(path)
+    constant = {item.name for item in proto.graph.initializer}
+    return tuple(n.name for n in proto.graph.node if n.op_type in kinds and any(name in constant for name in n.input))
+
+
+class _Reader:
+    """The calibration set as ONNX Runtime reads it: one sample at a time from disk."""
+
+    def __init__(self, samples: SampleStore) -> None:
+        self._samples: Iterator[Any] = iter(samples)
+
+    def get_next(self) -> Any:
+        return next(self._samples, None)
+
+
+def _calibrate(path: Path, samples: SampleStore, method: str, folder: Path) -> Any:
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+    from onnxruntime.quantization.registry import QDQRegistry
+
+    kinds = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
+    if method not in kinds:
+        raise UnsupportedModelError(f"unknown calibration {method!r}; expected one of {', '.join(kinds)}")
+    with _silent():
+        calibrator = create_calibrator(
+            path,
+            op_types_to_calibrate=list(QDQRegistry),
+            augmented_model_path=str(folder / "augmented.onnx"),
+            calibrate_method=kinds[method],
+        )
+        for inputs in samples:
+            # One sample a call: what the calibrator keeps between calls is ranges and histograms, not tensors.
+            calibrator.collect_data(_Reader([inputs]))  # type: ignore[arg-type]
+        return calibrator.compute_data()
+
+
+def _mode(name: str) -> Any:
+    from onnxruntime.quantization.quant_utils import QuantizationMode
+
+    return QuantizationMode[name]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """ONNX Runtime's quantizer warns on the root logger about what is done here on purpose."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def node_times(model: Model, path: Path, threads: int) -> dict[str, float]:
+    """Seconds of each node of an ONNX graph in one run, by the name it had before ONNX Runtime fused it."""
+    times: dict[str, float] = {}
+    runs = 5
+    for event in profiled_run(model.name, path, model.signature.random(), "cpu", threads, runs):
+        name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc").removesuffix("_quant")
+        times[name] = times.get(name, 0.0) + event["dur"] / 1e6 / runs
+    return times

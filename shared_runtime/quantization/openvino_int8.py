@@ -1,0 +1,200 @@
+"""INT8 for OpenVINO by NNCF, and the precisions that OpenVINO reaches by itself (bfloat16)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared_runtime.backends.base import Executable
+from shared_runtime.backends.openvino import HINTS, compile_graph
+from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.host import host
+from shared_runtime.model import Model
+from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, VariantFacts
+
+WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "LSTMCell", "GRUSequence")
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
+METHODS = {"minmax": ("MIN", "MAX"), "percentile": ("QUANTILE", "QUANTILE")}
+
+
+class EnginePrecision:
+    """OpenVINO left to compute in bfloat16, by name and with a certificate instead of by default."""
+
+    layers: tuple[str, ...] = ()
+    passes = ("engine precision",)
+
+    def __init__(self, model: Model, precision: str) -> None:
+        self.facts = VariantFacts(f"{precision}-openvino", precision, "openvino", "cpu", "", precision)
+        self._model = model
+
+    def compile(self, reverted: frozenset[str], threads: int) -> Executable:
+        outputs = [spec.name for spec in self._model.signature.outputs]
+        return compile_graph(self._model.name, self._model.graph, outputs, threads, self.facts.rest, self.facts.precision)
+
+    def save(self, reverted: frozenset[str], folder: Path) -> None:
+        """Nothing to write: the float graph is what runs."""
+
+    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+        return {}
+
+
+class OpenVinoInt8:
+    """NNCF's post-training quantization of one model; a layer goes back to float by taking the quantizers off its inputs."""
+
+    passes: tuple[str, ...]
+
+    def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", rest: str = FLOAT) -> None:
+        self.facts = _facts(rest)
+        self._model = model
+        self.passes = (f"nncf {method}", *(("half range weights",) if overflows() else ()))
+        self._quantized = _quantize(model, calibration, method)
+        self.layers = tuple(op.get_friendly_name() for op in _quantized_layers(self._quantized))
+
+    def with_rest(self, rest: str) -> OpenVinoInt8:
+        """The same quantization with another precision for what is not quantized."""
+        other = object.__new__(OpenVinoInt8)
+        other.__dict__.update(self.__dict__)
+        other.facts = _facts(rest)
+        return other
+
+    def network(self, reverted: frozenset[str]) -> Any:
+        """A copy of the quantized network with those layers in float."""
+        network = self._quantized.clone()
+        for op in _quantized_layers(network):
+            if op.get_friendly_name() in reverted:
+                for port in op.inputs():
+                    source = port.get_source_output().get_node()
+                    if source.get_type_name() == "FakeQuantize":
+                        port.replace_source_output(source.input_value(0))
+        network.validate_nodes_and_infer_types()
+        return network
+
+    def compile(self, reverted: frozenset[str], threads: int) -> Executable:
+        outputs = [spec.name for spec in self._model.signature.outputs]
+        return compile_graph(self._model.name, self.network(reverted), outputs, threads, self.facts.rest, "int8")
+
+    def save(self, reverted: frozenset[str], folder: Path) -> None:
+        import openvino
+
+        openvino.save_model(self.network(reverted), str(folder / self.facts.graph), compress_to_fp16=False)
+
+    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+        return network_times(self.network(reverted), self._model.signature.random(), threads, self.facts.rest)
+
+
+def _facts(rest: str) -> VariantFacts:
+    name = "int8-openvino" if rest == FLOAT else f"int8-{rest}-openvino"
+    return VariantFacts(name, "int8", "openvino", "cpu", "model.xml", rest)
+
+
+def overflows() -> bool:
+    """Whether this CPU adds products of bytes in 16 bits (no VNNI): weights are then kept to half their range."""
+    flags = set(host().vector)
+    return "avx2" in flags and not flags & set(VNNI)
+
+
+def lacks() -> str:
+    """What is missing for INT8 in OpenVINO; "" where nothing is."""
+    for package in ("openvino", "nncf"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} (pip install 'triscope[optimize]')"
+    return ""
+
+
+def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
+    if missing := lacks():
+        raise BackendUnavailableError(f"INT8 for OpenVINO lacks {missing}")
+    import nncf
+    import openvino
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    try:
+        network = openvino.Core().read_model(str(model.graph))
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"OpenVINO can't read {model.name!r}: {' '.join(str(error).split())}") from error
+    kinds = [op.get_type_name() for op in network.get_ops()]
+    if not set(kinds) & set(WEIGHTED):
+        raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute (convolution, matrix product, LSTM)")
+    ranges = {"minmax": RangeEstimatorParametersSet.MINMAX, "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE}[method]
+    options = AdvancedQuantizationParameters(
+        overflow_fix=OverflowFix.ENABLE if overflows() else OverflowFix.DISABLE,
+        activations_range_estimator_params=ranges,
+        disable_bias_correction=any(kind.startswith("LSTM") for kind in kinds),
+    )
+    transformer = kinds.count("Softmax") >= 2 and kinds.count("MatMul") > kinds.count("Convolution")
+    names = {port.get_any_name() for port in network.inputs}
+
+    def items() -> Iterator[Tensors]:
+        for inputs in calibration:
+            yield {name: value for name, value in inputs.items() if name in names}
+
+    with _quiet():
+        try:
+            return nncf.quantize(
+                network,
+                nncf.Dataset(_Again(items)),
+                subset_size=len(calibration),
+                target_device=nncf.TargetDevice.CPU,
+                model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+                advanced_parameters=options,
+            )
+        except Exception as error:
+            raise UnsupportedModelError(f"NNCF can't quantize {model.name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+class _Again:
+    """An iterable that starts anew each time."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return iter(self._make())
+
+
+class _quiet:
+    """NNCF draws its own progress bars; they are kept off the terminal."""
+
+    def __enter__(self) -> None:
+        import nncf.common.logging.track_progress as bars
+
+        self._bars, self._real = bars, bars.track.__init__
+
+        def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
+            self._real(bar, *args, **{**kwargs, "disable": True})
+
+        bars.track.__init__ = hidden
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.track.__init__ = self._real
+
+
+def _quantized_layers(network: Any) -> list[Any]:
+    return [
+        op
+        for op in network.get_ordered_ops()
+        if op.get_type_name() in WEIGHTED
+        and any(port.get_source_output().get_node().get_type_name() == "FakeQuantize" for port in op.inputs())
+    ]
+
+
+def network_times(network: Any, inputs: Tensors, threads: int, rest: str) -> dict[str, float]:
+    """Seconds of each node of an OpenVINO network in one run (median of five), by name."""
+    import numpy as np
+    import openvino
+
+    properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
+    request = openvino.Core().compile_model(network, "CPU", properties).create_infer_request()
+    runs: dict[str, list[float]] = {}
+    for _ in range(6):
+        request.infer(inputs)
+        for info in request.profiling_info:
+            runs.setdefault(info.node_name, []).append(info.real_time.total_seconds())
+    return {name: float(np.median(times[1:])) for name, times in runs.items()}

@@ -1,0 +1,126 @@
+"""Calibration and validation data: any iterable, read once, checked, hashed, and kept on disk instead of in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_runtime.certificate import DataDigest
+from shared_runtime.errors import CalibrationError, InputError
+from shared_runtime.signature import Signature, Tensors
+
+MOST_SAMPLES = 300
+
+
+class SampleStore:
+    """Checked samples (input dicts) in a temporary folder that lives as long as this object; iterable any number of times."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="triscope-samples-")
+        self._digest = hashlib.sha256()
+        self.items, self.rows = 0, 0
+        self.row_hashes: set[bytes] = set()
+
+    def add(self, inputs: Mapping[str, Any], signature: Signature, model: str) -> None:
+        """Keep one sample. Raises CalibrationError where it does not fit the signature or holds what is not a number."""
+        place = f"{self.name} sample {self.items} of {model!r}"
+        if not isinstance(inputs, Mapping):
+            raise CalibrationError(
+                f"{place} is a {type(inputs).__name__}; expected a dict of arrays by input name, with a leading batch dimension"
+            )
+        try:
+            checked = signature.check(inputs, model)
+        except InputError as error:
+            raise CalibrationError(f"{place} does not fit: {error}") from error
+        for name, value in checked.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                bad = int(np.size(value) - np.isfinite(value).sum())
+                raise CalibrationError(f"{place}: input {name!r} holds {bad} values that are not finite; clean the data first")
+        rows = len(next(iter(checked.values())))
+        if not rows:
+            raise CalibrationError(f"{place} has no rows")
+        for row in range(rows):
+            digest = hashlib.sha256()
+            for name in sorted(checked):
+                digest.update(name.encode() + str(checked[name].shape[1:]).encode())
+                digest.update(np.ascontiguousarray(checked[name][row]).tobytes())
+            self.row_hashes.add(digest.digest())
+            self._digest.update(digest.digest())
+        np.savez(self._path(self.items), **checked)  # type: ignore[arg-type]
+        self.items += 1
+        self.rows += rows
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, index: int) -> Tensors:
+        with np.load(self._path(index)) as stored:
+            return {name: stored[name] for name in stored.files}
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return (self[index] for index in range(self.items))
+
+    @property
+    def digest(self) -> DataDigest:
+        """How much there is, and the hash over it."""
+        return DataDigest(self.items, self.rows, self._digest.hexdigest())
+
+    def _path(self, index: int) -> Path:
+        return Path(self._folder.name) / f"{index:06d}.npz"
+
+
+def read_calibration(data: Iterable[Any], signature: Signature, model: str, most: int = MOST_SAMPLES) -> SampleStore:
+    """The first `most` samples of any iterable. Raises CalibrationError where there are none or one can't be used."""
+    store = SampleStore("calibration")
+    for inputs in data:
+        if len(store) >= most:
+            break
+        store.add(inputs, signature, model)
+    if not len(store):
+        raise CalibrationError(f"no calibration samples for {model!r}; give an iterable of input dicts (a generator works once)")
+    return store
+
+
+def read_validation(data: Iterable[Any], signature: Signature, model: str) -> tuple[SampleStore, list[Any]]:
+    """Every (inputs, target) pair: the inputs on disk, the targets as they are. Raises CalibrationError as above."""
+    store, targets = SampleStore("validation"), []
+    for place, pair in enumerate(data):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise CalibrationError(f"validation item {place} of {model!r} is a {type(pair).__name__}; expected a pair (inputs, target)")
+        store.add(pair[0], signature, model)
+        targets.append(pair[1])
+    if not targets:
+        raise CalibrationError(f"no validation pairs for {model!r}; give (inputs, target) pairs, or validation=None for agreement")
+    return store, targets
+
+
+def hold_out(store: SampleStore, signature: Signature, model: str) -> tuple[SampleStore, SampleStore]:
+    """Every fourth sample apart, as a validation set without labels. Raises CalibrationError where there is only one row."""
+    items: list[Tensors] = list(store) if len(store) == 1 else []
+    if items and store.rows > 1:
+        items = [{name: value[row : row + 1] for name, value in items[0].items()} for row in range(store.rows)]
+    if len(items) == 1 or (len(store) == 1 and store.rows == 1):
+        raise CalibrationError(f"one calibration sample for {model!r} leaves none to validate on; give two or more, or validation=")
+    kept, apart = SampleStore("calibration"), SampleStore("validation")
+    seen: set[bytes] = set()
+    for place, inputs in enumerate(items or store):
+        target = apart if place % 4 == 1 else kept
+        target.add(inputs, signature, model)
+    if seen := kept.row_hashes & apart.row_hashes:
+        raise CalibrationError(f"{len(seen)} of the calibration rows of {model!r} repeat, so none can be held out; give distinct samples")
+    return kept, apart
+
+
+def refuse_overlap(calibration: SampleStore, validation: SampleStore, model: str) -> None:
+    """Raise CalibrationError where a row is in both sets: a metric on calibration data proves nothing."""
+    if shared := calibration.row_hashes & validation.row_hashes:
+        raise CalibrationError(
+            f"validation and calibration of {model!r} share {len(shared)} rows of {len(validation.row_hashes)}; "
+            "expected disjoint sets: take the shared rows out of one of them"
+        )

@@ -1,0 +1,321 @@
+"""From what others trained to a model folder: equality with the origin, refusals with the way out, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import shared_runtime as rt
+from shared_runtime.importers import torch_module
+from shared_runtime.importers.base import Imported, write_folder
+from shared_runtime.repository.store import ModelRepository
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> ModelRepository:
+    return ModelRepository((tmp_path / "models",))
+
+
+def run(model: rt.Model, inputs: dict[str, np.ndarray], tmp_path: Path) -> dict[str, np.ndarray]:
+    with rt.Session(model, plans=tmp_path / "plans") as session:
+        return session.run(inputs)
+
+
+def small_network() -> Any:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3)
+    )
+
+
+def test_a_torch_module_in_training_mode_is_imported_as_it_predicts(tmp_path: Path, repository: ModelRepository) -> None:
+    module = small_network().train()
+    x = np.random.default_rng(0).standard_normal((5, 2, 6, 6)).astype(np.float32)
+    rt.import_model(module, "small", example={"image": x[:1]}, repository=repository)
+    model = rt.load("small", repository=repository)
+    assert model.signature.inputs[0].shape == ("batch", 2, 6, 6)
+    assert module.training
+    (output,) = run(model, {"image": x}, tmp_path).values()
+    with torch.no_grad():
+        np.testing.assert_allclose(output, module.eval()(torch.from_numpy(x)).numpy(), atol=1e-5)
+    assert model.card["import"]["difference"] < 1e-5
+
+
+def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
+    module = small_network().eval()
+    imported = torch_module.from_module(module, {"image": np.zeros((1, 2, 6, 6), np.float32)}, "torch")
+    gemm = next(node for node in imported.proto.graph.node if node.op_type == "Gemm")
+    weight = next(item for item in imported.proto.graph.initializer if item.name == gemm.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+    with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is Gemm"):
+        write_folder(imported, tmp_path / "models" / "broken", "broken")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_scripted_and_pickled_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    module = small_network().eval()
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.trace(module, torch.zeros(1, 2, 6, 6))
+        torch.jit.save(scripted, str(tmp_path / "scripted.pt"))
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    for source, words in ((scripted, "TorchScript holds code"), (tmp_path / "scripted.pt", "TorchScript holds code")):
+        with pytest.raises(rt.UnsupportedModelError, match=words):
+            rt.load(source, example={"image": np.zeros((1, 2, 6, 6), np.float32)})
+    with pytest.raises(rt.UnsupportedModelError, match="weights_only=True"):
+        rt.load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("kind", ["forest", "logistic", "regressor", "pipeline"])
+def test_scikit_learn_estimators(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("skl2onnx")
+    from sklearn.ensemble import GradientBoostingRegressor, RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((200, 5)).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] > 0).astype(int)
+    estimator: Any = {
+        "forest": RandomForestClassifier(10, random_state=0),
+        "logistic": LogisticRegression(),
+        "regressor": GradientBoostingRegressor(n_estimators=10, random_state=0),
+        "pipeline": make_pipeline(StandardScaler(), LogisticRegression()),
+    }[kind].fit(x, y)
+    outputs = run(rt.load(estimator, example={"rows": x[:4]}), {"rows": x[:50]}, tmp_path)
+    if kind == "regressor":
+        np.testing.assert_allclose(outputs["variable"][:, 0], estimator.predict(x[:50]), atol=1e-4)
+    else:
+        np.testing.assert_allclose(outputs["probabilities"], estimator.predict_proba(x[:50]), atol=1e-4)
+
+
+def test_xgboost_with_its_booster_for_bulk_rows(tmp_path: Path, repository: ModelRepository) -> None:
+    pytest.importorskip("onnxmltools")
+    import xgboost
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((500, 6)).astype(np.float32)
+    for objective, y in (("binary:logistic", x[:, 0] > 0), ("reg:squarederror", x[:, 0] * 3), ("multi:softprob", np.arange(500) % 3)):
+        kind = xgboost.XGBRegressor if objective.startswith("reg") else xgboost.XGBClassifier
+        estimator = kind(n_estimators=12, max_depth=3, objective=objective, n_jobs=1).fit(x, y)
+        rt.import_model(estimator, "trees", repository=repository)
+        model = rt.load("trees", repository=repository)
+        with rt.Session(model, threads=1, plans=tmp_path / objective) as session:
+            (output,) = session.run({"features": x}).values()
+            assert any(c.backend == "xgboost" and c.median_ms for c in session.plan.candidates)
+        expected = estimator.predict_proba(x) if "predict_proba" in dir(estimator) and "reg" not in objective else estimator.predict(x)
+        np.testing.assert_allclose(output[:, -1], expected[:, -1] if expected.ndim == 2 else expected, atol=1e-4)
+    estimator.get_booster().save_model(tmp_path / "trees.ubj")
+    assert rt.load(tmp_path / "trees.ubj").signature.inputs[0].shape == ("batch", 6)
+
+
+def test_lightgbm(tmp_path: Path) -> None:
+    lightgbm = pytest.importorskip("lightgbm")
+    pytest.importorskip("onnxmltools")
+    x = np.random.default_rng(0).standard_normal((400, 5)).astype(np.float32)
+    booster = lightgbm.train({"objective": "binary", "verbose": -1, "num_threads": 1}, lightgbm.Dataset(x, (x[:, 0] > 0).astype(int)), 10)
+    booster.save_model(tmp_path / "trees.txt")
+    for source in (booster, tmp_path / "trees.txt"):
+        (output,) = run(rt.load(source), {"features": x[:64]}, tmp_path).values()
+        np.testing.assert_allclose(output[:, 0], booster.predict(x[:64], num_threads=1), atol=1e-5)
+
+
+def bundle(folder: Path, network: dict[str, Any], channels: int = 1) -> Any:
+    from monai.networks.nets import BasicUNet
+
+    torch.manual_seed(0)
+    module = BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4, 4, 4, 4, 4, 4)).eval()
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    data = {"inputs": {"image": {"num_channels": channels, "spatial_shape": ["16*n", 64]}}, "outputs": {"pred": {}}}
+    (folder / "configs" / "metadata.json").write_text(json.dumps({"version": "0.1", "network_data_format": data}))
+    preprocessing = {"_target_": "Compose", "transforms": [{"_target_": "ScaleIntensityd", "keys": "image"}]}
+    (folder / "configs" / "inference.json").write_text(json.dumps({"width": 4, "network_def": network, "preprocessing": preprocessing}))
+    torch.save(module.state_dict(), folder / "models" / "model.pt")
+    return module
+
+
+def test_a_monai_bundle_is_rebuilt_and_keeps_its_preprocessing(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    network = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": ["@width"] * 6}
+    module = bundle(tmp_path / "bundle", network)
+    x = np.random.default_rng(0).standard_normal((2, 1, 32, 64)).astype(np.float32)
+    model = rt.load(tmp_path / "bundle", example={"image": x})
+    with torch.no_grad():
+        np.testing.assert_allclose(run(model, {"image": x}, tmp_path)["pred"], module(torch.from_numpy(x)).numpy(), atol=1e-4)
+    assert "ScaleIntensityd" in str(model.card["preprocessing"]["transforms"])
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ({"_target_": "os.system", "command": "true"}, "not one of monai.networks.nets"),
+        ({"_target_": "BasicUNet", "features": "$__import__('os').getcwd()"}, "expressions are not run"),
+        ({"_target_": "BasicUNet", "features": "@missing"}, "does not hold"),
+    ],
+)
+def test_a_bundle_runs_no_code(tmp_path: Path, network: dict[str, Any], words: str) -> None:
+    pytest.importorskip("monai")
+    bundle(tmp_path / "bundle", network)
+    with pytest.raises(rt.UnsupportedModelError, match=words):
+        rt.load(tmp_path / "bundle")
+
+
+def nnunet_folder(folder: Path, residual: bool) -> Any:
+    """A trained folder as nnU-Net v2 writes it: weights under every name that its modules have, numpy numbers beside them."""
+    from shared_runtime.importers.nnunet_network import build
+
+    arguments: dict[str, Any] = {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_blocks_per_stage" if residual else "n_conv_per_stage": [1, 2, 2],
+        "n_conv_per_stage_decoder": [1, 1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+    full = {
+        "patch_size": [4, 16, 16],
+        "spacing": [3.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "architecture": {"network_class_name": f"dynamic_network_architectures.architectures.unet.{name}", "arch_kwargs": arguments},
+    }
+    plans = {"plans_name": "nnUNetPlans", "transpose_forward": [0, 1, 2], "configurations": {"3d_fullres": full, "3d_big": {"inherits_from": "3d_fullres"}}}
+    dataset = {"channel_names": {"0": "MRI", "1": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}}
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    torch.manual_seed(1)
+    module = build(full, 2, 3)
+    state = module.state_dict()
+    twice = {**state, **{f"decoder.encoder.{k.removeprefix('encoder.')}": v for k, v in state.items() if k.startswith("encoder.")}}
+    content = {"network_weights": twice, "_best_ema": np.float64(0.7), "current_epoch": 3, "trainer_name": "nnUNetTrainer"}
+    torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
+    return module
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_an_nnunet_folder_is_rebuilt_from_its_plans(tmp_path: Path, residual: bool) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_big"
+    module = nnunet_folder(folder, residual)
+    model = rt.load(folder)
+    x = np.random.default_rng(0).standard_normal((2, 2, 4, 16, 16)).astype(np.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(model, {"image": x}, tmp_path)["logits"], module(torch.from_numpy(x)).numpy(), atol=1e-4)
+    assert model.card["preprocessing"]["spacing"] == [3.0, 1.0, 1.0]
+    assert model.card["labels"]["b"] == 2
+
+
+def test_an_nnunet_checkpoint_with_code_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    nnunet_folder(folder, False)
+    torch.save({"network_weights": {}, "trap": Path("x")}, folder / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(rt.UnsupportedModelError, match="no code in it is run"):
+        rt.load(folder)
+
+
+def test_named_dynamic_dimensions_survive(tmp_path: Path, repository: ModelRepository) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "relu.onnx")
+    rt.import_model(tmp_path / "relu.onnx", "relu", repository=repository)
+    assert rt.load("relu", repository=repository).signature.outputs[0].shape == ("batch", 3, "height", "width")
+
+
+def external(folder: Path, location: str) -> Path:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [weight],
+    )
+    path = folder / "model.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+    return path
+
+
+def test_external_weights_are_read_from_beside_the_graph_and_hashed(tmp_path: Path, repository: ModelRepository) -> None:
+    path = external(tmp_path, "weights.bin")
+    with pytest.raises(rt.ModelIntegrityError, match="not beside the graph"):
+        rt.load(path)
+    (tmp_path / "weights.bin").write_bytes(np.full(4, 3, np.float32).tobytes())
+    model = rt.load(path)
+    rt.import_model(path, "one-file", repository=repository)
+    (tmp_path / "weights.bin").write_bytes(np.full(4, 4, np.float32).tobytes())
+    with pytest.raises(rt.ModelIntegrityError, match="changed or damaged"):
+        rt.load(path, sha256=model.sha256)
+    output = run(rt.load("one-file", repository=repository), {"x": np.ones((1, 4), np.float32)}, tmp_path)
+    np.testing.assert_array_equal(output["y"], [[3, 3, 3, 3]])
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname"])
+def test_external_weights_outside_of_the_folder_are_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(rt.ModelIntegrityError, match="outside of the model's folder"):
+        rt.load(external(tmp_path / "in", location))
+
+
+def test_an_unknown_operator_is_named(tmp_path: Path, repository: ModelRepository) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Frobnicate", ["x"], ["y"], name="odd")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+    )
+    path = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    for attempt in (lambda: rt.load(path), lambda: rt.import_model(path, "odd", repository=repository)):
+        with pytest.raises(rt.UnsupportedModelError, match="'Frobnicate'"):
+            attempt()
+    assert repository.names() == []
+
+
+def _import_many(source: str, root: str) -> None:
+    for _ in range(5):
+        rt.import_model(Path(source), "shared", repository=ModelRepository((Path(root),)))
+
+
+def test_two_processes_that_import_the_same_name_do_not_harm_each_other(tmp_path: Path, repository: ModelRepository) -> None:
+    (tmp_path / "weights.bin").write_bytes(np.full(4, 3, np.float32).tobytes())
+    source = external(tmp_path, "weights.bin")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_import_many, args=(str(source), str(repository.roots[0]))) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert rt.load("shared", repository=repository).name == "shared"
+    assert [path.name for path in repository.roots[0].iterdir()] == ["shared"]
+
+
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    imported = Imported(onnx.ModelProto(), lambda inputs: {}, "test")
+    with pytest.raises(rt.ModelError, match="can't be a model's name"):
+        write_folder(imported, tmp_path / "x", "../x")
