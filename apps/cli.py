@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Optional
 
-import msgspec
 import typer
 from rich.table import Table
 
@@ -19,11 +18,11 @@ from apps.industrial.cli import app as industrial
 from apps.industrial.errors import IndustrialError
 from apps.medical.cli import app as medical
 from apps.medical.errors import MedicalError
+from apps.model_cli import app as model_app
 from pipelines.errors import PipelineError
 from shared_runtime.errors import SharedRuntimeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-model_app = typer.Typer(no_args_is_help=True, help="The models of this installation.")
 pipeline_app = typer.Typer(no_args_is_help=True, help="The log: topics, lag.")
 app.add_typer(medical, name="medical")
 app.add_typer(finance, name="finance")
@@ -75,44 +74,6 @@ def demo(
     from apps.demo import run_demo
 
     run_demo(load_settings().settings, ui=not no_ui, port=port, report=console.print, publish=lambda summary: write_json(summary, json))
-
-
-@model_app.command("list")
-def model_list(json: Json = None) -> None:
-    """The models that can be loaded by name."""
-    import shared_runtime as rt
-    from shared_runtime.repository.store import ModelRepository
-
-    models = [rt.load(name) for name in ModelRepository.default().names()]
-    for model in models:
-        console.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}")
-    write_json({"models": [{"name": m.name, "version": m.version, "sha256": m.sha256} for m in models]}, json)
-
-
-@model_app.command("show")
-def model_show(name: str, json: Json = None) -> None:
-    """A model's card and signature."""
-    import shared_runtime as rt
-
-    model = rt.load(name)
-    content = {"name": model.name, "sha256": model.sha256, "signature": msgspec.to_builtins(model.signature), "card": dict(model.card)}
-    console.print_json(msgspec.json.encode(content).decode())
-    write_json(content, json)
-
-
-@model_app.command("plan")
-def model_plan(name: str, json: Json = None) -> None:
-    """What this host runs for a model, and why the other candidates lost."""
-    from apps.medical.bootstrap import open_session
-
-    with open_session(load_settings().settings, name) as session:
-        plan = session.plan
-    table = Table("backend", "device", "median ms", "spread ms", "why it lost")
-    for c in plan.candidates:
-        table.add_row(c.backend, c.device, *("" if v is None else f"{v:.2f}" for v in (c.median_ms, c.spread_ms)), c.lost or "chosen")
-    console.print(plan.describe())
-    console.print(table)
-    write_json(plan, json)
 
 
 @pipeline_app.command("topics")

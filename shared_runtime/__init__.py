@@ -11,6 +11,7 @@
 It knows tensors, models and devices; it knows no DICOM, no money, no defect.
 """
 
+from shared_runtime.auto import auto_optimize
 from shared_runtime.certificate import Certificate
 from shared_runtime.errors import (
     BackendUnavailableError,
@@ -30,6 +31,7 @@ from shared_runtime.errors import (
     UnsupportedModelError,
     VariantRefusedError,
 )
+from shared_runtime.graph.fuse import fuse
 from shared_runtime.importers import import_model
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import Quantizer, optimize, verify
@@ -39,6 +41,8 @@ from shared_runtime.quantization import metrics
 from shared_runtime.scheduling.batcher import Batcher, BatcherStatistics
 from shared_runtime.session import Session
 from shared_runtime.signature import Signature, TensorSpec
+from shared_runtime.telemetry.profiler import profile
+from shared_runtime.telemetry.trace import trace
 
 __all__ = [
     "BackendUnavailableError",
@@ -68,9 +72,13 @@ __all__ = [
     "TensorSpec",
     "UnsupportedModelError",
     "VariantRefusedError",
+    "auto_optimize",
+    "fuse",
     "import_model",
     "load",
     "metrics",
     "optimize",
+    "profile",
+    "trace",
     "verify",
 ]

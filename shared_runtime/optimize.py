@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import datetime
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from shared_runtime.backends.base import Executable, backends
-from shared_runtime.certificate import Certificate, numerics
+from shared_runtime.certificate import Certificate, Reversion, numerics
 from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
+from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.planning.planner import difference
@@ -29,7 +33,19 @@ from shared_runtime.variants import Variant, VariantStore, file_hashes
 logger = logging.getLogger(__name__)
 MAX_DROP = 0.005
 BUDGET_SECONDS = 900.0
+SIMPLIFY = (
+    "constant-folding",
+    "cancel-casts",
+    "cancel-transposes",
+    "fold-pads",
+    "conv-batchnorm",
+    "common-subexpressions",
+    "weight-sharing",
+    "dead-code",
+)
+"""Passes that every reduced form starts from: they change no value that matters to quantization."""
 PROBE_ROWS, PROBE_SEED = 2, 7
+FLOATS = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2}
 
 
 @dataclass
@@ -43,6 +59,7 @@ class _Job:
     store: VariantStore
     report: Report
     references: dict[tuple[str, str], Executable]
+    hints: dict[tuple[str, str], tuple[Reversion, ...] | None] = field(default_factory=dict)
 
 
 def optimize(
@@ -77,10 +94,12 @@ def optimize(
     cores = threads or usable_cores()
     reference = backends()["onnxruntime"].compile(loaded, "cpu", cores)
     references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
+    folder = tempfile.mkdtemp(prefix="triscope-optimize-")
     try:
         judge, data = _judge(loaded, data, validation, metric, max_drop, slices, reference)
         job = _Job(loaded, data, judge, cores, store or VariantStore(), report, references)
-        makers = forms_for(loaded, device, wanted)
+        simple = simplified(loaded, Path(folder), report)
+        makers = forms_for(simple, device, wanted)
         known, refused = dict(loaded.known), {}
         for maker in makers:
             try:
@@ -97,8 +116,24 @@ def optimize(
                 refused.pop(maker.name, None)
         return replace(loaded, known=known, refused=refused)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         for executable in references.values():
             executable.close()
+
+
+def simplified(model: Model, folder: Path, report: Report) -> Model:
+    """The model on a graph without what is computed for nothing, from which every form is made; each pass verified."""
+    proto = onnx.load(str(model.graph))
+    probes = [model.signature.random(2, 3)]
+    for name in SIMPLIFY:
+        proto, result = run_pass(proto, passes()[name], probes)
+        if result.changes:
+            report(
+                f"pass {name}: {result.changes} places, {result.nodes[0]} to {result.nodes[1]} nodes, difference {result.difference:.1e}"
+            )
+    path = folder / "simplified.onnx"
+    onnx.save(proto, path)
+    return replace(model, graph=path)
 
 
 def _precisions(names: Sequence[str] | None) -> tuple[str, ...]:
@@ -131,22 +166,26 @@ def _judge(
 
 
 def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None, str]:
-    """Make one form, guard it, and certify it; or None and why it was refused."""
-    why = ""
-    best: tuple[Form, Guarded] | None = None
+    """Make one form by each way of calibration, guard the one that loses least, and certify it; or None and why it was refused."""
+    best: tuple[float, Form, Guard] | None = None
     for form in maker.make(job.calibration):
         key = (form.facts.engine, form.facts.device)
         if key not in job.references:
             job.references[key] = backends()[key[0]].compile(job.model, key[1], job.threads)
-        found = Guard(form, job.judge, job.references[key], job.threads, budget, job.report).search()
-        if found.passed and (best is None or len(found.reverted) < len(best[1].reverted)):
-            best = (form, found)
-        why = why or found.verdict.why
-        if found.passed and not found.reverted:
+        guard = Guard(form, job.judge, job.references[key], job.threads, budget, job.report)
+        first = guard.first()
+        if best is None or first.drop < best[0]:
+            best = (first.drop, form, guard)
+        if not first.why:
             break
-    if best is None:
-        return None, why
-    return _certify(job, *best), ""
+    assert best is not None
+    _, form, guard = best
+    close = (maker.precision, form.facts.engine)
+    if close in job.hints and job.hints[close] is None:
+        return None, "a form of the same layers was refused"
+    found = guard.search(job.hints.get(close) or ())
+    job.hints[close] = found.reverted if found.passed else None
+    return (_certify(job, form, found), "") if found.passed else (None, found.verdict.why)
 
 
 def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
@@ -182,7 +221,7 @@ def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
             saturated=saturated,
             probe_error=probe_error,
             bytes=size or job.model.graph.stat().st_size,
-            float_bytes=job.model.graph.stat().st_size,
+            float_bytes=float_bytes(job.model),
             speedup=None if found.speedup is None else round(found.speedup, 3),
             numerics=numerics(form.facts.engine, form.facts.device),
             host=host().fingerprint,
@@ -192,6 +231,14 @@ def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
     variant = job.store.write(job.model.sha256, form.facts, fill)
     job.report(f"{form.facts.name} certified: {judge.name} {verdict.before:.4g} to {verdict.after:.4g}")
     return variant
+
+
+def float_bytes(model: Model) -> int:
+    """Size of the graph with every float weight at four bytes, however the file stores it."""
+    proto = onnx.load(str(model.graph), load_external_data=False)
+    floats = [item for item in proto.graph.initializer if item.data_type in FLOATS]
+    stored = sum(FLOATS[item.data_type] * int(np.prod(item.dims)) for item in floats)
+    return int(proto.ByteSize()) - stored + 4 * sum(int(np.prod(item.dims)) for item in floats)
 
 
 def probe_difference(model: Model, executable: Any, threads: int) -> float:

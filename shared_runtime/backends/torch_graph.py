@@ -7,6 +7,7 @@ operator or attribute outside of this set is refused when it is loaded, never ru
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,6 +338,9 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "HardSigmoid": lambda x, a: torch.clamp(a.get("alpha", 0.2) * x[0] + a.get("beta", 0.5), 0.0, 1.0),
     "HardSwish": lambda x, a: functional.hardswish(x[0]),
     "Identity": lambda x, a: x[0],
+    "InstanceNormLeakyRelu": lambda x, a: functional.leaky_relu(
+        functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=a["epsilon"]), a["alpha"]
+    ),
     "InstanceNormalization": lambda x, a: functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=a.get("epsilon", 1e-5)),
     "LSTM": _lstm,
     "LayerNormalization": _layer_norm,
@@ -367,6 +371,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Shape": lambda x, a: torch.tensor(list(x[0].shape)[a.get("start", 0) : a.get("end")]),
     "Sigmoid": lambda x, a: torch.sigmoid(x[0]),
     "Sign": lambda x, a: torch.sign(x[0]),
+    "Silu": lambda x, a: functional.silu(x[0]),
     "Slice": _slice,
     "Softmax": lambda x, a: torch.softmax(x[0], dim=a.get("axis", -1)),
     "Softplus": lambda x, a: functional.softplus(x[0]),
@@ -457,6 +462,17 @@ class GraphProgram:
         if not self.channels_last or tensor.dim() not in formats:
             return tensor
         return tensor.contiguous(memory_format=formats[tensor.dim()])
+
+    def timed(self, given: Mapping[str, Tensor], watch: Callable[[int, str, str, float], None]) -> None:
+        """Run once and tell `watch` the place, kind, name and seconds of each step."""
+        values: dict[str, Any] = {**self._weights, **{name: self.laid_out(value) for name, value in given.items()}}
+        static: dict[str, Any] = dict(self.constants)
+        for index, step in enumerate(self.steps):
+            begin = time.perf_counter()
+            self._execute(step, values, static)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            watch(index, step.kind, next(filter(None, step.outputs)), time.perf_counter() - begin)
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values: dict[str, Any] = {**self._weights, **{name: self.laid_out(value) for name, value in given.items()}}

@@ -8,13 +8,27 @@ from typing import Protocol
 from shared_runtime.backends.base import Executable
 from shared_runtime.variants import VariantFacts
 
+BETWEEN = "between layers"
+"""The name under which everything that stands between layers (additions, pooling ...) goes back to float together."""
+
 
 class Form(Protocol):
     """One reduced form. `layers` can be put back to float by name; a form without layers passes whole or not at all."""
 
-    facts: VariantFacts
-    layers: tuple[str, ...]
-    passes: tuple[str, ...]
+    @property
+    def facts(self) -> VariantFacts:
+        """Name, precision, engine and graph file."""
+        ...
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers that can be put back."""
+        ...
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What was done, for the certificate."""
+        ...
 
     def compile(self, reverted: frozenset[str], threads: int) -> Executable:
         """The form with those layers in float, ready to run."""

@@ -53,15 +53,30 @@ class Guard:
     ) -> None:
         self._form, self._judge, self._reference, self._threads = form, judge, reference, threads
         self._end = time.monotonic() + budget_s
+        self._verdict: Verdict | None = None
+        self._outputs: list[Tensors] = []
         self._report = report or (lambda text: logger.info("%s", text))
 
-    def search(self) -> Guarded:
-        """The form with as few layers in float as pass, or the verdict that it does not pass."""
-        verdict, outputs = self._measure(frozenset())
+    def first(self) -> Verdict:
+        """The verdict on the form with every layer reduced."""
+        verdict, self._outputs = self._measure(frozenset())
+        self._verdict = verdict
         self._tell(0, verdict)
+        return verdict
+
+    def search(self, hint: tuple[Reversion, ...] = ()) -> Guarded:
+        """The form with as few layers in float as pass, or the verdict that it does not pass.
+
+        `hint`: layers that had to go back in a form close to this one; tried before any ranking.
+        """
+        verdict = self._verdict or self.first()
         reverted: tuple[Reversion, ...] = ()
+        if verdict.why and hint:
+            verdict, _ = self._measure(frozenset(item.layer for item in hint))
+            self._tell(len(hint), verdict)
+            reverted = hint
         if verdict.why and self._form.layers:
-            verdict, reverted = self._revert_for_accuracy(verdict, outputs)
+            verdict, reverted = self._revert_for_accuracy(verdict, self._outputs)
         if verdict.why:
             return Guarded(verdict, reverted, None)
         speedup = self._speedup(frozenset(item.layer for item in reverted))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.passes.base import opset, prepared
 from shared_runtime.model import Model
+from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.variants import VariantFacts
@@ -70,6 +72,8 @@ class StaticInt8(_OnnxForm):
         self.layers = _layers(self._prepared, STATIC_KINDS)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
+        self._between = frozenset(node.name for node in onnx.load(self._prepared).graph.node) - set(self.layers)
+        self.layers = (*self.layers, BETWEEN)
         self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))
 
     def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
@@ -85,7 +89,7 @@ class StaticInt8(_OnnxForm):
             "activation_qType": QuantType.QUInt8,
             "tensors_range": self._ranges,
             "nodes_to_quantize": [],
-            "nodes_to_exclude": sorted(reverted),
+            "nodes_to_exclude": sorted(reverted | self._between if BETWEEN in reverted else reverted),
             "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
             "extra_options": {},
         }
@@ -239,7 +243,8 @@ def _silent() -> Iterator[None]:
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):  # its calibrators print
+            yield
     finally:
         root.setLevel(level)
 

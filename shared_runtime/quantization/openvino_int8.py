@@ -13,13 +13,13 @@ from shared_runtime.backends.openvino import HINTS, compile_graph
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
+from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, VariantFacts
 
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "LSTMCell", "GRUSequence")
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-METHODS = {"minmax": ("MIN", "MAX"), "percentile": ("QUANTILE", "QUANTILE")}
 
 
 class EnginePrecision:
@@ -53,7 +53,9 @@ class OpenVinoInt8:
         self._model = model
         self.passes = (f"nncf {method}", *(("half range weights",) if overflows() else ()))
         self._quantized = _quantize(model, calibration, method)
-        self.layers = tuple(op.get_friendly_name() for op in _quantized_layers(self._quantized))
+        named = [(op.get_friendly_name(), op.get_type_name() in WEIGHTED) for op in _quantized(self._quantized)]
+        self._between = frozenset(name for name, weighted in named if not weighted)
+        self.layers = tuple(name for name, weighted in named if weighted) + ((BETWEEN,) if self._between else ())
 
     def with_rest(self, rest: str) -> OpenVinoInt8:
         """The same quantization with another precision for what is not quantized."""
@@ -65,8 +67,9 @@ class OpenVinoInt8:
     def network(self, reverted: frozenset[str]) -> Any:
         """A copy of the quantized network with those layers in float."""
         network = self._quantized.clone()
-        for op in _quantized_layers(network):
-            if op.get_friendly_name() in reverted:
+        names = reverted | self._between if BETWEEN in reverted else reverted
+        for op in _quantized(network):
+            if op.get_friendly_name() in names:
                 for port in op.inputs():
                     source = port.get_source_output().get_node()
                     if source.get_type_name() == "FakeQuantize":
@@ -176,11 +179,12 @@ class _quiet:
         self._bars.track.__init__ = self._real
 
 
-def _quantized_layers(network: Any) -> list[Any]:
+def _quantized(network: Any) -> list[Any]:
+    """Operators that read a quantized tensor."""
     return [
         op
         for op in network.get_ordered_ops()
-        if op.get_type_name() in WEIGHTED
+        if op.get_type_name() != "FakeQuantize"
         and any(port.get_source_output().get_node().get_type_name() == "FakeQuantize" for port in op.inputs())
     ]
 

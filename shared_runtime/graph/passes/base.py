@@ -139,7 +139,7 @@ class GraphEditor:
 
     def refresh(self) -> None:
         """Read the graph again after nodes changed."""
-        self.maker = {name: node for node in self.graph.node for name in node.output if name}
+        self.maker: dict[str, onnx.NodeProto] = {name: node for node in self.graph.node for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.graph.node:
             for name in node.input:
@@ -152,7 +152,7 @@ class GraphEditor:
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads a tensor that is no output of the graph; None where there are others."""
-        readers = self.readers.get(name, [])
+        readers: list[onnx.NodeProto] = self.readers.get(name, [])
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
     def set_value(self, name: str, value: np.ndarray[Any, Any]) -> None:

@@ -173,7 +173,8 @@ def _gelu(editor: GraphEditor, erf: onnx.NodeProto) -> tuple[str, str, list[onnx
         step = editor.only_reader(value)
         if step is None or step.op_type != "Mul":
             return None
-        other = next(name for name in step.input if name != value) if step.input[0] != step.input[1] else ""
+        first, second = step.input
+        other = second if first == value else first
         if _scalar(editor, other) == 0.5 and not half:
             half = True
         elif other == source and not whole:

@@ -122,7 +122,8 @@ class CommonSubexpressions:
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         editor = GraphEditor(model)
-        changes, seen = 0, {}
+        changes = 0
+        seen: dict[tuple[object, ...], onnx.NodeProto] = {}
         for node in list(model.graph.node):
             if node.op_type in RANDOM or any(item.type == onnx.AttributeProto.GRAPH for item in node.attribute):
                 continue

@@ -1,0 +1,255 @@
+"""`triscope model`: import, optimise, plan, verify, profile and export the models of this installation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import msgspec
+import numpy as np
+import typer
+from rich.table import Table
+
+import shared_runtime as rt
+from apps.common.command_line import console, write_json
+from apps.common.settings import load_settings
+from shared_runtime.planning.objective import KINDS, Objective
+from shared_runtime.quantization.metrics import METRICS
+from shared_runtime.repository.store import ModelRepository
+
+app = typer.Typer(no_args_is_help=True, help="The models of this installation.")
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
+Arrays = Annotated[
+    Optional[Path], typer.Option(metavar="NPZ", help="Arrays by input name, a sample a row; for validation also the array `target`.")
+]
+
+
+@app.command("list")
+def list_models(json: Json = None) -> None:
+    """The models that can be loaded by name."""
+    models = [rt.load(name) for name in ModelRepository.default().names()]
+    for model in models:
+        variants = f"  variants: {', '.join(model.variants)}" if model.variants else ""
+        console.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}{variants}")
+    rows = [{"name": m.name, "version": m.version, "sha256": m.sha256, "variants": list(m.variants)} for m in models]
+    write_json({"models": rows}, json)
+
+
+@app.command()
+def show(name: str, json: Json = None) -> None:
+    """A model's card, signature and certificates."""
+    model = rt.load(name)
+    content = {
+        "name": model.name,
+        "sha256": model.sha256,
+        "signature": msgspec.to_builtins(model.signature),
+        "card": dict(model.card),
+        "certificates": {variant: msgspec.to_builtins(model.certificate(variant)) for variant in model.variants},
+        "void": {variant.name: variant.why_void for variant in model.known.values() if variant.why_void},
+    }
+    console.print_json(msgspec.json.encode(content).decode())
+    write_json(content, json)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="ONNX, SavedModel, .keras, MONAI bundle, nnU-Net folder, .ubj/.json, LightGBM .txt.")],
+    name: Annotated[str, typer.Option(help="The name to load it by.")],
+    json: Json = None,
+) -> None:
+    """Import a model that someone else trained; it is compared with its origin first."""
+    folder = rt.import_model(path, name)
+    model = rt.load(folder)
+    facts = model.card["import"]
+    console.print(f"{name}: from {facts['from']}, relative difference from its origin {facts['difference']:.1e}, in {folder}")
+    write_json({"name": name, "sha256": model.sha256, "folder": str(folder), **facts}, json)
+
+
+@app.command()
+def optimize(
+    name: Annotated[str, typer.Argument(help="A model's name, folder or ONNX file.")],
+    calibration: Annotated[Path, typer.Option(metavar="NPZ", help="Arrays by input name, a sample a row.")],
+    validation: Arrays = None,
+    metric: Annotated[str, typer.Option(help=f"One of {', '.join(METRICS)}.")] = "agreement",
+    max_drop: Annotated[float, typer.Option(help="Largest drop of the metric, absolute.")] = 0.005,
+    precision: Annotated[Optional[list[str]], typer.Option(help="int8, bfloat16, float16, float8; all that apply without.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds.")] = 900.0,
+    json: Json = None,
+) -> None:
+    """Make every reduced form that passes its guard on this host."""
+    settings = load_settings().settings
+    model = rt.load(name)
+    made = rt.optimize(
+        model,
+        calibration=_rows(calibration, model),
+        validation=None if validation is None else _pairs(validation, model),
+        metric=_metric(metric) if validation is not None or metric != "agreement" else None,
+        max_drop=max_drop,
+        precisions=precision,
+        device=settings.device,
+        threads=settings.model_threads,
+        budget_s=budget,
+        report=console.print,
+    )
+    table = Table("variant", "precision", "metric", "drop", "95 % interval", "size", "speed")
+    for variant in made.variants:
+        c = made.certificate(variant)
+        interval = f"{c.drop_interval[0]:.4g} to {c.drop_interval[1]:.4g}"
+        speed = "" if c.speedup is None else f"{c.speedup:.2f}x"
+        table.add_row(
+            variant, c.precision, f"{c.before:.4g} to {c.after:.4g}", f"{c.drop:.4g}", interval, f"{c.bytes / c.float_bytes:.0%}", speed
+        )
+    console.print(table)
+    for variant, why in made.refused.items():
+        console.print(f"refused {variant}: {why}")
+    certificates = {variant: msgspec.to_builtins(made.certificate(variant)) for variant in made.variants}
+    write_json({"model": made.name, "variants": certificates, "refused": dict(made.refused)}, json)
+
+
+@app.command()
+def plan(
+    name: str,
+    objective: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")] = "latency",
+    p99_ms: Annotated[Optional[float], typer.Option(help="With the objective throughput: the latency limit.")] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Also try what is slow to prepare (torch.compile).")] = False,
+    json: Json = None,
+) -> None:
+    """What this host runs for a model, and why the other candidates lost."""
+    settings = load_settings().settings
+    if objective not in KINDS:
+        raise typer.BadParameter(f"unknown objective {objective!r}; expected one of {', '.join(KINDS)}")
+    session = rt.Session(
+        rt.load(name),
+        settings.device,
+        threads=settings.model_threads,
+        plans=settings.home_path / "plans",
+        objective=Objective(objective, p99_ms),
+        thorough=thorough,
+    )
+    with session:
+        found = session.plan
+    table = Table("backend", "device", "variant", "mode", "threads", "rows: median ms (spread)", "why it lost")
+    for c in found.candidates:
+        times = ", ".join(f"{t.rows}: {t.median_ms:.3g} ({t.spread_ms:.2g})" for t in c.timings)
+        table.add_row(c.backend, c.device, c.variant, c.mode, str(c.threads), times, c.lost or "chosen")
+    console.print(found.describe())
+    if found.nodes:
+        console.print("operators by where they ran: " + ", ".join(f"{count} {where}" for where, count in found.nodes.items()))
+    console.print(table)
+    write_json(found, json)
+
+
+@app.command()
+def verify(
+    name: str,
+    variant: Annotated[Optional[str], typer.Option(help="One variant; all of them without.")] = None,
+    validation: Arrays = None,
+    metric: Annotated[Optional[str], typer.Option(help="The metric by name; the certificate's own without.")] = None,
+    json: Json = None,
+) -> None:
+    """Compute certificates again: files, host, differences; with --validation the metric too. Exits 1 where one does not hold."""
+    model = rt.load(name)
+    names = [variant] if variant else list(model.known)
+    if not names:
+        raise rt.ModelNotFoundError(f"model {name!r} has no variants to verify; run triscope model optimize {name}")
+    results = []
+    for one in names:
+        known = model.known.get(one)
+        chosen = metric or (known.certificate.metric if known is not None and known.certificate is not None else "agreement")
+        use = None if validation is None or chosen == "agreement" else _metric(chosen)
+        pairs = None if validation is None else _pairs(validation, model)
+        results.append(rt.verify(model, one, validation=pairs, metric=use))
+        console.print(
+            f"{one}: {'holds' if results[-1]['holds'] else 'does not hold: ' + (results[-1]['void'] or results[-1].get('why') or 'other values')}"
+        )
+    write_json({"model": name, "variants": results}, json)
+    if not all(result["holds"] for result in results):
+        raise typer.Exit(1)
+
+
+@app.command("passes")
+def list_tools(json: Json = None) -> None:
+    """Every tool of the optimiser: graph passes, quantizers, analyses."""
+    from shared_runtime.tools import tools
+
+    found = tools()
+    for tool in found:
+        console.print(f"{tool.kind:10} {tool.name:28} {tool.summary}" + (f" [{tool.engine}]" if tool.engine else ""), markup=False)
+    write_json({"tools": found}, json)
+
+
+@app.command()
+def profile(
+    name: str,
+    rows: Annotated[int, typer.Option(help="Rows of a run.")] = 1,
+    trace: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a Chrome trace.")] = None,
+    json: Json = None,
+) -> None:
+    """Where a model's time goes, an operator, and the memory that is planned for it."""
+    from shared_runtime.graph.memory import plan_memory
+
+    settings = load_settings().settings
+    model = rt.load(name)
+    inputs = model.signature.random(rows)
+    with rt.Session(model, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans") as session:
+        found = rt.profile(session, inputs)
+    memory = plan_memory(model.graph, inputs)
+    console.print(found.table(), markup=False, highlight=False)
+    console.print(memory.describe())
+    if trace is not None:
+        found.chrome_trace(trace)
+    write_json({**found.json(), "planned_peak_bytes": memory.peak}, json)
+
+
+@app.command()
+def export(
+    name: str,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    variant: Annotated[Optional[list[str]], typer.Option(help="Variants to take along; all certified ones without.")] = None,
+) -> None:
+    """Copy a model with its certified variants into a folder that can be loaded elsewhere."""
+    model = rt.load(name)
+    if out.exists():
+        raise rt.ModelError(f"{out} exists; give a folder that does not")
+    chosen = [model.variant(one) for one in (variant or model.variants)]
+    if (model.graph.parent / "card.toml").is_file():
+        shutil.copytree(model.graph.parent, out, ignore=shutil.ignore_patterns("variants"))
+    else:
+        from shared_runtime.importers import import_to_folder
+
+        import_to_folder(model.graph, out, name=model.name)
+    for one in chosen:
+        shutil.copytree(one.folder, out / "variants" / one.name)
+    console.print(f"{model.name} with {len(chosen)} variants in {out}")
+
+
+def _metric(name: str) -> Any:
+    if name not in METRICS:
+        raise typer.BadParameter(f"unknown metric {name!r}; expected one of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise rt.CalibrationError(f"{path} can't be read as arrays (.npz without pickled objects): {error}") from error
+
+
+def _rows(path: Path, model: rt.Model) -> Iterator[dict[str, Any]]:
+    """A sample a row of the file's arrays."""
+    with _open(path) as stored:
+        arrays = {spec.name: stored[spec.name] for spec in model.signature.inputs if spec.name in stored.files}
+    if missing := [spec.describe() for spec in model.signature.inputs if spec.name not in arrays]:
+        raise rt.CalibrationError(f"{path} has no array {missing[0]}; it has {list(arrays) or 'none of the inputs'}")
+    for row in range(len(next(iter(arrays.values())))):
+        yield {name: value[row : row + 1] for name, value in arrays.items()}
+
+
+def _pairs(path: Path, model: rt.Model) -> Iterator[tuple[dict[str, Any], Any]]:
+    with _open(path) as stored:
+        targets = stored["target"] if "target" in stored.files else None
+    for row, inputs in enumerate(_rows(path, model)):
+        yield inputs, None if targets is None else targets[row : row + 1]

@@ -1,0 +1,257 @@
+"""`rt.auto_optimize`: graph passes, variants and plan as one search, with what each step gained."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from shared_runtime.backends.base import backends, specialise
+from shared_runtime.certificate import Certificate, numerics
+from shared_runtime.graph.passes.base import passes, run_pass
+from shared_runtime.host import host, usable_cores
+from shared_runtime.model import Model, load
+from shared_runtime.optimize import MAX_DROP, float_bytes, optimize, probe_difference
+from shared_runtime.planning.measure import Timed, interleave, paired_ratio
+from shared_runtime.planning.planner import Plan, plan_and_compile
+from shared_runtime.quantization.guard import Report
+from shared_runtime.quantization.metrics import Metric
+from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, VariantFacts, VariantStore, file_hashes
+
+logger = logging.getLogger(__name__)
+SEARCHED = (
+    "constant-folding",
+    "cancel-casts",
+    "cancel-transposes",
+    "fold-pads",
+    "conv-batchnorm",
+    "common-subexpressions",
+    "linear-layernorm",
+    "gelu",
+    "attention",
+)
+TRIALS = 24
+WORTH = 1.02
+"""A rewritten graph becomes a variant only where it is this much faster than the graph as it came."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One step of the search: how many times as fast as before it the model is, with a 95 % interval, and what was done."""
+
+    step: str
+    ratio: float
+    interval: tuple[float, float]
+    detail: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """The model with its variants, its plan, and the gains in order."""
+
+    model: Model
+    plan: Plan
+    gains: tuple[Gain, ...]
+
+    def table(self) -> str:
+        """A line a step."""
+        return "\n".join(f"{g.step:10} {g.ratio:6.2f}x ({g.interval[0]:.2f} to {g.interval[1]:.2f})  {g.detail}" for g in self.gains)
+
+
+def auto_optimize(
+    model: Model | str | Path | Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    max_drop: float = MAX_DROP,
+    budget_s: float = 600.0,
+    device: str = "auto",
+    threads: int | None = None,
+    plans: Path | None = None,
+    store: VariantStore | None = None,
+    report: Report | None = None,
+) -> Search:
+    """Search passes (which of them, by optuna), reduced variants (each guarded) and the plan within `budget_s`.
+
+    Without `calibration` no precision is reduced. Errors as those of `rt.optimize`.
+    """
+    loaded = model if isinstance(model, Model) else load(model)
+    say = report or (lambda text: logger.info("%s", text))
+    cores = threads or usable_cores()
+    end = time.monotonic() + budget_s
+    store = store or VariantStore()
+    data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)
+    probe: Tensors = loaded.signature.random() if data is None else {name: value[:1] for name, value in data[0].items()}
+    gains = []
+    found, gain = _search_passes(loaded, probe, cores, store, budget_s / 4, say)
+    gains.append(gain)
+    if data is not None:
+        before = _runner(found, device, cores, probe)
+        made = optimize(
+            found,
+            calibration=data,
+            validation=validation,
+            metric=metric,
+            max_drop=max_drop,
+            device=device,
+            threads=threads,
+            budget_s=max(10.0, (end - time.monotonic()) * 2 / 3),
+            store=store,
+            report=say,
+        )
+        after = _runner(made, device, cores, probe)
+        ratio, interval = _ratio(before, after, probe)
+        gains.append(Gain("variants", ratio, interval, ", ".join(made.variants) or "; ".join(made.refused.values())))
+        found = made
+    thorough = end - time.monotonic() > 60
+    first = backends()["onnxruntime"].compile(loaded, "cpu", cores) if device != "cuda" else _runner(loaded, device, cores, probe)
+    plan, ladder = plan_and_compile(
+        found, device, cores, plans, budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
+    )
+    ratio, interval = _ratio(first, ladder, probe)
+    gains.append(Gain("plan", ratio, interval, f"against the engine as installed: {plan.describe()}"))
+    for gain in gains:
+        say(f"{gain.step}: {gain.ratio:.2f} times as fast ({gain.interval[0]:.2f} to {gain.interval[1]:.2f}): {gain.detail}")
+    return Search(found, plan, tuple(gains))
+
+
+def _runner(model: Model, device: str, threads: int, probe: Tensors) -> Any:
+    return plan_and_compile(model, device, threads, None, ladder=(1,), budget_s=2.0, probe=probe)[1]
+
+
+def _ratio(before: Any, after: Any, probe: Tensors) -> tuple[float, tuple[float, float]]:
+    slow, fast = Timed(lambda: before.run(probe)), Timed(lambda: after.run(probe))
+    slow.call(), fast.call()
+    interleave([slow, fast], 3.0, hopeless=float("inf"))
+    before.close()
+    if after is not before:
+        after.close()
+    return paired_ratio(slow.times, fast.times)
+
+
+def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantStore, budget: float, say: Report) -> tuple[Model, Gain]:
+    """Which passes make the graph faster in which engine; the best becomes the variant `rewritten-ENGINE` where it is worth it."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = Path(tempfile.mkdtemp(prefix="triscope-passes-"))
+    original = onnx.load(str(model.graph))
+    probes = [model.signature.random(2, 3), probe]
+    engines = [name for name in ("onnxruntime", "openvino") if name in backends() and backends()[name].availability("cpu").available]
+    useful = [name for name in SEARCHED if name in passes() and not run_pass(original, passes()[name], probes)[1].refused]
+    tried: dict[tuple[str, ...], float] = {}
+    try:
+        if not useful:
+            return model, Gain("passes", 1.0, (1.0, 1.0), "no pass applies to this graph")
+
+        def objective(trial: optuna.Trial) -> float:
+            chosen = tuple(name for name in useful if trial.suggest_categorical(name, [True, False]))
+            engine = trial.suggest_categorical("engine", engines)
+            key = (engine, *chosen)
+            if key not in tried:
+                path = folder / f"{len(tried)}.onnx"
+                tried[key] = _time_passes(model, original, chosen, engine, threads, probes, probe, path)
+            return tried[key]
+
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+        for engine in engines:
+            study.enqueue_trial({**dict.fromkeys(useful, True), "engine": engine})
+            study.enqueue_trial({**dict.fromkeys(useful, False), "engine": engine})
+        study.optimize(objective, n_trials=TRIALS, timeout=budget)
+        best = study.best_params
+        chosen = tuple(name for name in useful if best[name])
+        engine = str(best["engine"])
+        path = folder / "best.onnx"
+        rewritten = _write(original, chosen, engine, probes, path)
+        if rewritten is None or not chosen:
+            return model, Gain("passes", 1.0, (1.0, 1.0), "the graph as it came is the fastest")
+        derived = replace(model, graph=path, sha256="")
+        plain, better = (backends()[engine].compile(m, "cpu", threads) for m in (model, derived))
+        for executable in (plain, better):
+            specialise(executable, probe)
+        error = probe_difference(model, better, threads)
+        ratio, interval = _ratio(plain, better, probe)
+        detail = f"{', '.join(chosen)} for {engine}"
+        if interval[0] < WORTH:
+            return model, Gain("passes", ratio, interval, f"{detail}: not worth a variant")
+        facts = VariantFacts(f"rewritten-{engine}", FLOAT, engine, "cpu", "model.onnx")
+        variant = store.write(model.sha256, facts, lambda part: _certificate(model, facts, path, part, chosen, error, ratio, probes))
+        return replace(model, known={**model.known, variant.name: variant}), Gain("passes", ratio, interval, detail)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(original: onnx.ModelProto, chosen: Iterable[str], engine: str, probes: list[Tensors], path: Path) -> onnx.ModelProto | None:
+    proto = original
+    for name in chosen:
+        if passes()[name].engine in ("", engine):
+            proto, _ = run_pass(proto, passes()[name], probes)
+    onnx.save(proto, path)
+    return proto
+
+
+def _time_passes(
+    model: Model,
+    original: onnx.ModelProto,
+    chosen: tuple[str, ...],
+    engine: str,
+    threads: int,
+    probes: list[Tensors],
+    probe: Tensors,
+    path: Path,
+) -> float:
+    """Median seconds of a run, infinite where the engine can't load the graph."""
+    from shared_runtime.errors import SharedRuntimeError
+
+    try:
+        _write(original, chosen, engine, probes, path)
+        executable = backends()[engine].compile(replace(model, graph=path, sha256=""), "cpu", threads)
+        specialise(executable, probe)
+        executable.run(probe)
+    except SharedRuntimeError:
+        return float("inf")
+    timed = Timed(lambda: executable.run(probe))
+    interleave([timed], 1.0)
+    executable.close()
+    return timed.median
+
+
+def _certificate(
+    model: Model, facts: VariantFacts, path: Path, part: Path, chosen: tuple[str, ...], error: float, ratio: float, probes: list[Tensors]
+) -> Certificate:
+    shutil.copy(path, part / facts.graph)
+    digest = read_calibration(probes, model.signature, model.name).digest
+    return Certificate(
+        model=model.name,
+        sha256=model.sha256,
+        variant=facts.name,
+        precision=FLOAT,
+        files=file_hashes(part),
+        metric="relative difference from the graph as it came",
+        drop_interval=(error, error),
+        slices={},
+        calibration=None,
+        validation=digest,
+        passes=chosen,
+        probe_error=error,
+        bytes=path.stat().st_size,
+        float_bytes=float_bytes(model),
+        speedup=round(ratio, 3),
+        numerics=numerics(facts.engine, facts.device),
+        host=host().fingerprint,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        before=1.0,
+        after=1.0 - error,
+        drop=error,
+        max_drop=1e-4,
+    )
