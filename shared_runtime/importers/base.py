@@ -39,6 +39,7 @@ class Imported:
     card: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     outputs: tuple[TensorSpec, ...] = ()
+    tolerance: float = TOLERANCE
 
 
 class Importer(Protocol):
@@ -83,11 +84,11 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
         for output, value in expected.items():
             error = relative_difference(np.asarray(got[output]), np.asarray(value))
             worst = max(worst, error)
-            if not error <= TOLERANCE:
+            if not error <= imported.tolerance:
                 where = _first_layer(imported, inputs, name) or f"output {output!r}"
                 raise ImportMismatchError(
                     f"{name!r} does not compute what its {imported.source} origin computes: {where} differs by {error:.1e} "
-                    f"(relative), expected at most {TOLERANCE:.0e}; nothing was imported"
+                    f"(relative), expected at most {imported.tolerance:.0e}; nothing was imported"
                 )
     return worst
 

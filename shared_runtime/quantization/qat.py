@@ -24,6 +24,8 @@ from shared_runtime.importers.torch_module import from_module
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 MOMENTUM = 0.05
+ONE_LEVEL = 5e-3
+"""A sum that lies between two levels may be rounded to either by another order of adding: the comparison allows for a few."""
 
 
 class ActivationQuantizer(nn.Module):  # type: ignore[misc]
@@ -123,7 +125,7 @@ def export(module: Any, example: Mapping[str, Any], folder: Path, name: str) -> 
     changed = to_qdq(imported.proto)
     if not changed:
         raise UnsupportedModelError(f"{type(module).__name__} was not prepared for INT8: call qat.prepare first")
-    plain = Imported(imported.proto, imported.origin, imported.source, imported.given)
+    plain = Imported(imported.proto, imported.origin, imported.source, imported.given, tolerance=ONE_LEVEL)
     plain.card = {"quantization": {"scheme": "INT8 trained", "layers": changed}}
     return write_folder(plain, folder, name)
 
@@ -136,16 +138,9 @@ def to_qdq(proto: onnx.ModelProto) -> int:
     DeadCode().apply(proto)
     editor, changed = GraphEditor(proto), 0
     for rounding in [node for node in proto.graph.node if node.op_type == "Round"]:
-        chain = [editor.maker[rounding.input[0]], rounding]
-        for kind in ("Add", "Clip", "Sub", "Mul"):
-            following = editor.only_reader(chain[-1].output[0])
-            if following is None or following.op_type != kind:
-                break
-            chain.append(following)
-        if len(chain) < 6 or chain[0].op_type != "Div":
-            continue
-        scale, zero = editor.value(chain[0].input[1]), editor.value(chain[2].input[1])
-        if scale is None or zero is None:
+        chain, zero = _rounding_chain(editor, rounding)
+        scale = editor.value(chain[0].input[1]) if chain else None
+        if not chain or scale is None or zero is None:
             continue
         source, out = chain[0].input[0], chain[-1].output[0]
         editor.set_value(f"{out}_scale", np.asarray(scale, np.float32).reshape(()))
@@ -161,6 +156,22 @@ def to_qdq(proto: onnx.ModelProto) -> int:
     _weights_to_int8(editor)
     DeadCode().apply(proto)
     return changed
+
+
+def _rounding_chain(editor: GraphEditor, rounding: onnx.NodeProto) -> tuple[list[onnx.NodeProto], Any]:
+    """The nodes of one exported ActivationQuantizer and its zero point; the exporter leaves out adding a zero of 0."""
+    chain, zero = [editor.maker[rounding.input[0]], rounding], np.zeros(())
+    for kind in ("Add", "Clip", "Sub", "Mul"):
+        following = editor.only_reader(chain[-1].output[0])
+        if following is None:
+            return [], None
+        if following.op_type == kind:
+            chain.append(following)
+            if kind == "Add":
+                zero = editor.value(following.input[1])
+        elif kind in ("Clip", "Mul"):
+            return [], None
+    return (chain, zero) if chain[0].op_type == "Div" else ([], None)
 
 
 def _weights_to_int8(editor: GraphEditor) -> None:

@@ -179,7 +179,7 @@ def _onnxruntime(name: str, graph: Path, inputs: Tensors, device: str, threads: 
     costs = _costs(graph, inputs)
     timed: dict[str, _Timed] = {}
     for event in events:
-        label = event["name"].removesuffix("_kernel_time")
+        label = event["name"].removesuffix("_kernel_time").removeprefix("fused ")
         known = label if label in costs else label.rsplit("_", 1)[0] if label.rsplit("_", 1)[0] in costs else label
         item = timed.setdefault(known, _Timed(known, event["args"]["op_name"], event["args"]["provider"], 0, 0.0, float(event["ts"])))
         item.calls += 1

@@ -87,7 +87,7 @@ class Tracer:
         lines = [f"{'name':50} {'calls':>7} {'total ms':>10} {'mean ms':>10} {'max ms':>10}"]
         for name, times in sorted(rows.items(), key=lambda item: -sum(item[1])):
             lines.append(
-                f"{name[:50]:50} {len(times):7} {sum(times) / 1e3:10.3f} {sum(times) / len(times) / 1e3:10.3f} {max(times) / 1e3:10.3f}"
+                f"{name[-50:]:50} {len(times):7} {sum(times) / 1e3:10.3f} {sum(times) / len(times) / 1e3:10.3f} {max(times) / 1e3:10.3f}"
             )
         return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
 
 def test_scripted_and_pickled_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
     module = small_network().eval()
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of TorchScript
         scripted = torch.jit.trace(module, torch.zeros(1, 2, 6, 6))
         torch.jit.save(scripted, str(tmp_path / "scripted.pt"))
     torch.save(module.state_dict(), tmp_path / "weights.pth")
@@ -196,7 +198,11 @@ def nnunet_folder(folder: Path, residual: bool) -> Any:
         "normalization_schemes": ["ZScoreNormalization"],
         "architecture": {"network_class_name": f"dynamic_network_architectures.architectures.unet.{name}", "arch_kwargs": arguments},
     }
-    plans = {"plans_name": "nnUNetPlans", "transpose_forward": [0, 1, 2], "configurations": {"3d_fullres": full, "3d_big": {"inherits_from": "3d_fullres"}}}
+    plans = {
+        "plans_name": "nnUNetPlans",
+        "transpose_forward": [0, 1, 2],
+        "configurations": {"3d_fullres": full, "3d_big": {"inherits_from": "3d_fullres"}},
+    }
     dataset = {"channel_names": {"0": "MRI", "1": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}}
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))

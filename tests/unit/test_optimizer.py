@@ -1,0 +1,312 @@
+"""Guarded quantization: what passes is certified, what would lose the metric is caught, layer by layer, and bad data is refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+import shared_runtime as rt
+from shared_runtime.optimize import simplified
+from shared_runtime.quantization import judge as judging
+from shared_runtime.quantization import saturation
+from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
+from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.variants import VariantStore
+from tests.networks import classifier, samples
+
+pytest.importorskip("nncf")
+CALIBRATION = [inputs for inputs, _ in samples(32, seed=1)]
+VALIDATION = samples(80, seed=2)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRISCOPE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> rt.Model:
+    return rt.load(classifier(tmp_path / "sound.onnx", fragile=False))
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> rt.Model:
+    return rt.load(classifier(tmp_path / "fragile.onnx", fragile=True))
+
+
+def accuracy(model: rt.Model, variant: str, tmp_path: Path, data: list[Any] = VALIDATION) -> float:
+    with rt.Session(model, variant=variant, plans=tmp_path / "plans", threads=1) as session:
+        assert session.plan.variant == variant
+        return rt.metrics.top1([session.run(inputs) for inputs, _ in data], [target for _, target in data])
+
+
+def guarded(model: rt.Model, **options: Any) -> rt.Model:
+    return rt.optimize(model, calibration=CALIBRATION, validation=VALIDATION, metric=rt.metrics.top1, threads=1, budget_s=60, **options)
+
+
+def batches(torch: Any) -> list[Any]:
+    """Six batches of 32 to train on."""
+    made = []
+    for seed in range(6):
+        pairs = samples(32, seed)
+        images, labels = np.concatenate([x["image"] for x, _ in pairs]), np.concatenate([t for _, t in pairs])
+        made.append(({"image": images}, torch.from_numpy(labels)))
+    return made
+
+
+def test_a_sound_network_is_certified_smaller_and_as_good(sound: rt.Model, tmp_path: Path) -> None:
+    made = rt.optimize(sound, calibration=iter(CALIBRATION), validation=iter(VALIDATION), metric=rt.metrics.top1, threads=1, budget_s=60)
+    assert {"int8-openvino", "int8-onnxruntime"} <= set(made.variants)
+    unseen = samples(200, seed=9)
+    for name in made.variants:
+        certificate = made.certificate(name)
+        assert certificate.drop <= 0.005
+        assert certificate.drop_interval[0] <= certificate.drop <= certificate.drop_interval[1]
+        assert certificate.validation.items == 80
+        assert accuracy(made, name, tmp_path, unseen) >= accuracy(made, "float32", tmp_path, unseen) - 0.03
+    again = rt.load(sound.graph)
+    assert set(again.variants) == set(made.variants)
+    assert sound.variants == ()
+
+
+def test_the_guard_catches_what_naive_int8_destroys(fragile: rt.Model, tmp_path: Path) -> None:
+    naive = StaticInt8(simplified(fragile, tmp_path, print), read_calibration(CALIBRATION, fragile.signature, "fragile"))
+    executable = naive.compile(frozenset(), 1)
+    broken = rt.metrics.top1([executable.run(inputs) for inputs, _ in VALIDATION], [target for _, target in VALIDATION])
+    assert broken < 0.6
+    assert accuracy(fragile, "float32", tmp_path) > 0.95
+    made = rt.optimize(
+        fragile, calibration=CALIBRATION, validation=VALIDATION, metric=rt.metrics.top1, max_drop=0.02, threads=1, budget_s=60
+    )
+    for name in made.variants:
+        assert accuracy(made, name, tmp_path) >= accuracy(made, "float32", tmp_path) - 0.02
+    passed = [made.certificate(name) for name in made.variants if name.startswith(("int8-openvino", "int8-onnxruntime"))]
+    assert all(certificate.reverted for certificate in passed)
+    for name in set(made.refused) & {"int8-openvino", "int8-onnxruntime"}:
+        assert "top1" in made.refused[name] or "every layer" in made.refused[name] or "other" in made.refused[name]
+    assert passed or made.refused
+
+
+def test_without_labels_agreement_with_the_float_model_guards(fragile: rt.Model, tmp_path: Path) -> None:
+    made = rt.optimize(fragile, calibration=CALIBRATION, threads=1, budget_s=60)
+    with rt.Session(fragile, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        expected = [session.run(inputs)["logits"].argmax(1) for inputs, _ in VALIDATION]
+    for name in made.variants:
+        with rt.Session(made, variant=name, plans=tmp_path / "plans", threads=1) as session:
+            same = [
+                (session.run(inputs)["logits"].argmax(1) == label).all() for (inputs, _), label in zip(VALIDATION, expected, strict=True)
+            ]
+        assert np.mean(same) > 0.95
+        assert made.certificate(name).metric == "agreement"
+
+
+def test_every_layer_back_in_float_is_the_float_model(sound: rt.Model, tmp_path: Path) -> None:
+    store = read_calibration(CALIBRATION, sound.signature, "sound")
+    base = simplified(sound, tmp_path, print)
+    form = StaticInt8(base, store)
+    x = VALIDATION[0][0]
+    with rt.Session(sound, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        expected = session.run(x)["logits"]
+    np.testing.assert_allclose(form.compile(frozenset(form.layers), 1).run(x)["logits"], expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(form.compile(frozenset(), 1).run(x)["logits"] - expected).max() > 1e-4
+
+
+def test_a_slice_that_suffers_refuses_the_whole() -> None:
+    outputs = [{"y": np.array([[1.0, 0.0]])} for _ in range(200)]
+    worse = [{"y": np.array([[0.0, 1.0]])} if place < 10 else outputs[place] for place in range(200)]
+    slices = ["rare" if place < 10 else "common" for place in range(200)]
+
+    class Samples(list):
+        pass
+
+    judge = judging.Judge(outputs, Samples(), [np.array([0])] * 200, rt.metrics.top1, 0.1, slices)
+    verdict = judge.judge(worse)
+    assert verdict.drop == pytest.approx(0.05)
+    assert "slice 'rare'" in verdict.why
+    assert not judging.Judge(outputs, Samples(), [np.array([0])] * 200, rt.metrics.top1, 0.1).judge(worse).why
+    assert verdict.slices["rare"].after == 0.0
+
+
+def test_a_changed_variant_is_not_served(sound: rt.Model, tmp_path: Path) -> None:
+    made = guarded(sound)
+    folder = made.variant("int8-onnxruntime").folder
+    with (folder / "model.onnx").open("r+b") as stream:
+        stream.seek(200)
+        stream.write(b"\x00\x01")
+    again = rt.load(sound.graph)
+    assert "int8-onnxruntime" not in again.variants
+    with pytest.raises(rt.ModelIntegrityError, match="not the one that was certified"):
+        again.variant("int8-onnxruntime")
+    with rt.Session(again, threads=1, plans=tmp_path / "plans") as session:
+        assert any(c.variant == "int8-onnxruntime" and "not the one" in c.lost for c in session.plan.candidates)
+    (made.variant("int8-openvino").folder / "certificate.json").unlink()
+    assert "int8-openvino" not in rt.load(sound.graph).variants
+
+
+def test_a_certificate_of_another_processor_is_void(sound: rt.Model) -> None:
+    made = guarded(sound, precisions=["int8"])
+    folder = made.variant("int8-onnxruntime").folder
+    other = msgspec.structs.replace(made.certificate("int8-onnxruntime"), numerics=("onnxruntime 0", "amx_int8"))
+    other.write(folder)
+    with pytest.raises(rt.ModelIntegrityError, match="certify it on this host"):
+        rt.load(sound.graph).variant("int8-onnxruntime")
+
+
+def test_verify_computes_a_certificate_again(sound: rt.Model) -> None:
+    made = guarded(sound, precisions=["int8"])
+    found = rt.verify(made, "int8-openvino", validation=VALIDATION, metric=rt.metrics.top1, threads=1)
+    assert found["holds"]
+    assert found["same_validation_set"]
+    assert found["after"] == made.certificate("int8-openvino").after
+    wrong = [(inputs, (target + 1) % 4) for inputs, target in VALIDATION]
+    assert rt.verify(made, "int8-openvino", validation=wrong, metric=rt.metrics.top1, threads=1)["after"] < 0.5
+    folder = made.variant("int8-openvino").folder
+    msgspec.structs.replace(made.certificate("int8-openvino"), probe_error=0.9).write(folder)
+    assert not rt.verify(rt.load(sound.graph), "int8-openvino", threads=1)["holds"]
+
+
+def test_quantizer_in_the_usual_form(sound: rt.Model, fragile: rt.Model) -> None:
+    made = rt.Quantizer(sound, precision="int8", calibration_data=CALIBRATION, threads=1, budget_s=60).run()
+    assert all("int8" in made.certificate(name).precision for name in made.variants)
+    impossible: Any = lambda outputs, targets: float(targets[0] is outputs[0])  # noqa: E731 - only the float model's own outputs score
+    with pytest.raises(rt.VariantRefusedError, match="float model is unchanged"):
+        rt.Quantizer(fragile, "int8", CALIBRATION, metric=impossible, max_drop=0.5, threads=1, budget_s=20).run()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "validation", "words"),
+    [
+        ([], VALIDATION, "no calibration samples"),
+        ([{"image": np.full((1, 3, 8, 8), np.nan, np.float32)}], VALIDATION, "not finite"),
+        ([{"image": np.zeros((1, 3, 9, 8), np.float32)}], VALIDATION, "does not fit"),
+        ([{"picture": np.zeros((1, 3, 8, 8), np.float32)}], VALIDATION, "'picture'"),
+        ([np.zeros((1, 3, 8, 8), np.float32)], VALIDATION, "expected a dict"),
+        (CALIBRATION, [], "no validation pairs"),
+        (CALIBRATION, CALIBRATION, "expected a pair"),
+        (CALIBRATION, [(CALIBRATION[3], np.array([0])), *VALIDATION], "share 1 rows of 81"),
+        (CALIBRATION[:1], None, "leaves none to validate on"),
+        (CALIBRATION[:1] * 4, None, "repeat"),
+    ],
+)
+def test_bad_data_is_refused_and_leaves_nothing(sound: rt.Model, calibration: Any, validation: Any, words: str) -> None:
+    with pytest.raises(rt.CalibrationError, match=words):
+        rt.optimize(sound, calibration=calibration, validation=validation, metric=rt.metrics.top1 if validation else None, threads=1)
+    assert not VariantStore().folder(sound.sha256).exists()
+
+
+@pytest.mark.parametrize(("metric", "words"), [(lambda o, t: float("nan"), "gave nan"), (lambda o, t: 1 / 0, "ZeroDivisionError")])
+def test_a_metric_that_fails_is_named(sound: rt.Model, metric: Any, words: str) -> None:
+    with pytest.raises(rt.MetricError, match=words):
+        rt.optimize(sound, calibration=CALIBRATION, validation=VALIDATION, metric=metric, threads=1)
+
+
+def test_calibration_reads_no_more_than_it_needs_and_keeps_it_on_disk(sound: rt.Model) -> None:
+    endless = ({"image": np.full((1, 3, 8, 8), place, np.float32)} for place in itertools.count())
+    store = read_calibration(endless, sound.signature, "sound", most=20)
+    assert (store.digest.items, store.digest.rows) == (20, 20)
+    assert store[7]["image"][0, 0, 0, 0] == 7
+    assert next(endless)["image"][0, 0, 0, 0] == 21
+
+
+def test_saturation_is_emulated_and_counted() -> None:
+    rows = np.array([[255, 255, 1, 1]], np.uint8)
+    columns = np.array([[127], [127], [1], [1]], np.int8)
+    found = saturation.emulate("layer", rows, columns)
+    assert (found.sums, found.saturated) == (2, 1)
+    assert found.worst_error == pytest.approx((255 * 127 * 2 - 32767) / (255 * 127 * 2 + 2))
+    assert saturation.emulate("layer", rows, columns // 2).saturated == 0
+
+
+def test_half_range_weights_do_not_saturate(sound: rt.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = read_calibration(CALIBRATION, sound.signature, "sound")
+    base = simplified(sound, tmp_path, print)
+    counts = {}
+    for half in (False, True):
+        monkeypatch.setattr("shared_runtime.quantization.onnxruntime_int8.overflows", lambda half=half: half)
+        layers = saturation.count_saturation(StaticInt8(base, store).proto(frozenset()), store[0])
+        assert {layer.layer for layer in layers} == {"spread", "even", "filter"}
+        counts[half] = sum(layer.saturated for layer in layers)
+    assert counts[True] == 0 < counts[False]
+
+
+def test_weights_alone_are_stored_in_a_quarter(tmp_path: Path) -> None:
+    model = rt.load("fraud-sequence")
+    form = WeightOnlyInt8(simplified(model, tmp_path, print))
+    form.save(frozenset(), tmp_path)
+    before = sum(4 * np.prod(i.dims) for i in onnx.load(model.graph).graph.initializer)
+    assert (tmp_path / "model.onnx").stat().st_size < 0.5 * before + 40_000
+    x = model.signature.random(4)
+    reduced = form.compile(frozenset(), 1).run(x)
+    with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        assert np.abs(reduced["logit"] - session.run(x)["logit"]).max() < 0.1
+
+
+def test_training_in_int8_exports_what_was_trained(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from shared_runtime.quantization import qat
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 4))
+    prepared = qat.prepare(network)
+    data = batches(torch)
+    history = qat.fit(prepared, data, torch.nn.functional.cross_entropy, learning_rate=1e-3, epochs=6)
+    assert history[-1] < history[0] / 2
+    folder = qat.export(prepared, {"image": data[0][0]["image"][:1]}, tmp_path / "models" / "trained", "trained")
+    graph = onnx.load(folder / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("QuantizeLinear") == 2
+    assert sum(item.data_type == onnx.TensorProto.INT8 for item in graph.initializer) >= 2
+    model = rt.load(folder)
+    x = VALIDATION[0][0]["image"]
+    with rt.Session(model, plans=tmp_path / "plans", threads=1) as session, torch.no_grad():
+        (output,) = session.run({"image": x}).values()
+        np.testing.assert_allclose(output, prepared(torch.from_numpy(x)).numpy(), atol=1e-4)
+
+
+def test_one_recipe_trains_prunes_distils_and_quantizes(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from shared_runtime.quantization.recipe import Compression, compress
+
+    torch.manual_seed(0)
+    nn = torch.nn
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 4),
+    )
+    data = batches(torch)
+    from shared_runtime.quantization import qat
+
+    qat.fit(network, data, nn.functional.cross_entropy, learning_rate=1e-3, epochs=4)
+    folder, steps = compress(
+        network,
+        data,
+        nn.functional.cross_entropy,
+        {"image": data[0][0]["image"][:1]},
+        tmp_path / "m" / "small",
+        "small",
+        Compression(share=0.5),
+    )
+    assert [step.name for step in steps] == ["train with L1", "prune channels", "distil", "quantize"]
+    assert steps[1].parameters < steps[0].parameters
+    assert accuracy(rt.load(folder), "float32", tmp_path) > 0.9
+    assert network[0].out_channels == 8
+
+
+def test_auto_optimize_says_what_each_step_gained(sound: rt.Model, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    found = rt.auto_optimize(sound, calibration=CALIBRATION, threads=1, budget_s=40, plans=tmp_path / "plans")
+    assert [gain.step for gain in found.gains] == ["passes", "variants", "plan"]
+    assert all(gain.interval[0] <= gain.ratio <= gain.interval[1] for gain in found.gains)
+    assert found.plan.model == "sound"
+    assert "plan" in found.table()

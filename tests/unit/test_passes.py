@@ -1,0 +1,292 @@
+"""Graph passes: each finds its pattern, changes nothing that matters, and is refused where it would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import shared_runtime as rt
+from shared_runtime.graph.memory import plan_memory
+from shared_runtime.graph.passes.base import passes, plain_session, run_pass
+from shared_runtime.graph.passes.precision import to_float16
+from shared_runtime.tools import tools
+from tests.networks import save
+
+generator = np.random.default_rng(0)
+Graph = tuple[list[onnx.NodeProto], dict[str, np.ndarray]]
+IMAGE = {"x": ["batch", 4, 6, 6]}
+
+
+def weight(*shape: int) -> np.ndarray:
+    return generator.standard_normal(shape).astype(np.float32)
+
+
+def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], name=f"{kind}_{output}", **attributes)
+
+
+def built(tmp_path: Path, graph: Graph, inputs: dict[str, list] | None = None, opset: int = 20) -> onnx.ModelProto:
+    return onnx.load(save(tmp_path / "graph.onnx", *graph, inputs or IMAGE, {"y": ["batch", *(None for _ in range(3))]}, opset))
+
+
+def applied(model: onnx.ModelProto, name: str, shape: tuple[int, ...] = (2, 4, 6, 6), **options: Any) -> tuple[onnx.ModelProto, Any]:
+    probe = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    return run_pass(model, passes()[name], [probe], **options)
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    return [item.op_type for item in model.graph.node]
+
+
+EXACT: dict[str, tuple[Graph, list[str]]] = {
+    "constant-folding": (([node("Add", ["a", "b"], "c"), node("Mul", ["x", "c"], "y")], {"a": weight(1), "b": weight(1)}), ["Mul"]),
+    "dead-code": (([node("Relu", ["x"], "y"), node("Exp", ["x"], "unused")], {}), ["Relu"]),
+    "common-subexpressions": (
+        ([node("Exp", ["x"], "a"), node("Exp", ["x"], "b"), node("Add", ["a", "b"], "y")], {}),
+        ["Exp", "Add"],
+    ),
+    "cancel-transposes": (
+        (
+            [
+                node("Transpose", ["x"], "a", perm=[0, 2, 3, 1]),
+                node("Relu", ["a"], "b"),
+                node("Transpose", ["b"], "c", perm=[0, 3, 1, 2]),
+                node("Neg", ["c"], "y"),
+            ],
+            {},
+        ),
+        ["Relu", "Neg"],
+    ),
+    "cancel-casts": (
+        ([node("Identity", ["x"], "a"), node("Cast", ["a"], "b", to=TensorProto.FLOAT), node("Neg", ["b"], "y")], {}),
+        ["Neg"],
+    ),
+    "fold-pads": (
+        (
+            [node("Pad", ["x", "pads"], "p"), node("Conv", ["p", "w"], "y", pads=[1, 0, 0, 0])],
+            {"pads": np.array([0, 0, 1, 2, 0, 0, 0, 1]), "w": weight(5, 4, 3, 3)},
+        ),
+        ["Conv"],
+    ),
+    "conv-batchnorm": (
+        (
+            [
+                node("Conv", ["x", "w"], "c"),
+                node("BatchNormalization", ["c", "scale", "shift", "mean", "variance"], "n"),
+                node("Relu", ["n"], "y"),
+            ],
+            {"w": weight(5, 4, 3, 3), "scale": weight(5), "shift": weight(5), "mean": weight(5), "variance": np.abs(weight(5)) + 0.1},
+        ),
+        ["Conv", "Relu"],
+    ),
+    "silu": (([node("Sigmoid", ["x"], "g"), node("Mul", ["x", "g"], "y")], {}), ["Silu"]),
+    "instancenorm-leakyrelu": (
+        (
+            [node("InstanceNormalization", ["x", "s", "b"], "n", epsilon=1e-3), node("LeakyRelu", ["n"], "y", alpha=0.2)],
+            {"s": weight(4), "b": weight(4)},
+        ),
+        ["InstanceNormLeakyRelu"],
+    ),
+    "gelu": (
+        (
+            [
+                node("Div", ["x", "root"], "d"),
+                node("Erf", ["d"], "e"),
+                node("Add", ["e", "one"], "a"),
+                node("Mul", ["x", "a"], "m"),
+                node("Mul", ["m", "half"], "y"),
+            ],
+            {"root": np.float32(2**0.5).reshape(1), "one": np.ones(1, np.float32), "half": np.full(1, 0.5, np.float32)},
+        ),
+        ["Gelu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXACT))
+def test_an_exact_pass_finds_its_pattern_and_keeps_the_numbers(name: str, tmp_path: Path) -> None:
+    graph, expected = EXACT[name]
+    model = built(tmp_path, graph)
+    changed, result = applied(model, name)
+    assert not result.refused
+    assert kinds(changed) == expected
+    assert result.difference is not None
+    assert result.difference < 1e-5
+    assert kinds(model) != expected or name in ("dead-code",)
+
+
+def test_the_halves_of_gelu_in_the_order_of_other_exporters(tmp_path: Path) -> None:
+    nodes = [
+        node("Mul", ["x", "half"], "h"),
+        node("Mul", ["x", "inverse"], "d"),
+        node("Erf", ["d"], "e"),
+        node("Add", ["e", "one"], "a"),
+        node("Mul", ["h", "a"], "y"),
+    ]
+    scalars = {"half": 0.5, "inverse": 0.5**0.5, "one": 1.0}
+    changed, result = applied(built(tmp_path, (nodes, {k: np.full(1, v, np.float32) for k, v in scalars.items()})), "gelu")
+    assert kinds(changed) == ["Gelu"]
+    assert result.changes == 1
+
+
+def test_linear_layernorm_and_weight_sharing(tmp_path: Path) -> None:
+    nodes = [
+        node("LayerNormalization", ["x", "scale", "shift"], "n"),
+        node("MatMul", ["n", "w"], "q"),
+        node("MatMul", ["n", "w2"], "k"),
+        node("Add", ["q", "k"], "y"),
+    ]
+    w = weight(6, 6)
+    model = built(tmp_path, (nodes, {"scale": weight(6), "shift": weight(6), "w": w, "w2": w.copy()}))
+    shared, result = applied(model, "weight-sharing")
+    assert result.changes == 1
+    assert len(shared.graph.initializer) == 3
+    folded, result = applied(model, "linear-layernorm")
+    assert result.changes == 1
+    assert result.difference < 1e-4
+    ones = next(item for item in folded.graph.initializer if item.name == folded.graph.node[0].input[1])
+    assert (onnx.numpy_helper.to_array(ones) == 1).all()
+
+
+def test_opset_upgrade(tmp_path: Path) -> None:
+    model = built(tmp_path, ([node("Relu", ["x"], "y")], {}), opset=11)
+    changed, result = applied(model, "opset-upgrade", version=18)
+    assert changed.opset_import[0].version == 18
+    assert "operator set 18 already" in applied(changed, "opset-upgrade", version=18)[1].refused
+    assert result.changes == 1
+
+
+def test_a_pass_that_changes_the_numbers_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Wrong:
+        name, summary, tolerance, engine = "wrong", "", 1e-5, ""
+
+        def apply(self, model: onnx.ModelProto, **options: Any) -> int:
+            model.graph.node[0].op_type = "Neg"
+            return 1
+
+    model = built(tmp_path, ([node("Relu", ["x"], "y")], {}))
+    probe = {"x": np.ones((1, 4, 6, 6), np.float32)}
+    with caplog.at_level("INFO"):
+        kept, result = run_pass(model, Wrong(), [probe])
+    assert kept is model
+    assert "changes outputs" in result.refused
+    assert "pass wrong refused" in caplog.text
+
+
+def test_input_passes_do_what_the_caller_did_before(tmp_path: Path) -> None:
+    model = built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(2, 4, 3, 3)}))
+    x = generator.uniform(0, 255, (2, 4, 6, 6)).astype(np.float32)
+    expected = plain_session(model).run(None, {"x": (x - 100) / 50})[0]
+    changed, _ = applied(model, "normalize-input", mean=[100] * 4, std=[50] * 4)
+    np.testing.assert_allclose(plain_session(changed).run(None, {"x": x})[0], expected, atol=1e-4)
+    expected = plain_session(model).run(None, {"x": (np.clip(x, 20, 120) - 20) / 100})[0]
+    changed, _ = applied(model, "window-input", center=70, width=100)
+    np.testing.assert_allclose(plain_session(changed).run(None, {"x": x})[0], expected, atol=1e-4)
+    from shared_runtime.graph.passes.interface import ChannelsLastInput
+
+    ChannelsLastInput().apply(model, uint8=True)
+    pixels = x.astype(np.uint8)
+    graph = onnx.load(tmp_path / "graph.onnx")
+    expected = plain_session(graph).run(None, {"x": pixels.astype(np.float32)})[0]
+    np.testing.assert_allclose(plain_session(model).run(None, {"x": pixels.transpose(0, 2, 3, 1)})[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("normalize-input", {}, "mean and std"),
+        ("normalize-input", {"mean": 0, "std": 0}, "above 0"),
+        ("window-input", {"center": 0, "width": 0}, "above 0"),
+        ("window-input", {"input": "z"}, "no input 'z'"),
+        ("prune-weights", {"sparsity": 1.5}, "between 0 and 1"),
+        ("share-values", {"values": 1}, "2 to 4096"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(8, 4, 3, 3)}))
+    kept, result = applied(model, name, **options)
+    assert kept is model
+    assert words in result.refused
+
+
+def test_output_passes(tmp_path: Path) -> None:
+    model = built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(3, 4, 1, 1)}))
+    x = weight(2, 4, 6, 6)
+    logits = plain_session(model).run(None, {"x": x})[0]
+    labels = plain_session(applied(model, "argmax-output")[0]).run(None, {"x": x})[0]
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, logits.argmax(1))
+    probabilities = plain_session(applied(model, "softmax-output")[0]).run(None, {"x": x})[0]
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+
+
+def test_pruning_channels_keeps_what_matters(tmp_path: Path) -> None:
+    first = weight(8, 4, 3, 3)
+    first[::2] *= 1e-6
+    nodes = [node("Conv", ["x", "w", "b"], "c"), node("Relu", ["c"], "r"), node("Conv", ["r", "v"], "y")]
+    model = built(tmp_path, (nodes, {"w": first, "b": np.zeros(8, np.float32), "v": weight(5, 8, 3, 3)}))
+    _, result = applied(model, "prune-channels", share=0.5)
+    assert result.changes == 4
+    assert result.bytes[1] < 0.6 * result.bytes[0]
+    assert result.difference < 1e-4
+
+
+def test_low_rank_and_shared_values(tmp_path: Path) -> None:
+    matrix = weight(64, 4) @ weight(4, 64)
+    model = built(tmp_path, ([node("MatMul", ["x", "w"], "y")], {"w": matrix}), {"x": ["batch", 1, 1, 64]})
+    changed, result = applied(model, "low-rank", (2, 1, 1, 64), energy=0.9999)
+    assert kinds(changed) == ["MatMul", "MatMul"]
+    assert result.difference < 0.02
+    shared, result = applied(model, "share-values", (2, 1, 1, 64), values=16)
+    assert len(np.unique(onnx.numpy_helper.to_array(shared.graph.initializer[0]))) <= 16
+    assert 0 < result.difference < 0.3
+    sparse, _ = applied(model, "prune-weights", (2, 1, 1, 64), sparsity=0.75)
+    assert np.mean(onnx.numpy_helper.to_array(sparse.graph.initializer[0]) == 0) == pytest.approx(0.75, abs=0.01)
+
+
+def test_half_precision_keeps_what_would_overflow_in_float(tmp_path: Path) -> None:
+    nodes = [node("Mul", ["x", "big"], "m"), node("Mul", ["m", "small"], "s"), node("Conv", ["s", "w"], "y")]
+    weights = {"big": np.full(1, 6e4, np.float32), "small": np.full(1, 1 / 6e4, np.float32), "w": weight(3, 4, 3, 3)}
+    model = built(tmp_path, (nodes, weights))
+    probe = {"x": 100 * weight(1, 4, 6, 6)}
+    from onnx.reference import ReferenceEvaluator
+
+    def outputs(graph: onnx.ModelProto) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return ReferenceEvaluator(graph).run(None, probe)[0]
+
+    expected = outputs(model)
+    assert not np.isfinite(outputs(to_float16(model, {}))).all()
+    guarded = to_float16(model, {"m": 6e6})
+    np.testing.assert_allclose(outputs(guarded), expected, atol=0.02 * np.abs(expected).max())
+    assert any(item.data_type == TensorProto.FLOAT16 for item in guarded.graph.initializer)
+    _, result = applied(built(tmp_path, ([node("Mul", ["x", "huge"], "y")], {"huge": np.full(1, 1e6, np.float32)})), "fp16")
+    assert "half precision ends" in result.refused
+
+
+def test_every_tool_is_listed_with_one_line() -> None:
+    found = tools()
+    assert len(found) >= 20
+    assert len({tool.name for tool in found}) == len(found)
+    assert all(tool.summary and "\n" not in tool.summary for tool in found)
+    assert {tool.kind for tool in found} == {"pass", "quantizer", "analysis"}
+
+
+def test_the_memory_plan_packs_without_overlap_and_reaches_the_lower_bound(tmp_path: Path) -> None:
+    model = rt.load("hippocampus-t1")
+    inputs = model.signature.random()
+    plan = plan_memory(model.graph, inputs)
+    for a in plan.placements:
+        for b in plan.placements:
+            if a is not b and a.first <= b.last and b.first <= a.last:
+                assert a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+    assert plan.lower_bound <= plan.arena <= 1.3 * plan.lower_bound
+    assert plan_memory(model.graph, model.signature.random(2)).arena >= 1.9 * plan.arena
+    with pytest.raises(rt.MemoryBudgetError, match=r"planned peak .* the budget is 20"):
+        rt.Session(model, memory_budget_mib=20)
+    rt.Session(model, memory_budget_mib=plan.peak / 2**20 + 1).close()

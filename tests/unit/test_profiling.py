@@ -1,0 +1,168 @@
+"""The profiler, the tracer, fused regions, and the plan's own account of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shared_runtime as rt
+from shared_runtime.backends.base import backends
+from shared_runtime.graph.cost import graph_cost
+from shared_runtime.planning.measure import Timed, interleave, paired_ratio
+from shared_runtime.planning.objective import energy_counter
+from shared_runtime.telemetry.trace import Tracer
+from tests.networks import classifier
+
+
+@pytest.mark.parametrize("device_backend", ["onnxruntime", "openvino"])
+def test_a_profile_accounts_for_the_whole_run(device_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = {name: backend for name, backend in backends().items() if name in (device_backend, "onnxruntime")}
+    model = rt.load("hippocampus-t1")
+    with rt.Session(model, threads=2, plans=tmp_path, ladder=(1,), budget_s=1.0) as session:
+        session.prepare()
+        if session.plan.backend != device_backend:
+            monkeypatch.setattr("shared_runtime.planning.planner.backends", lambda: {device_backend: only[device_backend]} | only)
+        found = rt.profile(session, runs=2)
+    assert sum(operator.share for operator in found.operators) == pytest.approx(1.0, abs=1e-6)
+    assert 0.3 * found.wall_ms < sum(operator.mean_ms for operator in found.operators) < 3 * found.wall_ms
+    heaviest = max(found.operators, key=lambda operator: operator.mean_ms)
+    assert heaviest.operations > 1e8
+    assert 0 < heaviest.share_of_bound <= 1
+    assert len(heaviest.__struct_fields__) >= 12
+    found.chrome_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert len(events) == len(found.operators)
+    assert json.dumps(found.json())
+    assert heaviest.name[:20] in found.table()
+
+
+def test_costs_are_those_of_the_arithmetic(tmp_path: Path) -> None:
+    model = rt.load(classifier(tmp_path / "c.onnx", False))
+    cost = graph_cost(model.graph, model.signature.random(5))
+    by_name = {node.name: node for node in cost.nodes}
+    assert by_name["filter"].operations == 2 * 5 * 192 * 4
+    assert by_name["spread"].operations == 2 * 5 * 3 * 64 * 27
+    assert by_name["filter"].weight_bytes == 192 * 4 * 4
+    assert cost.unknown == ()
+
+
+def test_the_tracer_keeps_nesting_errors_and_threads(tmp_path: Path) -> None:
+    tracer = Tracer(most=5)
+
+    @tracer
+    def inner() -> None:
+        np.ones(10).sum()
+
+    @tracer
+    def outer(fail: bool) -> None:
+        inner()
+        if fail:
+            raise ValueError
+
+    outer(False)
+    with pytest.raises(ValueError):
+        outer(True)
+    thread = threading.Thread(target=inner)
+    thread.start()
+    thread.join()
+    spans = tracer.spans()
+    assert [span.name.rpartition(".")[2] for span in spans] == ["inner", "outer", "inner", "outer", "inner"]
+    assert spans[0].parent.endswith("outer")
+    assert spans[4].parent == ""
+    assert spans[3].error == "ValueError"
+    assert spans[4].thread != spans[0].thread
+    inner()
+    assert len(tracer.spans()) == 5
+    tracer.chrome_trace(tmp_path / "t.json")
+    assert len(json.loads((tmp_path / "t.json").read_text())["traceEvents"]) == 5
+    assert "outer" in tracer.table()
+
+
+def test_a_fused_region_computes_what_the_function_computes() -> None:
+    torch = pytest.importorskip("torch")
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+
+    @rt.fuse
+    def region(x: object, scale: float) -> object:
+        return torch.nn.functional.gelu(x * scale) + 1
+
+    x = torch.linspace(-2, 2, 64)
+    torch.testing.assert_close(region(x, 3.0), torch.nn.functional.gelu(x * 3.0) + 1)
+    assert region.__name__ == "region"
+
+    @rt.fuse
+    def broken(x: object) -> object:
+        if x.sum() > 0:
+            print("side effect")
+        return x
+
+    with pytest.raises(rt.UnsupportedModelError, match="can't be one region"):
+        broken(x)
+    with pytest.raises(rt.UnsupportedModelError, match="without one"):
+        region(1.0, 2.0)
+
+
+def test_interleaving_gives_up_the_hopeless_and_pairs_the_rest() -> None:
+    quick, slow = Timed(lambda: np.linalg.inv(np.eye(10))), Timed(lambda: np.linalg.inv(np.eye(200)))
+    interleave([quick, slow], 0.3)
+    assert "times as slow" in slow.out
+    assert len(slow.times) < len(quick.times)
+    ratio, (low, high) = paired_ratio([2.0, 2.2, 1.8, 2.0], [1.0, 1.0, 1.0, 1.0])
+    assert ratio == 2.0
+    assert low <= 2.0 <= high
+
+
+@pytest.mark.parametrize("objective", ["throughput", "memory"])
+def test_other_objectives(objective: str, tmp_path: Path) -> None:
+    model = rt.load(classifier(tmp_path / "c.onnx", False))
+    with rt.Session(model, threads=1, plans=tmp_path / "plans", objective=objective, budget_s=1.0) as session:
+        plan = session.plan
+    assert plan.objective == objective
+    if objective == "memory":
+        measured = [c.memory_mib for c in plan.candidates if c.memory_mib is not None]
+        assert len(measured) >= 2
+        assert plan.candidates[0].memory_mib == min(measured)
+    else:
+        rates = [max(t.rows / t.median_ms for t in c.timings) for c in plan.candidates if c.timings]
+        assert rates[0] == pytest.approx(max(rates), rel=1e-6)
+
+
+def test_energy_is_measured_or_its_absence_named(tmp_path: Path) -> None:
+    model = rt.load(classifier(tmp_path / "c.onnx", False))
+    session = rt.Session(model, "cpu", threads=1, plans=tmp_path / "plans", objective="energy", budget_s=1.0)
+    if energy_counter() is None:
+        with pytest.raises(rt.BackendUnavailableError, match="RAPL"):
+            session.prepare()
+    else:
+        assert all(c.joules for c in session.prepare().candidates if c.median_ms is not None)
+    with pytest.raises(ValueError, match="unknown objective"):
+        rt.Session(model, objective="beauty")
+
+
+def test_the_plan_says_where_operators_ran_and_serves_every_number_of_rows(tmp_path: Path) -> None:
+    model = rt.load("fraud-boosting")
+    with rt.Session(model, threads=1, plans=tmp_path) as session:
+        plan = session.prepare()
+        assert sum(plan.nodes.values()) == 2
+        assert [rung.rows for rung in plan.ladder] == [1, 8, 32]
+        assert any(c.backend == "xgboost" and c.timings for c in plan.candidates)
+        reference = backends()["onnxruntime"].compile(model, "cpu", 1)
+        for rows in (1, 2, 7, 33, 500):
+            x = model.signature.random(rows, seed=rows)
+            np.testing.assert_allclose(session.run(x)["probability"], reference.run(x)["probability"], atol=1e-5)
+
+
+def test_the_last_rung_may_be_another_engine(tmp_path: Path) -> None:
+    model = rt.load("fraud-boosting")
+    with rt.Session(model, threads=1, plans=tmp_path, ladder=(1, 20_000), budget_s=2.0) as session:
+        plan = session.prepare()
+        assert plan.ladder[-1].rows == 20_000
+        again = rt.Session(model, threads=1, plans=tmp_path, ladder=(1, 20_000), budget_s=2.0)
+        assert again.plan == plan
+        again.close()
