@@ -1,10 +1,10 @@
 """Measures what the docs state, writes `benchmarks/results/*.json` with the host's facts, and makes docs/benchmarks.md.
 
     python benchmarks/run.py [demo] [head] [cases] [runtime] [install] [features] [protocol] [stream] [memory] [budget]
-                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates]
+                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates] [optimise]
     python benchmarks/run.py report                                        # the page alone, from the results
 
-Without a name all run but `install`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
+Without a name all run but `install`, `optimise`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from apps.demo import HEAD_SAMPLE, sample
 from apps.medical.evaluation.evaluate import case_files, evaluate_case, summarise
 from apps.medical.service import segment_file
 from apps.medical.training.export import summary
-from benchmarks import finance, industrial
+from benchmarks import finance, industrial, optimise
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
 from shared_runtime.repository.store import shipped_models
@@ -137,6 +137,7 @@ SUITES: dict[str, Callable[[], dict[str, Any]]] = {
     "install": install,
     **finance.SUITES,
     **industrial.SUITES,
+    **optimise.SUITES,
 }
 NEED_DATA = {"cases", *finance.NEED_DATA, *industrial.NEED_DATA}
 
@@ -245,7 +246,9 @@ def _where(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run the suites named on the command line, then write the page."""
     names = sys.argv[1:] or [
-        name for name in SUITES if name not in ("install", "few_shot") and (name not in NEED_DATA or "TRISCOPE_DATA_DIR" in os.environ)
+        name
+        for name in SUITES
+        if name not in ("install", "few_shot", "optimise") and (name not in NEED_DATA or "TRISCOPE_DATA_DIR" in os.environ)
     ]
     RESULTS.mkdir(exist_ok=True)
     for name in names:

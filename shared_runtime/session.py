@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -59,6 +59,7 @@ class Session:
         self._check = Checker(model.signature, model.name)
         self._lock = threading.Lock()
         self._ready: tuple[Plan, Ladder] | None = None
+        self._run: Callable[[Tensors], Tensors] | None = None
         self._closed = False
         self._asked: dict[str, Any] = {
             "objective": Objective(objective) if isinstance(objective, str) else objective,
@@ -91,9 +92,11 @@ class Session:
         BackendUnavailableError where the device is missing.
         """
         checked = self._check(inputs)
-        executable = (self._ready or self._prepared())[1]
+        if self._run is None:
+            self._prepared()
+        assert self._run is not None
         begin = perf_counter()
-        outputs = executable.run(checked)
+        outputs = self._run(checked)
         self._observe(len(next(iter(checked.values()))), perf_counter() - begin)
         return outputs
 
@@ -106,7 +109,7 @@ class Session:
         with self._lock:
             if self._ready is not None:
                 self._ready[1].close()
-            self._ready, self._closed = None, True
+            self._ready, self._run, self._closed = None, None, True
 
     def _prepared(self) -> tuple[Plan, Ladder]:
         with self._lock:
@@ -116,5 +119,6 @@ class Session:
                 self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans, **self._asked)
                 metrics.planned(self._ready[0], self.model.version)
                 self._observe = metrics.observer(self._ready[0], self.model.version)
+                self._run = self._ready[1].run
                 logger.info("plan: %s", self._ready[0].describe())
             return self._ready

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-FEWEST, MOST = 5, 40
+FEWEST, MOST = 5, 400
+ENOUGH_ROUNDS, ENOUGH_SECONDS = 40, 1.0
+SETTLE_SECONDS = 0.05
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Timed:
 
 
 def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0) -> None:
-    """Run the contenders round by round for `budget` seconds: FEWEST to MOST rounds.
+    """Run the contenders round by round for `budget` seconds, less where ENOUGH was seen: FEWEST to MOST rounds.
 
     After two rounds one whose best time is `hopeless` times the best of all is given up: it says so in `out`.
     Short calls are repeated within a round, so that a time is not the clock's.
@@ -47,6 +49,8 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
     for round_ in range(MOST):
         for timed in racing:
             count = repeats.get(id(timed), 1)
+            if timed.times and timed.times[0] < SETTLE_SECONDS and len(racing) > 1:
+                timed.call()  # the threads of the engine before this one may still spin
             begin = time.perf_counter()
             for _ in range(count):
                 timed.call()
@@ -60,7 +64,7 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
                     timed.out = f"{min(timed.times) / best:.2f} times as slow in the first rounds"
             racing = [timed for timed in racing if not timed.out]
         spent = time.monotonic() - start
-        if spent > budget and round_ >= 2:
+        if (spent > budget and round_ >= 2) or (spent > ENOUGH_SECONDS and round_ >= ENOUGH_ROUNDS):
             return
         if len(racing) == 1 and round_ >= FEWEST - 1:
             return

@@ -37,6 +37,8 @@ TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
 HAIR = 1.03
 """A second engine is not kept for a gain below this."""
+WORTH = 1.05
+"""Reduced precision is not chosen for a gain below this."""
 SHARED = 5e7
 """Operations above which one thread can't beat several."""
 
@@ -407,13 +409,15 @@ def _select(
 
 
 def _fastest(contenders: Sequence[_Contender], rungs: Sequence[int]) -> dict[int, int]:
-    """The fastest contender at each rung; that of the rung before stays where it is within a hair."""
+    """The fastest contender at each rung; that of the rung before stays where it is within a hair, and reduced precision
+    has to earn its place over float32."""
     best: dict[int, int] = {}
     for before, rows in zip([None, *rungs], rungs, strict=False):
         timed = {i: c.timed[rows].median for i, c in enumerate(contenders) if rows in c.timed}
-        first = min(timed, key=timed.__getitem__)
+        weighed = {i: time * (1.0 if contenders[i].candidate.precision == FLOAT else WORTH) for i, time in timed.items()}
+        first = min(weighed, key=weighed.__getitem__)
         kept = best.get(before) if before is not None else None
-        best[rows] = kept if kept in timed and timed[kept] <= HAIR * timed[first] else first
+        best[rows] = kept if kept in weighed and weighed[kept] <= HAIR * weighed[first] else first
     return best
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.certificate import Reversion
 from shared_runtime.planning.measure import Timed, interleave
-from shared_runtime.quantization.forms import Form
+from shared_runtime.quantization.forms import BETWEEN, Form
 from shared_runtime.quantization.judge import Judge, Verdict
 from shared_runtime.signature import Tensors
 
@@ -77,6 +77,9 @@ class Guard:
             reverted = hint
         if verdict.why and self._form.layers:
             verdict, reverted = self._revert_for_accuracy(verdict, self._outputs)
+        if not verdict.why and reverted and not set(self._form.layers) - {item.layer for item in reverted} - {BETWEEN}:
+            why = f"every layer had to go back to float to keep {self._judge.name} within {self._judge.max_drop:.4g}"
+            verdict = replace(verdict, why=why)
         if verdict.why:
             return Guarded(verdict, reverted, None)
         speedup = self._speedup(frozenset(item.layer for item in reverted))
@@ -117,9 +120,6 @@ class Guard:
                 low = middle
             else:
                 high, best = middle, tried
-        if high == len(order):
-            why = f"every layer had to go back to float to keep {self._judge.name} within {self._judge.max_drop:.4g}"
-            return Verdict(best.before, best.after, best.interval, best.slices, why), _reversions(order, harm)
         return best, _reversions(order[:high], harm)
 
     def _rank(self, outputs: Sequence[Tensors]) -> dict[str, float]:

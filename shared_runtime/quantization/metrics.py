@@ -12,12 +12,22 @@ import numpy as np
 
 from shared_runtime.signature import Tensors
 
+Array = np.ndarray[Any, Any]
 Metric = Callable[[Sequence[Tensors], Sequence[Any]], float]
+
+FEW = 64
 
 
 def correlation(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
-    """Agreement in value with the float model: Pearson's correlation an item and output, the mean over items, the worst output."""
-    return min(float(np.mean([_correlation(o[name], t[name]) for o, t in zip(outputs, targets, strict=True)])) for name in targets[0])
+    """Agreement in value with the float model: Pearson's correlation, the worst output. An output of FEW values or more an
+    item is correlated item by item and averaged; a smaller one (a score, a logit) over all items together."""
+    return min(_output_correlation([o[name] for o in outputs], [t[name] for t in targets]) for name in targets[0])
+
+
+def _output_correlation(mine: Sequence[Array], theirs: Sequence[Array]) -> float:
+    if min(value.size for value in theirs) >= FEW:
+        return float(np.mean([_correlation(a, b) for a, b in zip(mine, theirs, strict=True)]))
+    return _correlation(np.concatenate([a.ravel() for a in mine]), np.concatenate([b.ravel() for b in theirs]))
 
 
 def agreement(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:

@@ -53,6 +53,7 @@ class OpenVinoInt8:
         self._model = model
         self.passes = (f"nncf {method}", *(("half range weights",) if overflows() else ()))
         self._quantized = _quantize(model, calibration, method)
+        self._biases = _biases(model)
         named = [(op.get_friendly_name(), op.get_type_name() in WEIGHTED) for op in _quantized(self._quantized)]
         self._between = frozenset(name for name, weighted in named if not weighted)
         self.layers = tuple(name for name, weighted in named if weighted) + ((BETWEEN,) if self._between else ())
@@ -74,8 +75,18 @@ class OpenVinoInt8:
                     source = port.get_source_output().get_node()
                     if source.get_type_name() == "FakeQuantize":
                         port.replace_source_output(source.input_value(0))
+                self._restore_bias(op)
         network.validate_nodes_and_infer_types()
         return network
+
+    def _restore_bias(self, op: Any) -> None:
+        """NNCF corrects a quantized layer's bias for the error of its weights; in float it needs its own again."""
+        for target in op.output(0).get_target_inputs():
+            add = target.get_node()
+            for index, port in enumerate(add.inputs()):
+                known = self._biases.get((add.get_friendly_name(), index))
+                if add.get_type_name() == "Add" and known is not None:
+                    port.replace_source_output(_constant(known).output(0))
 
     def compile(self, reverted: frozenset[str], threads: int) -> Executable:
         outputs = [spec.name for spec in self._model.signature.outputs]
@@ -177,6 +188,26 @@ class _quiet:
 
     def __exit__(self, *error: object) -> None:
         self._bars.track.__init__ = self._real
+
+
+def _constant(values: Any) -> Any:
+    from openvino import opset13
+
+    return opset13.constant(values)
+
+
+def _biases(model: Model) -> dict[tuple[str, int], Any]:
+    """The constants that the float network adds, by name of the addition and place of its input."""
+    import openvino
+
+    found = {}
+    for op in openvino.Core().read_model(str(model.graph)).get_ordered_ops():
+        if op.get_type_name() == "Add":
+            for index, port in enumerate(op.inputs()):
+                source = port.get_source_output().get_node()
+                if source.get_type_name() == "Constant":
+                    found[op.get_friendly_name(), index] = source.data.copy()
+    return found
 
 
 def _quantized(network: Any) -> list[Any]:

@@ -160,7 +160,8 @@ def to_qdq(proto: onnx.ModelProto) -> int:
 
 def _rounding_chain(editor: GraphEditor, rounding: onnx.NodeProto) -> tuple[list[onnx.NodeProto], Any]:
     """The nodes of one exported ActivationQuantizer and its zero point; the exporter leaves out adding a zero of 0."""
-    chain, zero = [editor.maker[rounding.input[0]], rounding], np.zeros(())
+    chain = [editor.maker[rounding.input[0]], rounding]
+    zero: Any = np.zeros(())
     for kind in ("Add", "Clip", "Sub", "Mul"):
         following = editor.only_reader(chain[-1].output[0])
         if following is None:

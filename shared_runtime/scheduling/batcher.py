@@ -77,6 +77,9 @@ class Batcher:
         self.statistics = BatcherStatistics()
 
     async def __aenter__(self) -> Batcher:
+        prepare = getattr(self._session, "prepare", None)
+        if prepare is not None:  # no request waits for a plan
+            await asyncio.get_running_loop().run_in_executor(self._pool, prepare)
         self._task = asyncio.create_task(self._loop())
         return self
 

@@ -1,0 +1,361 @@
+"""`optimise`: the optimiser beside its peers on eight models, single requests and batches of 32, in interleaved runs.
+
+    triscope bench optimise        (or python benchmarks/run.py optimise)
+    TRISCOPE_BENCH_MODELS=resnet50,mobilenet_v2 python benchmarks/run.py optimise        # some of the models
+
+Every contender takes and gives numpy arrays on the host. Peers run as installed: no option is set.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import shared_runtime as rt
+from shared_runtime.backends.base import backends
+from shared_runtime.host import host
+from shared_runtime.planning.measure import Timed, interleave, paired_ratio
+from shared_runtime.planning.planner import repeat_rows
+from shared_runtime.variants import VariantStore
+
+ROOT = Path(__file__).parent.parent
+SECONDS = float(os.environ.get("TRISCOPE_BENCH_SECONDS", "10"))
+Sample = dict[str, np.ndarray]
+
+
+@dataclass
+class Case:
+    """One model: how it comes in, what it is calibrated and judged on, and the numbers of rows that are measured."""
+
+    source: Any
+    calibration: list[Sample]
+    metric: Any = None
+    rows: tuple[int, ...] = (1, 32)
+    module: Any = None
+    max_drop: float = 0.005
+
+
+def _data() -> Path | None:
+    folder = os.environ.get("TRISCOPE_DATA_DIR")
+    return None if folder is None else Path(folder)
+
+
+class Recorder:
+    """A session that keeps what it was asked."""
+
+    def __init__(self, session: rt.Session) -> None:
+        self._session, self.model, self.seen = session, session.model, []
+
+    def run(self, inputs: Sample) -> Any:
+        """As the session."""
+        self.seen += [{name: value[i : i + 1].copy() for name, value in inputs.items()} for i in range(len(next(iter(inputs.values()))))]
+        return self._session.run(inputs)
+
+
+def _hippocampus() -> Case:
+    """Windows that the app cuts from real crops (random ones without the data)."""
+    model = rt.load("hippocampus-t1")
+    folder = _data()
+    if folder is None:
+        return Case(model, [model.signature.random(1, i) for i in range(24)], rt.metrics.correlation, (1,))
+    from apps.medical.evaluation.evaluate import case_files, evaluate_case
+
+    files = case_files(folder / "msd_hippocampus" / "images", folder / "msd_hippocampus" / "labels")[:24]
+    with rt.Session(model, variant="float32") as session:
+        recorder = Recorder(session)
+        for image, label in files:
+            evaluate_case(image, label, recorder, None)
+    return Case(model, recorder.seen[:48], rt.metrics.agreement, (1, 32))
+
+
+def _sequence() -> Case:
+    """Standardised histories of eight transactions, as the network sees them after its own scaling."""
+    model = rt.load("fraud-sequence")
+    generator = np.random.default_rng(0)
+    samples = []
+    for _ in range(64):
+        history = np.abs(generator.standard_normal((1, 8, 26)) * np.geomspace(1, 100, 26)).astype(np.float32)
+        samples.append({"sequence": history, "mask": np.ones((1, 8), np.float32)})
+    return Case(model, samples, rt.metrics.correlation)
+
+
+def _boosting() -> Case:
+    model = rt.load("fraud-boosting")
+    return Case(model, [model.signature.random(1, i) for i in range(32)], rt.metrics.correlation)
+
+
+def _texture() -> Case:
+    """Parts of ten textures, as the station prepares them."""
+    from apps.industrial.features import prepared
+    from apps.industrial.synthesis.textures import TEXTURES, good_part
+
+    generator = np.random.default_rng(0)
+    parts = [good_part(name, generator) for _ in range(5) for name in TEXTURES]
+    return Case(
+        rt.load("texture-features"), [{"pixels": prepared(part)[None].astype(np.float32)} for part in parts], rt.metrics.correlation
+    )
+
+
+def _resnet50() -> Case:
+    """ResNet-50 of MONAI with two-dimensional convolutions, weights as initialised."""
+    import torch
+    from monai.networks.nets import resnet50
+
+    torch.manual_seed(0)
+    module = resnet50(spatial_dims=2, n_input_channels=3, num_classes=1000).eval()
+    return _module(module, _pictures(24), rt.metrics.correlation)
+
+
+def _mobilenet() -> Case:
+    """MobileNetV2 with ImageNet weights from the data directory (as initialised without)."""
+    import torch
+    from torch import nn
+
+    from apps.industrial.training.network import Convolution, backbone_layers
+
+    widths = [(16, 1, 1), (24, 2, 6), (24, 1, 6), (32, 2, 6), *[(32, 1, 6)] * 2, (64, 2, 6), *[(64, 1, 6)] * 3, *[(96, 1, 6)] * 3]
+    widths += [(160, 2, 6), *[(160, 1, 6)] * 2, (320, 1, 6)]
+
+    class MobileNetV2(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers, skips, width = [Convolution(3, 32, 3, 2, 1, True)], set(), 32
+            for outputs, stride, expansion in widths:
+                inner = width * expansion
+                if expansion > 1:
+                    layers.append(Convolution(width, inner, 1, 1, 1, True))
+                layers.append(Convolution(inner, inner, 3, stride, inner, True))
+                layers.append(Convolution(inner, outputs, 1, 1, 1, False))
+                if stride == 1 and width == outputs:
+                    skips.add(len(layers) - 1)
+                width = outputs
+            layers += [Convolution(320, 1280, 1, 1, 1, True), Convolution(1280, 1001, 1, 1, 1, False)]
+            self.layers, self.skips = nn.ModuleList(layers), frozenset(skips)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            outputs = {-1: image}
+            x = image
+            for index, layer in enumerate(self.layers):
+                if index == len(self.layers) - 1:
+                    x = x.mean((2, 3), keepdim=True)
+                x = layer(x)
+                if index in self.skips:
+                    x = x + outputs[index - 3]
+                outputs[index] = x
+            return x.flatten(1)
+
+    torch.manual_seed(0)
+    module = MobileNetV2().eval()
+    folder = _data()
+    if folder is not None:
+        path = folder / "backbones" / "mobilenet_v2_1.0_224_imagenet_u8.safetensors"
+        for layer, (_, weight, bias, _, _) in zip(module.layers, backbone_layers(path, len(module.layers)), strict=True):
+            layer.conv.weight.data.copy_(weight)
+            layer.conv.bias.data.copy_(bias)
+    return _module(module, _pictures(64), rt.metrics.correlation)
+
+
+def _bert() -> Case:
+    """Twelve encoder layers of BERT-base's size on 128 embedded tokens, weights as initialised."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True)
+    module = torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).eval()
+    generator = np.random.default_rng(0)
+    return _module(
+        module, [{"tokens": generator.standard_normal((1, 128, 768)).astype(np.float32)} for _ in range(16)], rt.metrics.correlation
+    )
+
+
+def _unet() -> Case:
+    """A 3-D U-Net of nnU-Net's size (32 to 320 channels) on 128^3 voxels, weights as initialised."""
+    import torch
+    from monai.networks.nets import DynUNet
+
+    torch.manual_seed(0)
+    strides = [1, 2, 2, 2, 2, 2]
+    filters = [32, 64, 128, 256, 320, 320]
+    module = DynUNet(3, 1, 3, [3] * 6, strides, strides[1:], filters=filters, norm_name="instance").eval()
+    side = int(os.environ.get("TRISCOPE_BENCH_SIDE", "128"))
+    generator = np.random.default_rng(0)
+    return _module(
+        module,
+        [{"image": generator.standard_normal((1, 1, side, side, side)).astype(np.float32)} for _ in range(6)],
+        rt.metrics.correlation,
+        (1,),
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "fraud-boosting": _boosting,
+    "fraud-sequence": _sequence,
+    "hippocampus-t1": _hippocampus,
+    "texture-features": _texture,
+    "mobilenet_v2": _mobilenet,
+    "resnet50": _resnet50,
+    "bert-base": _bert,
+    "unet-128": _unet,
+}
+
+
+def _module(module: Any, samples: list[Sample], metric: Any, rows: tuple[int, ...] = (1, 32)) -> Case:
+    return Case(module, samples, metric, rows, module)
+
+
+def _pictures(count: int) -> list[Sample]:
+    """Coloured pictures of textures and edges, 224 pixels, -1..1."""
+    from apps.industrial.synthesis.textures import TEXTURES, good_part
+
+    generator, names = np.random.default_rng(1), list(TEXTURES)
+    samples = []
+    for place in range(count):
+        planes = [good_part(names[(place + shift) % len(names)], generator, 224) for shift in range(3)]
+        planes = [plane if plane.ndim == 2 else plane[..., 0] for plane in planes]
+        image = np.stack(planes).astype(np.float32) / 127.5 - 1
+        samples.append({"image": image[None]})
+    return samples
+
+
+def optimise() -> dict[str, Any]:
+    """Import, optimise, plan and time every model beside the peers that this machine has."""
+    wanted = os.environ.get("TRISCOPE_BENCH_MODELS")
+    names = wanted.split(",") if wanted else list(CASES)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="triscope-bench-") as folder:
+        for name in names:
+            print(f"optimise: {name}", flush=True)
+            results[name] = _one(name, CASES[name](), Path(folder))
+            print({k: v for k, v in results[name].items() if k != "candidates"}, flush=True)
+    first = [r["speed"]["1"]["ratio_onnxruntime"] for r in results.values() if "onnxruntime" in r["speed"]["1"]["peers"]]
+    every = [s["ratio_onnxruntime"] for r in results.values() for s in r["speed"].values() if "onnxruntime" in s["peers"]]
+    best = [s["ratio_best"] for r in results.values() for s in r["speed"].values()]
+    return {
+        "models": results,
+        "geometric_mean_single": float(np.exp(np.mean(np.log(first)))) if first else None,
+        "geometric_mean_all": float(np.exp(np.mean(np.log(every)))) if every else None,
+        "lowest_ratio_to_best_peer": min(best),
+    }
+
+
+def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
+    device = "cuda" if any(backends()["torch"].availability("cuda").available for _ in (0,)) and case.module is not None else "cpu"
+    begin = time.perf_counter()
+    model = case.source if isinstance(case.source, rt.Model) else rt.load(case.source, example=case.calibration[0], name=name)
+    imported = time.perf_counter() - begin
+    begin = time.perf_counter()
+    made = rt.optimize(
+        model,
+        calibration=case.calibration,
+        metric=case.metric,
+        max_drop=case.max_drop,
+        device=device,
+        store=VariantStore(folder / "variants"),
+        report=lambda text: print(f"  {text}", flush=True),
+    )
+    optimised = time.perf_counter() - begin
+    probe = case.calibration[0]
+    with rt.Session(
+        made, device, plans=folder / "plans", ladder=case.rows, budget_s=2 * SECONDS, probe=probe, thorough=device == "cuda"
+    ) as session:
+        plan = session.prepare()
+        print(f"  {plan.describe()}", flush=True)
+        speed = {str(rows): _speed(session, model, case, repeat_rows(probe, rows), device) for rows in case.rows}
+    certificates = {v: made.certificate(v) for v in made.variants}
+    return {
+        "device": device,
+        "import_seconds": imported,
+        "import_difference": model.card.get("import", {}).get("difference"),
+        "optimise_seconds": optimised,
+        "plan": plan.why,
+        "precision": {str(rung.rows): plan.candidates[rung.candidate].precision for rung in plan.ladder},
+        "speed": speed,
+        "variants": {
+            v: {
+                "metric": c.metric,
+                "drop": c.drop,
+                "interval": c.drop_interval,
+                "size": c.bytes / c.float_bytes,
+                "reverted": len(c.reverted),
+                "layers": c.layers,
+                "speedup": c.speedup,
+            }
+            for v, c in certificates.items()
+        },
+        "refused": dict(made.refused),
+        "candidates": [{"label": c.label, "timings": [(t.rows, t.median_ms) for t in c.timings], "lost": c.lost} for c in plan.candidates],
+    }
+
+
+def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, device: str) -> dict[str, Any]:
+    """Medians and paired ratios of every peer over ours, in one interleaved run."""
+    contenders = {"triscope": Timed(lambda: session.run(inputs))}
+    contenders |= {name: Timed(call) for name, call in peers(model, case, inputs, device)}
+    for timed in contenders.values():
+        timed.call()
+        timed.call()
+    interleave(list(contenders.values()), SECONDS * len(contenders) / 2, hopeless=float("inf"))
+    ours = contenders.pop("triscope")
+    ratios = {name: paired_ratio(timed.times, ours.times) for name, timed in contenders.items()}
+    best = min(contenders, key=lambda name: contenders[name].median)
+    return {
+        "ms": 1e3 * ours.median,
+        "peers": {name: 1e3 * timed.median for name, timed in contenders.items()},
+        "best_peer": best,
+        "ratio_best": ratios[best][0],
+        "interval_best": ratios[best][1],
+        "ratio_onnxruntime": ratios["onnxruntime"][0] if "onnxruntime" in ratios else None,
+        "rounds": len(ours.times),
+    }
+
+
+def peers(model: rt.Model, case: Case, inputs: Sample, device: str) -> Iterable[tuple[str, Callable[[], Any]]]:
+    """What others run, as installed."""
+    if device == "cpu":
+        import onnxruntime as ort
+
+        session = ort.InferenceSession(str(model.graph), providers=["CPUExecutionProvider"])
+        yield "onnxruntime", lambda: session.run(None, inputs)
+        try:
+            import openvino
+
+            request = openvino.Core().compile_model(str(model.graph), "CPU").create_infer_request()
+            yield "openvino", lambda: request.infer(inputs)
+        except (ImportError, RuntimeError):
+            pass
+    if model.name == "fraud-boosting":
+        import xgboost
+
+        booster = xgboost.XGBClassifier()
+        booster.load_model(model.graph.parent / "booster.ubj")
+        yield "xgboost scikit-learn predict", lambda: booster.predict_proba(inputs["features"])
+    if case.module is not None:
+        yield from _torch_peers(case.module, inputs, device)
+
+
+def _torch_peers(module: Any, inputs: Sample, device: str) -> Iterable[tuple[str, Callable[[], Any]]]:
+    import copy
+
+    import torch
+
+    torch.set_num_threads(host().cores)
+    resident = copy.deepcopy(module).to(device).eval()
+    compiled = torch.compile(copy.deepcopy(module).to(device).eval())
+
+    def run(net: Any) -> Any:
+        with torch.inference_mode():
+            return net(*(torch.from_numpy(value).to(device) for value in inputs.values())).cpu().numpy()
+
+    yield "torch eager", lambda: run(resident)
+    yield "torch.compile", lambda: run(compiled)
+
+
+SUITES: dict[str, Callable[[], dict[str, Any]]] = {"optimise": optimise}
