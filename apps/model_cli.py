@@ -74,7 +74,7 @@ def optimize(
     validation: Arrays = None,
     metric: Annotated[str, typer.Option(help=f"One of {', '.join(METRICS)}.")] = "agreement",
     max_drop: Annotated[float, typer.Option(help="Largest drop of the metric, absolute.")] = 0.005,
-    precision: Annotated[Optional[list[str]], typer.Option(help="int8, bfloat16, float16, float8; all that apply without.")] = None,
+    precision: Annotated[Optional[list[str]], typer.Option(help="int8, bfloat16, float16, float8; without, the first three.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds.")] = 900.0,
     json: Json = None,
 ) -> None:

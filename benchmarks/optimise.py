@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import shared_runtime as rt
@@ -92,12 +93,14 @@ def _boosting() -> Case:
 
 
 def _texture() -> Case:
-    """Parts of ten textures, as the station prepares them."""
+    """Parts of ten textures, every other one with a defect, as the station prepares them."""
     from apps.industrial.features import prepared
+    from apps.industrial.synthesis.defects import DEFECTS, add_defect
     from apps.industrial.synthesis.textures import TEXTURES, good_part
 
-    generator = np.random.default_rng(0)
-    parts = [good_part(name, generator) for _ in range(5) for name in TEXTURES]
+    generator, kinds = np.random.default_rng(0), list(DEFECTS)
+    parts = [good_part(name, generator) for _ in range(6) for name in TEXTURES]
+    parts = [add_defect(part, kinds[place % len(kinds)], generator)[0] if place % 2 else part for place, part in enumerate(parts)]
     return Case(
         rt.load("texture-features"), [{"pixels": prepared(part)[None].astype(np.float32)} for part in parts], rt.metrics.correlation
     )
@@ -233,8 +236,14 @@ def optimise() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="triscope-bench-") as folder:
         for name in names:
             print(f"optimise: {name}", flush=True)
-            results[name] = _one(name, CASES[name](), Path(folder))
+            try:
+                results[name] = _one(name, CASES[name](), Path(folder))
+            except rt.SharedRuntimeError as error:
+                print(f"  not measured: {error}", flush=True)
+                continue
             print({k: v for k, v in results[name].items() if k != "candidates"}, flush=True)
+            if partial := os.environ.get("TRISCOPE_BENCH_PARTIAL"):
+                Path(partial).write_text(msgspec.json.encode(results).decode())
     first = [r["speed"]["1"]["ratio_onnxruntime"] for r in results.values() if "onnxruntime" in r["speed"]["1"]["peers"]]
     every = [s["ratio_onnxruntime"] for r in results.values() for s in r["speed"].values() if "onnxruntime" in s["peers"]]
     best = [s["ratio_best"] for r in results.values() for s in r["speed"].values()]
@@ -247,7 +256,7 @@ def optimise() -> dict[str, Any]:
 
 
 def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
-    device = "cuda" if any(backends()["torch"].availability("cuda").available for _ in (0,)) and case.module is not None else "cpu"
+    device = "cuda" if backends()["torch"].availability("cuda").available and name != "fraud-boosting" else "cpu"
     begin = time.perf_counter()
     model = case.source if isinstance(case.source, rt.Model) else rt.load(case.source, example=case.calibration[0], name=name)
     imported = time.perf_counter() - begin
@@ -257,6 +266,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         calibration=case.calibration,
         metric=case.metric,
         max_drop=case.max_drop,
+        budget_s=60 * SECONDS,
         device=device,
         store=VariantStore(folder / "variants"),
         report=lambda text: print(f"  {text}", flush=True),
@@ -305,11 +315,14 @@ def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, dev
     interleave(list(contenders.values()), SECONDS * len(contenders) / 2, hopeless=float("inf"))
     ours = contenders.pop("triscope")
     ratios = {name: paired_ratio(timed.times, ours.times) for name, timed in contenders.items()}
-    best = min(contenders, key=lambda name: contenders[name].median)
+    # What an engine reduces by default counts as a peer only where the guard would let it pass.
+    fair = [name for name in contenders if "bf16 by default" not in name or "bfloat16-openvino" in session.model.variants]
+    best = min(fair, key=lambda name: contenders[name].median)
     return {
         "ms": 1e3 * ours.median,
         "peers": {name: 1e3 * timed.median for name, timed in contenders.items()},
         "best_peer": best,
+        "not_the_same_job": sorted(set(contenders) - set(fair)),
         "ratio_best": ratios[best][0],
         "interval_best": ratios[best][1],
         "ratio_onnxruntime": ratios["onnxruntime"][0] if "onnxruntime" in ratios else None,
@@ -327,8 +340,10 @@ def peers(model: rt.Model, case: Case, inputs: Sample, device: str) -> Iterable[
         try:
             import openvino
 
-            request = openvino.Core().compile_model(str(model.graph), "CPU").create_infer_request()
-            yield "openvino", lambda: request.infer(inputs)
+            compiled = openvino.Core().compile_model(str(model.graph), "CPU")
+            request = compiled.create_infer_request()
+            chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            yield "openvino" if chosen == "f32" else f"openvino ({chosen} by default)", lambda: request.infer(inputs)
         except (ImportError, RuntimeError):
             pass
     if model.name == "fraud-boosting":
@@ -337,25 +352,48 @@ def peers(model: rt.Model, case: Case, inputs: Sample, device: str) -> Iterable[
         booster = xgboost.XGBClassifier()
         booster.load_model(model.graph.parent / "booster.ubj")
         yield "xgboost scikit-learn predict", lambda: booster.predict_proba(inputs["features"])
-    if case.module is not None:
-        yield from _torch_peers(case.module, inputs, device)
+    if case.module is not None or device == "cuda":
+        yield from _torch_peers(model, case.module, inputs, device)
 
 
-def _torch_peers(module: Any, inputs: Sample, device: str) -> Iterable[tuple[str, Callable[[], Any]]]:
+def _torch_peers(model: rt.Model, module: Any, inputs: Sample, device: str) -> Iterable[tuple[str, Callable[[], Any]]]:
     import copy
 
     import torch
 
     torch.set_num_threads(host().cores)
-    resident = copy.deepcopy(module).to(device).eval()
-    compiled = torch.compile(copy.deepcopy(module).to(device).eval())
+    if module is None:  # a model of the suite: its graph as torch calls
+        from shared_runtime.backends.torch_graph import GraphProgram
+
+        resident: Any = GraphProgram(model.graph, device).straight({n: torch.from_numpy(v).to(device) for n, v in inputs.items()})
+    else:
+        resident = copy.deepcopy(module).to(device).eval()
+    compiled = torch.compile(copy.deepcopy(resident))
 
     def run(net: Any) -> Any:
         with torch.inference_mode():
-            return net(*(torch.from_numpy(value).to(device) for value in inputs.values())).cpu().numpy()
+            outputs = net(*(torch.from_numpy(value).to(device) for value in inputs.values()))
+            return [value.cpu().numpy() for value in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     yield "torch eager", lambda: run(resident)
     yield "torch.compile", lambda: run(compiled)
 
 
 SUITES: dict[str, Callable[[], dict[str, Any]]] = {"optimise": optimise}
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    Path(sys.argv[1]).write_text(
+        json.dumps(
+            {
+                "suite": "optimise",
+                "command": "python -m benchmarks.optimise FILE",
+                "host": msgspec.to_builtins(host()),
+                "result": optimise(),
+            },
+            indent=1,
+        )
+    )

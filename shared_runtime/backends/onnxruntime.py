@@ -21,7 +21,7 @@ from shared_runtime.signature import Tensors
 from shared_runtime.variants import Variant
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-SMALL_BYTES = 1 << 16
+SMALL_BYTES, MOST_SHAPES = 1 << 16, 4
 TENSORRT = "TensorrtExecutionProvider"
 
 
@@ -41,11 +41,15 @@ class _Bound:
         self._handle = binding._iobinding
         self._lock = threading.Lock()
 
-    def run(self, inputs: Tensors) -> Tensors | None:
-        """None where the shapes are others, or another thread uses the buffers."""
-        for name, _, shape in self._shapes:
+    def fits(self, inputs: Tensors) -> bool:
+        """Whether the buffers have the shapes of `inputs`."""
+        for name, _, shape in self._shapes:  # noqa: SIM110 - a generator would cost as much as the model
             if inputs[name].shape != shape:
-                return None
+                return False
+        return True
+
+    def run(self, inputs: Tensors) -> Tensors | None:
+        """None where another thread uses the buffers."""
         if not self._lock.acquire(blocking=False):
             return None
         try:
@@ -64,20 +68,22 @@ class OnnxRuntimeExecutable:
         self._session, self.device, self.precision = session, device, precision
         self._outputs = [output.name for output in session.get_outputs()]
         self._run = session._sess.run if device == "cpu" else None
-        self._bound: _Bound | None = None
+        self._bound: list[_Bound] = []
 
     def specialise(self, inputs: Tensors) -> None:
         """Bind buffers for exactly these shapes, where a call is so short that handing arrays over counts."""
-        if self.device != "cpu" or self._bound is not None or sum(value.nbytes for value in inputs.values()) > SMALL_BYTES:
+        small = sum(value.nbytes for value in inputs.values()) <= SMALL_BYTES
+        if self.device != "cpu" or not small or len(self._bound) >= MOST_SHAPES or any(bound.fits(inputs) for bound in self._bound):
             return
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         plain = all(value.dtype.kind in "fiub" for value in (*inputs.values(), *outputs.values()))
         if plain and sum(value.nbytes for value in outputs.values()) <= SMALL_BYTES and all(len(v) for v in inputs.values()):
-            self._bound = _Bound(self._session, inputs, outputs)
+            self._bound.append(_Bound(self._session, inputs, outputs))
 
     def run(self, inputs: Tensors) -> Tensors:
-        if self._bound is not None and (found := self._bound.run(inputs)) is not None:
-            return found
+        for bound in self._bound:
+            if bound.fits(inputs) and (found := bound.run(inputs)) is not None:
+                return found
         if self._run is not None:
             return dict(zip(self._outputs, self._run(self._outputs, inputs, None), strict=True))
         # Inputs and outputs are bound, so that each crosses to the GPU and back once.
@@ -90,7 +96,8 @@ class OnnxRuntimeExecutable:
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
     def close(self) -> None:
-        self._run = self._bound = None
+        self._run = None
+        self._bound.clear()
         del self._session
 
 

@@ -20,6 +20,8 @@ import torch.nn.functional as functional
 from onnx import numpy_helper
 from torch import Tensor
 
+from shared_runtime.graph.passes.simplify import ConstantFolding
+
 Attributes = Mapping[str, Any]
 Operator = Callable[[list[Any], Attributes], Tensor]
 
@@ -158,7 +160,7 @@ def _unsqueeze(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 
 def _cast(inputs: list[Any], attributes: Attributes) -> Tensor:
-    return inputs[0].to(_dtype(attributes["to"]))
+    return inputs[0].to(attributes["dtype"])
 
 
 def _dtype(onnx_type: int) -> torch.dtype:
@@ -257,8 +259,10 @@ def _lstm(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
     x, w, r, b, lengths, h0, c0, peepholes = [*inputs, *[None] * 8][:8]
     directions = w.shape[0]
     hidden = attributes["hidden_size"]
-    odd = {"clip", "input_forget"} & set(attributes) or lengths is not None or peepholes is not None or attributes.get("layout", 0)
-    if odd or attributes.get("direction", "forward") == "reverse" or "activations" in attributes:
+    odd = attributes.get("clip", 0.0) or attributes.get("input_forget", 0) or attributes.get("layout", 0)
+    given = lengths is not None or peepholes is not None
+    named = [value.decode() if isinstance(value, bytes) else value for value in attributes.get("activations", [])]
+    if odd or given or attributes.get("direction", "forward") == "reverse" or named not in ([], ["Sigmoid", "Tanh", "Tanh"] * directions):
         raise UnsupportedOperator("LSTM with clip, input_forget, lengths, peepholes, layout, activations or in reverse")
 
     def order(value: Tensor) -> Tensor:  # i, o, f, c -> torch's i, f, g, o
@@ -414,6 +418,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
         if isinstance(value, onnx.TensorProto):
             value = _tensor(value)
         found[item.name] = value.decode() if isinstance(value, bytes) else value
+    if node.op_type == "Cast":
+        found["dtype"] = _dtype(found["to"])
     return found
 
 
@@ -440,6 +446,7 @@ class GraphProgram:
 
     def __init__(self, graph: Path, device: str, channels_last: bool = False) -> None:
         proto = onnx.load(str(graph))
+        ConstantFolding().apply(proto)
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):
             raise UnsupportedOperator(f"operators {missing} have no torch form here")
         self.steps = [Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n)) for n in proto.graph.node]

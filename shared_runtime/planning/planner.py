@@ -233,7 +233,7 @@ def _cost(model: Model, probe: Tensors) -> GraphCost:
 
 
 def _ways(
-    model: Model, device: str, threads: int, thorough: bool, only: str | None
+    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool
 ) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
     """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
     named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
@@ -250,7 +250,11 @@ def _ways(
                 if variant is not None and (variant.facts.engine, variant.facts.device) != (backend.name, kind):
                     continue
                 for mode in modes:
-                    if "compiled" in mode and not thorough:
+                    if "compiled" in mode and (
+                        not thorough or (variant is None and any(v is not None and v.facts.device == kind for v in variants))
+                    ):
+                        continue  # a certified reduced form is compiled in its stead
+                    if "channels-last" in mode and not convolutions:
                         continue
                     for count in dict.fromkeys((threads, 1) if kind == "cpu" else (threads,)):
                         yield backend, kind, mode, count, variant
@@ -259,10 +263,11 @@ def _ways(
 def _contenders(
     model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None
 ) -> tuple[list[_Contender], list[Candidate]]:
+    convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
     reference: Tensors | None = None
     contenders: list[_Contender] = []
     lost: list[Candidate] = []
-    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only):
+    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions):
         precision = FLOAT if variant is None else variant.facts.precision
         name = FLOAT if variant is None else variant.name
         state = backend.availability(kind)
