@@ -40,7 +40,6 @@ SIMPLIFY = (
     "fold-pads",
     "conv-batchnorm",
     "common-subexpressions",
-    "weight-sharing",
     "dead-code",
 )
 """Passes that every reduced form starts from: they change no value that matters to quantization."""
@@ -59,7 +58,7 @@ class _Job:
     store: VariantStore
     report: Report
     references: dict[tuple[str, str], Executable]
-    hints: dict[tuple[str, str], tuple[Reversion, ...] | None] = field(default_factory=dict)
+    hints: dict[str, tuple[Reversion, ...] | None] = field(default_factory=dict)
 
 
 def optimize(
@@ -180,7 +179,7 @@ def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None
             break
     assert best is not None
     _, form, guard = best
-    close = (maker.precision, form.facts.engine)
+    close = maker.name.replace("-bfloat16-", "-")
     if close in job.hints and job.hints[close] is None:
         return None, "a form of the same layers was refused"
     found = guard.search(job.hints.get(close) or ())

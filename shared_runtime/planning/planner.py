@@ -241,6 +241,7 @@ def _ways(
     variants += [model.variant(name) for name in model.variants if only in (None, name)]
     if only is not None and not variants:
         variants = [model.variant(only)]
+    reduced = {variant.facts.device for variant in variants if variant is not None}
     for backend in named:
         for kind in backend.devices:
             if device not in ("auto", kind) or (kind not in backend.planned and not thorough):
@@ -250,9 +251,7 @@ def _ways(
                 if variant is not None and (variant.facts.engine, variant.facts.device) != (backend.name, kind):
                     continue
                 for mode in modes:
-                    if "compiled" in mode and (
-                        not thorough or (variant is None and any(v is not None and v.facts.device == kind for v in variants))
-                    ):
+                    if "compiled" in mode and (not thorough or (variant is None and kind in reduced)):
                         continue  # a certified reduced form is compiled in its stead
                     if "channels-last" in mode and not convolutions:
                         continue

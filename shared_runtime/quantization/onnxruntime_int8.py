@@ -111,6 +111,7 @@ class DynamicInt8(_OnnxForm):
     def __init__(self, model: Model) -> None:
         super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
+        _unshare(self._prepared)
         self.layers = _layers(self._prepared, DYNAMIC_KINDS)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer for dynamic INT8 ({', '.join(DYNAMIC_KINDS)} with constant weights)")
@@ -127,7 +128,8 @@ class DynamicInt8(_OnnxForm):
                 per_channel=True,
                 reduce_range=overflows(),
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted(reverted),
+                # ONNX Runtime takes a Gemm apart before it looks for the names.
+                nodes_to_exclude=sorted(reverted | {f"{name}_MatMul" for name in reverted}),
             )
         return onnx.load(path)
 
@@ -192,6 +194,23 @@ def _prepared(model: Model, folder: Path) -> Path:
     path = folder / "prepared.onnx"
     onnx.save(proto, path)
     return path
+
+
+def _unshare(path: Path) -> None:
+    """Give every Gemm its own weights: ONNX Runtime's dynamic quantizer transposes them in place, once for each that shares them."""
+    proto = onnx.load(path)
+    constants = {item.name: item for item in proto.graph.initializer}
+    seen: set[str] = set()
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type in ("Gemm", "MatMul") and name in constants and name in seen:
+                copy = onnx.TensorProto()
+                copy.CopyFrom(constants[name])
+                copy.name = f"{name}_{node.name}"
+                proto.graph.initializer.append(copy)
+                node.input[place] = copy.name
+            seen.add(name)
+    onnx.save(proto, path)
 
 
 def _layers(path: Path, kinds: tuple[str, ...]) -> tuple[str, ...]:
