@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -74,6 +76,18 @@ def demo(
     from apps.demo import run_demo
 
     run_demo(load_settings().settings, ui=not no_ui, port=port, report=console.print, publish=lambda summary: write_json(summary, json))
+
+
+@app.command()
+def bench(suite: Annotated[str, typer.Argument(help="A suite of benchmarks/run.py, such as optimise.")]) -> None:
+    """Measure again what the docs state. Needs a checkout: benchmarks are not installed."""
+    script = Path(__file__).parent.parent / "benchmarks" / "run.py"
+    if not script.is_file():
+        raise TriscopeError("benchmarks are part of a checkout and this is an installed package; clone the repository and run it there")
+    known = subprocess.run([sys.executable, str(script), "--list"], capture_output=True, text=True, check=True).stdout.split()
+    if suite not in known:
+        raise TriscopeError(f"unknown suite {suite!r}; expected one of {', '.join(known)}")
+    raise typer.Exit(subprocess.run([sys.executable, str(script), suite], check=False).returncode)
 
 
 @pipeline_app.command("topics")

@@ -161,9 +161,9 @@ def verify(
         use = None if validation is None or chosen == "agreement" else _metric(chosen)
         pairs = None if validation is None else _pairs(validation, model)
         results.append(rt.verify(model, one, validation=pairs, metric=use))
-        console.print(
-            f"{one}: {'holds' if results[-1]['holds'] else 'does not hold: ' + (results[-1]['void'] or results[-1].get('why') or 'other values')}"
-        )
+        found = results[-1]
+        reason = found["void"] or found.get("why") or "it gives other values"
+        console.print(f"{one}: {'holds' if found['holds'] else f'does not hold: {reason}'}")
     write_json({"model": name, "variants": results}, json)
     if not all(result["holds"] for result in results):
         raise typer.Exit(1)

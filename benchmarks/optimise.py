@@ -9,6 +9,8 @@ Every contender takes and gives numpy arrays on the host. Peers run as installed
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -280,7 +282,9 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         print(f"  {plan.describe()}", flush=True)
         speed = {str(rows): _speed(session, model, case, repeat_rows(probe, rows), device) for rows in case.rows}
     certificates = {v: made.certificate(v) for v in made.variants}
+    memory = _memory_of(made, plan, folder) if name.startswith("unet") and device == "cpu" else {}
     return {
+        "peak_memory_mib": memory,
         "device": device,
         "import_seconds": imported,
         "import_difference": model.card.get("import", {}).get("difference"),
@@ -303,6 +307,30 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         "refused": dict(made.refused),
         "candidates": [{"label": c.label, "timings": [(t.rows, t.median_ms) for t in c.timings], "lost": c.lost} for c in plan.candidates],
     }
+
+
+def _memory_of(model: rt.Model, plan: rt.Plan, folder: Path) -> dict[str, float]:
+    """Peak memory of a process that runs one window, over its imports: ONNX Runtime in float32 and the plan's choice [MiB]."""
+    chosen = plan.candidates[plan.ladder[0].candidate]
+    plain = next(c for c in plan.candidates if c.backend == "onnxruntime" and c.variant == "float32" and c.threads == chosen.threads)
+    found = {}
+    for label, candidate in (("onnxruntime float32", plain), (chosen.label, chosen)):
+        known = {} if candidate.variant == "float32" else {"facts": model.variant(candidate.variant).facts}
+        folder_of = str(folder) if not known else str(model.variant(candidate.variant).folder)
+        script = (
+            "import resource, sys; from pathlib import Path; import numpy as np; import shared_runtime as rt; "
+            "from shared_runtime.backends.base import backends; from shared_runtime.variants import Variant, VariantFacts; "
+            "b = backends()[sys.argv[1]]; b.availability('cpu'); import openvino, onnxruntime; m = rt.load(sys.argv[2]); "
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            "v = None if sys.argv[3] == '' else Variant(VariantFacts(*sys.argv[3].split('|')), Path(sys.argv[4])); "
+            "e = b.compile(m, 'cpu', int(sys.argv[5]), v, ''); x = m.signature.random(); e.run(x); "
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        )
+        facts = "" if not known else "|".join(msgspec.structs.astuple(known["facts"]))
+        command = [sys.executable, "-c", script, candidate.backend, str(model.graph), facts, folder_of, str(candidate.threads)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[label] = float(answer.stdout.split()[-1])
+    return found
 
 
 def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, device: str) -> dict[str, Any]:
@@ -379,12 +407,57 @@ def _torch_peers(model: rt.Model, module: Any, inputs: Sample, device: str) -> I
     yield "torch.compile", lambda: run(compiled)
 
 
+def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
+    """The page's part on the optimiser."""
+    lines: list[str] = []
+    for file, title in (("optimise", "The optimiser on a CPU"), ("optimise_gpu", "The optimiser on a GPU")):
+        if not (found := load(file)):
+            continue
+        r = found["result"]
+        place = where(found) if file == "optimise" else f"{found['host']['gpus'][0]['name']}, torch 2.11"
+        lines += [
+            f"## {title}",
+            "",
+            f"`triscope bench optimise`, {place}; each model's contenders in one interleaved run, numpy arrays in and out.",
+        ]
+        lines += ["Ratios are medians of paired rounds with 95 % intervals, above 1 where Triscope is faster. Peers as installed.", ""]
+        lines += ["| model | rows | runs in | best peer | peer / Triscope | ONNX Runtime / Triscope |", "|---|---|---|---|---|---|"]
+        for name, model in r["models"].items():
+            for rows, speed in model["speed"].items():
+                low, high = speed["interval_best"]
+                precision = model["precision"].get(rows, next(iter(model["precision"].values())))
+                ort = speed["ratio_onnxruntime"]
+                ratio = f"{speed['ratio_best']:.2f} ({low:.2f} to {high:.2f})"
+                lines.append(f"| {name} | {rows} | {precision} | {speed['best_peer']} | {ratio} | {'' if ort is None else f'{ort:.2f}'} |")
+        lines.append("")
+        if r.get("geometric_mean_single"):
+            lines += [
+                f"Geometric mean over ONNX Runtime as installed: {r['geometric_mean_single']:.2f} (one row), {r['geometric_mean_all']:.2f} (all rows).",
+                "",
+            ]
+        lines += ["| model | variant | metric | drop (95 % interval) | size of float32 | layers in float |", "|---|---|---|---|---|---|"]
+        for name, model in r["models"].items():
+            for variant, v in model["variants"].items():
+                low, high = v["interval"]
+                drop = f"{v['drop']:.1e} ({low:.1e} to {high:.1e})"
+                lines.append(f"| {name} | {variant} | {v['metric']} | {drop} | {v['size']:.0%} | {v['reverted']} of {v['layers']} |")
+        lines.append("")
+        refused = [(name, variant, why) for name, model in r["models"].items() for variant, why in model["refused"].items()]
+        if refused:
+            lines += ["Refused by the guard or the engine:", ""]
+            lines += [f"- {name}, {variant}: {' '.join(str(why).split())[:140]}" for name, variant, why in refused] + [""]
+        for name, model in r["models"].items():
+            if model.get("peak_memory_mib"):
+                text = ", ".join(f"{label} {value:.0f} MiB" for label, value in model["peak_memory_mib"].items())
+                lines += [f"Peak memory of one window of {name}, over the imports: {text}.", ""]
+    return lines
+
+
 SUITES: dict[str, Callable[[], dict[str, Any]]] = {"optimise": optimise}
 
 
 if __name__ == "__main__":
     import json
-    import sys
 
     Path(sys.argv[1]).write_text(
         json.dumps(

@@ -233,6 +233,7 @@ def report() -> None:
         ]
         lines += [f"`site-packages`; the wheel of Triscope with model and sample: {r['wheel_mb']:.1f} MB. Largest:", ""]
         lines += ["| package | MB |", "|---|---|", *(f"| {n} | {v:.0f} |" for n, v in r["largest_mb"].items()), ""]
+    lines += optimise.report_lines(load, _where)
     lines += finance.report_lines(load, _where)
     lines += industrial.report_lines(load, _where)
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
@@ -245,6 +246,9 @@ def _where(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the suites named on the command line, then write the page."""
+    if sys.argv[1:] == ["--list"]:
+        print("\n".join(SUITES))
+        return
     names = sys.argv[1:] or [
         name
         for name in SUITES

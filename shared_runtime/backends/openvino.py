@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_runtime.backends.base import Availability, precision_of, refuse_foreign
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -33,6 +33,8 @@ class OpenVinoExecutable:
         self._local = threading.local()
 
     def run(self, inputs: Tensors) -> Tensors:
+        if (empty := zero_rows(self, inputs)) is not None:
+            return empty
         results = self._request(inputs).infer(inputs, share_inputs=True, share_outputs=False)
         return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
 

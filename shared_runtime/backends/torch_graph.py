@@ -6,6 +6,7 @@ operator or attribute outside of this set is refused when it is loaded, never ru
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Callable, Mapping
@@ -330,7 +331,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Erf": lambda x, a: torch.erf(x[0]),
     "Exp": lambda x, a: x[0].exp(),
     "Expand": _expand,
-    "Flatten": lambda x, a: x[0].reshape(int(np.prod(x[0].shape[: a.get("axis", 1)])), -1),
+    "Flatten": lambda x, a: x[0].reshape(math.prod(x[0].shape[: a.get("axis", 1)]), -1),
     "Floor": lambda x, a: x[0].floor(),
     "Gather": _gather,
     "Gelu": lambda x, a: functional.gelu(x[0], approximate=a.get("approximate", "none")),

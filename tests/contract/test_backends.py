@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import shared_runtime as rt
-from shared_runtime.backends.base import HardwareBackend, backends
+from shared_runtime.backends.base import HardwareBackend, backends, specialise
+from shared_runtime.variants import Variant, VariantFacts
 
 NAMES = ["onnxruntime", "openvino", "torch"]
 
@@ -102,6 +104,76 @@ def test_the_shipped_network_in_float32_as_asked(backend: HardwareBackend) -> No
     expected = backends()["onnxruntime"].compile(model, "cpu", 2).run(x)["logits"]
     outputs = executable.run(x)["logits"]
     assert np.linalg.norm(outputs - expected) / np.linalg.norm(expected) < 1e-5
+    executable.close()
+
+
+@pytest.mark.parametrize("name", ["fraud-sequence", "texture-features"])
+def test_recurrent_and_resizing_networks(backend: HardwareBackend, name: str) -> None:
+    model = rt.load(name)
+    executable = backend.compile(model, "cpu", 2)
+    for rows in (1, 3, 0):
+        x = model.signature.random(rows=rows, seed=4)
+        expected = backends()["onnxruntime"].compile(model, "cpu", 2).run(x)
+        for output, value in executable.run(x).items():
+            assert value.shape == expected[output].shape
+            assert np.linalg.norm(value - expected[output]) <= 1e-4 * max(1e-6, np.linalg.norm(expected[output]))
+    executable.close()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "xgboost"])
+def test_boosted_trees_with_any_number_of_rows(name: str) -> None:
+    model = rt.load("fraud-boosting")
+    executable = backends()[name].compile(model, "cpu", 1)
+    kept = executable.run(model.signature.random(3))["probability"]
+    copy = kept.copy()
+    for rows in (0, 1, 2000):
+        x = model.signature.random(rows, seed=5)
+        expected = backends()["onnxruntime"].compile(model, "cpu", 1).run(x)["probability"]
+        y = executable.run(x)["probability"]
+        assert y.shape == (rows, 1)
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_array_equal(kept, copy)
+    executable.close()
+
+
+def test_a_backend_prepared_for_a_shape_takes_the_others_too(backend: HardwareBackend, convolutions: rt.Model) -> None:
+    executable = backend.compile(convolutions, "cpu", 1)
+    for prepared in (1, 4):
+        specialise(executable, convolutions.signature.random(prepared))
+    for rows in (0, 1, 2, 4, 9):
+        x = convolutions.signature.random(rows, seed=rows)
+        np.testing.assert_allclose(executable.run(x)["y"], backends()["onnxruntime"].compile(convolutions, "cpu", 1).run(x)["y"], atol=2e-6)
+    executable.close()
+
+
+def test_every_mode_computes_the_same_and_an_unknown_one_is_refused(backend: HardwareBackend, convolutions: rt.Model) -> None:
+    x = convolutions.signature.random(2, seed=8)
+    for mode in backend.modes("cpu"):
+        executable = backend.compile(convolutions, "cpu", 1, None, mode)
+        specialise(executable, x)
+        np.testing.assert_allclose(executable.run(x)["y"], reference(convolutions, x)["y"], atol=2e-6)
+        executable.close()
+    if len(backend.modes("cpu")) > 1:
+        with pytest.raises(rt.BackendUnavailableError, match="no mode"):
+            backend.compile(convolutions, "cpu", 1, None, "warp")
+
+
+def test_a_variant_of_another_engine_is_refused(backend: HardwareBackend, convolutions: rt.Model, tmp_path: Path) -> None:
+    foreign = Variant(VariantFacts("int8-other", "int8", "other", "cpu", "model.bin"), tmp_path)
+    with pytest.raises(rt.UnsupportedModelError, match="made for other"):
+        backend.compile(convolutions, "cpu", 1, foreign)
+
+
+def test_threads_may_share_an_executable(backend: HardwareBackend, convolutions: rt.Model) -> None:
+    executable = backend.compile(convolutions, "cpu", 1)
+    inputs = [convolutions.signature.random(1, seed=seed) for seed in range(40)]
+    specialise(executable, inputs[0])
+    expected = [executable.run(x)["y"] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: executable.run(x)["y"], inputs))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
     executable.close()
 
 

@@ -1,0 +1,104 @@
+"""`triscope model` as a user runs it: import, optimise, verify, plan, profile, export; bad input ends with 2 and one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.networks import classifier, samples
+
+pytest.importorskip("nncf")
+
+
+class Command:
+    """The installed command with a home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("TRISCOPE_")}
+        self.environment |= {"TRISCOPE_HOME": str(home), "TRISCOPE_THREADS": "1"}
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        tool = Path(sys.executable).parent / "triscope"
+        done = subprocess.run([tool, *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == code, done.stderr[-2000:]
+        return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def triscope(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    classifier(folder / "net.onnx", fragile=False)
+    for name, count, seed in (("calibration", 32, 1), ("validation", 80, 2)):
+        pairs = samples(count, seed)
+        images = np.concatenate([inputs["image"] for inputs, _ in pairs])
+        np.savez(folder / f"{name}.npz", image=images, target=np.concatenate([target for _, target in pairs]))
+    return folder
+
+
+def test_a_model_from_import_to_export(triscope: Command, files: Path, tmp_path: Path) -> None:
+    imported = json.loads(triscope("model", "import", files / "net.onnx", "--name", "net", "--json", "-"))
+    assert imported["difference"] < 1e-4
+    data = ["--calibration", files / "calibration.npz", "--validation", files / "validation.npz", "--metric", "top1"]
+    made = json.loads(triscope("model", "optimize", "net", *data, "--json", "-"))
+    assert "int8-openvino" in made["variants"]
+    verified = json.loads(triscope("model", "verify", "net", "--validation", files / "validation.npz", "--json", "-"))
+    assert all(result["holds"] and result["same_validation_set"] for result in verified["variants"])
+    assert {result["variant"] for result in verified["variants"]} == set(made["variants"])
+    plan = json.loads(triscope("model", "plan", "net", "--json", "-"))
+    assert {c["variant"] for c in plan["candidates"]} > set(made["variants"])
+    profile = json.loads(triscope("model", "profile", "net", "--rows", 4, "--trace", tmp_path / "trace.json", "--json", "-"))
+    assert profile["operators"]
+    assert (tmp_path / "trace.json").is_file()
+    listed = json.loads(triscope("model", "list", "--json", "-"))["models"]
+    assert next(m for m in listed if m["name"] == "net")["variants"]
+    triscope("model", "export", "net", "--out", tmp_path / "exported")
+    elsewhere = Command(tmp_path / "elsewhere")
+    shown = json.loads(elsewhere("model", "show", tmp_path / "exported", "--json", "-"))
+    assert set(shown["certificates"]) == set(made["variants"])
+
+
+def test_a_certificate_that_no_longer_holds_exits_with_1(triscope: Command, files: Path) -> None:
+    triscope("model", "import", files / "net.onnx", "--name", "other")
+    triscope("model", "optimize", "other", "--calibration", files / "calibration.npz", "--precision", "int8")
+    folder = next((triscope.home / "variants").glob("*/int8-onnxruntime"))
+    with (folder / "model.onnx").open("ab") as stream:
+        stream.write(b"\x00")
+    assert triscope("model", "verify", "other", "--variant", "int8-onnxruntime", code=1) is not None
+
+
+def test_every_tool_is_listed(triscope: Command) -> None:
+    assert len(json.loads(triscope("model", "passes", "--json", "-"))["tools"]) >= 20
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"nonsense")
+    (tmp_path / "weights.pt").write_bytes(b"\x80\x02")
+    np.savez(tmp_path / "wrong.npz", picture=np.zeros((3, 2)))
+    (tmp_path / "not.npz").write_bytes(b"x")
+    for arguments, words in (
+        (("import", tmp_path / "broken.onnx", "--name", "broken"), "not a readable ONNX model"),
+        (("import", tmp_path / "weights.pt", "--name", "broken"), "may hold code"),
+        (("import", tmp_path / "missing", "--name", "broken"), "nothing at"),
+        (("import", files / "net.onnx", "--name", "../evil"), "can't be a model's name"),
+        (("optimize", files / "net.onnx", "--calibration", tmp_path / "wrong.npz"), "has no array image"),
+        (("optimize", files / "net.onnx", "--calibration", tmp_path / "not.npz"), "can't be read"),
+        (("optimize", files / "net.onnx", "--calibration", files / "calibration.npz", "--precision", "int3"), "'int3'"),
+        (("verify", files / "net.onnx", "--variant", "none"), "no variant 'none'"),
+    ):
+        error = triscope("model", *arguments, code=2)
+        assert words in error
+        assert [line[:9] for line in error.strip().splitlines() if "warning" not in line] == ["triscope:"]
+    assert not (triscope.home / "models" / "broken").exists()
+    assert not (triscope.home / "evil").exists()
