@@ -208,7 +208,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "mobilenet_v2": _mobilenet,
     "resnet50": _resnet50,
     "bert-base": _bert,
-    "unet-128": _unet,
+    "unet": _unet,
 }
 
 

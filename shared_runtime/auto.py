@@ -20,7 +20,7 @@ from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import MAX_DROP, float_bytes, optimize, probe_difference
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
-from shared_runtime.planning.planner import Plan, plan_and_compile
+from shared_runtime.planning.planner import Plan, first_row, plan_and_compile
 from shared_runtime.quantization.guard import Report
 from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import read_calibration
@@ -91,7 +91,9 @@ def auto_optimize(
     end = time.monotonic() + budget_s
     store = store or VariantStore()
     data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)
-    probe: Tensors = loaded.signature.random() if data is None else {name: value[:1] for name, value in data[0].items()}
+    if data is not None:
+        loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
+    probe: Tensors = loaded.random() if data is None else first_row(loaded.signature, data[0])
     gains = []
     found, gain = _search_passes(loaded, probe, cores, store, budget_s / 4, say)
     gains.append(gain)
@@ -146,7 +148,7 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix="triscope-passes-"))
     original = onnx.load(str(model.graph))
-    probes = [model.signature.random(2, 3), probe]
+    probes = [model.random(2, 3), probe]
     engines = [name for name in ("onnxruntime", "openvino") if name in backends() and backends()[name].availability("cpu").available]
     useful = [name for name in SEARCHED if name in passes() and not run_pass(original, passes()[name], probes)[1].refused]
     tried: dict[tuple[str, ...], float] = {}
@@ -244,6 +246,7 @@ def _certificate(
         validation=digest,
         passes=chosen,
         probe_error=error,
+        dims=dict(model.dims),
         bytes=path.stat().st_size,
         float_bytes=float_bytes(model),
         speedup=round(ratio, 3),

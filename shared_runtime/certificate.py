@@ -43,7 +43,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     """What proves that a variant still does the float model's job.
 
     `drop` is `before - after` in the metric's unit, `drop_interval` its 95 % bootstrap interval. `probe_error` is
-    the relative difference from the float model on the signature's own seeded inputs: it can be computed again
+    the relative difference from the float model on the signature's own seeded inputs, of the sizes in `dims`: it can be computed again
     without any data. `numerics` names what the values depend on; the certificate is void where it differs.
     """
 
@@ -66,6 +66,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     reverted: tuple[Reversion, ...] = ()
     saturated: int | None = None
     probe_error: float = 0.0
+    dims: dict[str, int] = {}
     bytes: int = 0
     float_bytes: int = 0
     speedup: float | None = None

@@ -15,7 +15,7 @@ from shared_runtime.certificate import Certificate
 from shared_runtime.errors import ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
 from shared_runtime.graph.check import check_graph, graph_hash
 from shared_runtime.repository.store import ModelRepository
-from shared_runtime.signature import Signature
+from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import Variant, VariantStore
 
 GRAPH_FILE, SIGNATURE_FILE, CARD_FILE = "model.onnx", "signature.json", "card.toml"
@@ -25,8 +25,8 @@ GRAPH_FILE, SIGNATURE_FILE, CARD_FILE = "model.onnx", "signature.json", "card.to
 class Model:
     """A verified model on disk. `sha256` is that of the graph file; `card` is empty for a bare file.
 
-    `known` holds every variant by name, also those that are not served; `refused` says what the last
-    `rt.optimize` tried and did not keep, and why.
+    `known` holds every variant by name, also those that are not served; `dims` the usual sizes of named dimensions;
+    `refused` says what the last `rt.optimize` tried and did not keep, and why.
     """
 
     name: str
@@ -35,12 +35,21 @@ class Model:
     sha256: str
     card: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, Variant] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
         """The card's version, or the first digits of the hash."""
         return str(self.card.get("version", self.sha256[:12]))
+
+    def random(self, rows: int = 1, seed: int = 0) -> Tensors:
+        """Seeded inputs of `rows`, as large as those that the model was imported or optimised with."""
+        sizes = {str(name): int(size) for name, size in self.card.get("dims", {}).items()}
+        for variant in self.known.values():
+            if variant.certificate is not None:
+                sizes |= variant.certificate.dims
+        return self.signature.random(rows, seed, {**sizes, **self.dims})
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import onnx
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.certificate import Certificate, Reversion, numerics
 from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
-from shared_runtime.graph.passes.base import passes, run_pass
+from shared_runtime.graph.passes.base import opset, passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.planning.planner import difference
@@ -43,6 +43,8 @@ SIMPLIFY = (
     "dead-code",
 )
 """Passes that every reduced form starts from: they change no value that matters to quantization."""
+QUANTIZABLE_OPSET = 13
+"""The operator set from which on INT8 has a scale a channel."""
 PROBE_ROWS, PROBE_SEED = 2, 7
 FLOATS = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2}
 
@@ -89,6 +91,7 @@ def optimize(
     loaded = model if isinstance(model, Model) else load(model)
     wanted = _precisions(precisions)
     data = read_calibration(calibration, loaded.signature, loaded.name)
+    loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
     report = report or (lambda text: logger.info("%s", text))
     cores = threads or usable_cores()
     reference = backends()["onnxruntime"].compile(loaded, "cpu", cores)
@@ -123,7 +126,10 @@ def optimize(
 def simplified(model: Model, folder: Path, report: Report) -> Model:
     """The model on a graph without what is computed for nothing, from which every form is made; each pass verified."""
     proto = onnx.load(str(model.graph))
-    probes = [model.signature.random(2, 3)]
+    probes = [model.random(2, 3)]
+    if opset(proto) < QUANTIZABLE_OPSET:
+        proto, result = run_pass(proto, passes()["opset-upgrade"], probes, version=17)
+        report(f"pass opset-upgrade: {result.refused or 'operator set 17'}")
     for name in SIMPLIFY:
         proto, result = run_pass(proto, passes()[name], probes)
         if result.changes:
@@ -219,6 +225,7 @@ def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
             reverted=found.reverted,
             saturated=saturated,
             probe_error=probe_error,
+            dims=dict(job.model.dims),
             bytes=size or job.model.graph.stat().st_size,
             float_bytes=float_bytes(job.model),
             speedup=None if found.speedup is None else round(found.speedup, 3),
@@ -242,7 +249,7 @@ def float_bytes(model: Model) -> int:
 
 def probe_difference(model: Model, executable: Any, threads: int) -> float:
     """Relative difference of an executable from the float reference on the signature's own seeded inputs."""
-    probe = model.signature.random(PROBE_ROWS, PROBE_SEED)
+    probe = model.random(PROBE_ROWS, PROBE_SEED)
     reference = backends()["onnxruntime"].compile(model, "cpu", threads)
     try:
         return difference(executable.run(probe), reference.run(probe))

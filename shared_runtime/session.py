@@ -97,7 +97,8 @@ class Session:
         assert self._run is not None
         begin = perf_counter()
         outputs = self._run(checked)
-        self._observe(len(next(iter(checked.values()))), perf_counter() - begin)
+        shape = next(iter(checked.values())).shape
+        self._observe(shape[0] if shape else 1, perf_counter() - begin)
         return outputs
 
     def prepare(self) -> Plan:

@@ -75,12 +75,31 @@ class Signature(msgspec.Struct, frozen=True):
             checked[name] = _fit(np.asarray(inputs[name]), spec, model, bound)
         return checked
 
-    def random(self, rows: int = 1, seed: int = 0) -> Tensors:
-        """Standard normal inputs (0 or 1 for integers) of `rows`; other named dimensions are 8 long."""
+    @property
+    def fixed_rows(self) -> int | None:
+        """The number of rows where the model was exported for exactly that many; None where the batch is free."""
+        return next((spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
+
+    def dims_of(self, inputs: Tensors) -> dict[str, int]:
+        """The sizes that the named dimensions other than the batch have in `inputs`."""
+        found: dict[str, int] = {}
+        for spec in self.inputs:
+            for axis, size in enumerate(spec.shape):
+                if axis and isinstance(size, str) and spec.name in inputs:
+                    found[size] = int(inputs[spec.name].shape[axis])
+        return found
+
+    def random(self, rows: int = 1, seed: int = 0, dims: Mapping[str, int] | None = None) -> Tensors:
+        """Standard normal inputs (0 or 1 for integers) of `rows`. Other named dimensions have the size in `dims`, or that of
+        a small picture (64), a small volume (32) or a short sequence (8)."""
         generator = np.random.default_rng(seed)
         made: Tensors = {}
         for spec in self.inputs:
-            named = [size if isinstance(size, int) else (rows if axis == 0 else 8) for axis, size in enumerate(spec.shape)]
+            usual = {4: 64, 5: 32}.get(len(spec.shape), 8)
+            named = [
+                size if isinstance(size, int) else (rows if axis == 0 else (dims or {}).get(size, usual))
+                for axis, size in enumerate(spec.shape)
+            ]
             dtype = np.dtype(spec.dtype)
             values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
             made[spec.name] = values.astype(dtype)

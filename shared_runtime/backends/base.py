@@ -85,9 +85,9 @@ def nodes_by_device(executable: Executable) -> dict[str, int]:
 
 def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
     """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
-    if all(len(value) for value in inputs.values()):
+    if all(value.shape[0] if value.ndim else True for value in inputs.values()):
         return None
-    one = {name: np.zeros((max(1, len(value)), *value.shape[1:]), value.dtype) for name, value in inputs.items()}
+    one = {n: np.zeros((max(1, len(v)), *v.shape[1:]), v.dtype) if v.ndim else v for n, v in inputs.items()}
     return {name: value[:0] for name, value in executable.run(one).items()}
 
 

@@ -77,7 +77,7 @@ class OnnxRuntimeExecutable:
             return
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         plain = all(value.dtype.kind in "fiub" for value in (*inputs.values(), *outputs.values()))
-        if plain and sum(value.nbytes for value in outputs.values()) <= SMALL_BYTES and all(len(v) for v in inputs.values()):
+        if plain and sum(value.nbytes for value in outputs.values()) <= SMALL_BYTES and all(v.size for v in inputs.values()):
             self._bound.append(_Bound(self._session, inputs, outputs))
 
     def run(self, inputs: Tensors) -> Tensors:

@@ -6,6 +6,7 @@ Management for Deep Neural Net Inference, arXiv:2001.03288); the most that is ev
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from shared_runtime.signature import Tensors
 if TYPE_CHECKING:
     from shared_runtime.model import Model
 
+logger = logging.getLogger(__name__)
 ALIGNMENT = 64
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
 
@@ -89,7 +91,8 @@ def plan_memory(graph: Path | onnx.ModelProto, inputs: Tensors) -> MemoryPlan:
 
 def within_budget(model: Model, budget_mib: float) -> MemoryPlan:
     """The plan for one row. Raises MemoryBudgetError where its peak is above `budget_mib`."""
-    plan = plan_memory(model.graph, model.signature.random())
+    plan = plan_memory(model.graph, model.random())
+    logger.info("%s: %s", model.name, plan.describe())
     if plan.peak > budget_mib * 2**20:
         raise MemoryBudgetError(f"{model.name!r} is not loaded: {plan.describe()}; the budget is {budget_mib:.1f} MiB")
     return plan

@@ -75,7 +75,8 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
     Raises ImportMismatchError, naming the first layer that differs where the origin can tell its layers.
     """
     session = _plain_session(path.read_bytes(), name)
-    probes = [signature.random(1, 1), signature.random(3, 2), *([imported.given] if imported.given else [])]
+    dims = signature.dims_of(imported.given or {})
+    probes = [signature.random(1, 1, dims), signature.random(3, 2, dims), *([imported.given] if imported.given else [])]
     worst = 0.0
     for inputs in probes:
         expected = imported.origin(inputs)
@@ -141,6 +142,8 @@ def write_folder(imported: Imported, folder: Path, name: str) -> Path:
             "artefact": {"sha256": hash_file(graph)},
             "import": {"from": imported.source, "difference": float(f"{error:.3g}")},
         }
+        if imported.given and (dims := signature.dims_of(imported.given)):
+            facts["dims"] = dict(dims)
         (part / "card.toml").write_text(card_text(name, {**facts, **imported.card}))
         part.chmod(0o755)
         replace_folder(part, folder)

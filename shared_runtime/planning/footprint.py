@@ -21,7 +21,7 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     variant = None if facts["variant"] == "float32" else model.variant(facts["variant"])
     executable = backend.compile(model, facts["device"], facts["threads"], variant, facts["mode"])
-    probe = model.signature.random()
+    probe = model.random()
     specialise(executable, probe)
     executable.run(probe)
     print(json.dumps({"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))

@@ -28,7 +28,7 @@ from shared_runtime.model import Model
 from shared_runtime.planning.ceiling import lower_bound_ms
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
-from shared_runtime.signature import Tensors
+from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import FLOAT, Variant
 
 BUDGET_SECONDS = 6.0
@@ -167,13 +167,15 @@ def plan_and_compile(
     file = None if cache is None else cache / f"{model.sha256[:16]}-{key}.json"
     if file is not None and (plan := _cached(file, model)) is not None:
         return plan, _compile(model, plan, probe)
-    probe = model.signature.random() if probe is None else {name: value[:1] for name, value in probe.items()}
+    probe = model.random() if probe is None else first_row(model.signature, probe)
+    if model.signature.fixed_rows is not None:
+        ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
     contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant)
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
-    _measure(contenders, probe, ladder if objective.kind != "memory" else (1,), budget_s)
+    _measure(contenders, probe, ladder if objective.kind != "memory" else (min(ladder),), budget_s)
     plan, chosen = _select(model, contenders, lost, objective, threads, probe)
     used = {id(executable) for _, executable in chosen}
     for loser in contenders:
@@ -210,7 +212,7 @@ def _cached(file: Path, model: Model) -> Plan | None:
 def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
     """The executables of a cached plan, without measuring."""
     made: dict[int, Executable] = {}
-    one = model.signature.random() if probe is None else {name: value[:1] for name, value in probe.items()}
+    one = model.random() if probe is None else first_row(model.signature, probe)
     for rung in plan.ladder:
         c = plan.candidates[rung.candidate]
         if rung.candidate not in made:
@@ -220,9 +222,19 @@ def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
     return Ladder([(rung.rows, made[rung.candidate]) for rung in plan.ladder])
 
 
+def first_row(signature: Signature, inputs: Tensors) -> Tensors:
+    """One row of the inputs; all of them where the model takes a fixed number of rows."""
+    if signature.fixed_rows is not None:
+        return inputs
+    return {name: value[:1] if value.ndim else value for name, value in inputs.items()}
+
+
 def repeat_rows(one: Tensors, rows: int) -> Tensors:
-    """Inputs of `rows` rows from inputs of one."""
-    return {name: np.ascontiguousarray(np.repeat(value, rows, axis=0)) for name, value in one.items()}
+    """Inputs of `rows` rows from inputs of one; inputs that have that many are left as they are."""
+    return {
+        name: value if not value.ndim or len(value) == rows else np.ascontiguousarray(np.repeat(value, rows, axis=0))
+        for name, value in one.items()
+    }
 
 
 def _cost(model: Model, probe: Tensors) -> GraphCost:
@@ -348,8 +360,8 @@ def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[
         inputs = repeat_rows(probe, rows)
         racing = []
         for contender in contenders:
-            before = contender.timed.get(1)
-            if rows > 1 and contender.candidate.backend != "xgboost" and before is not None and before.median > 4 * fastest:
+            before = contender.timed.get(min(ladder))
+            if rows > min(ladder) and contender.candidate.backend != "xgboost" and before is not None and before.median > 4 * fastest:
                 continue
             if rows == min(ladder) and contender.first > 4 * fastest and contender.first > 2e-3:
                 contender.timed[rows] = Timed(lambda: None, [contender.first])

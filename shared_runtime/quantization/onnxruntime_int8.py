@@ -272,7 +272,7 @@ def node_times(model: Model, path: Path, threads: int) -> dict[str, float]:
     """Seconds of each node of an ONNX graph in one run, by the name it had before ONNX Runtime fused it."""
     times: dict[str, float] = {}
     runs = 5
-    for event in profiled_run(model.name, path, model.signature.random(), "cpu", threads, runs):
+    for event in profiled_run(model.name, path, model.random(), "cpu", threads, runs):
         name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc").removesuffix("_quant")
         times[name] = times.get(name, 0.0) + event["dur"] / 1e6 / runs
     return times

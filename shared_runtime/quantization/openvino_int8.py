@@ -98,7 +98,7 @@ class OpenVinoInt8:
         openvino.save_model(self.network(reverted), str(folder / self.facts.graph), compress_to_fp16=False)
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
-        return network_times(self.network(reverted), self._model.signature.random(), threads, self.facts.rest)
+        return network_times(self.network(reverted), self._model.random(), threads, self.facts.rest)
 
 
 def _facts(rest: str) -> VariantFacts:

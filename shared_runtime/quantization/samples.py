@@ -42,14 +42,15 @@ class SampleStore:
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 bad = int(np.size(value) - np.isfinite(value).sum())
                 raise CalibrationError(f"{place}: input {name!r} holds {bad} values that are not finite; clean the data first")
-        rows = len(next(iter(checked.values())))
+        rows = next((len(value) for value in checked.values() if value.ndim), 1)
         if not rows:
             raise CalibrationError(f"{place} has no rows")
         for row in range(rows):
             digest = hashlib.sha256()
             for name in sorted(checked):
                 digest.update(name.encode() + str(checked[name].shape[1:]).encode())
-                digest.update(np.ascontiguousarray(checked[name][row]).tobytes())
+                value = checked[name]
+                digest.update(np.ascontiguousarray(value[row] if value.ndim and len(value) == rows else value).tobytes())
             self.row_hashes.add(digest.digest())
             self._digest.update(digest.digest())
         np.savez(self._path(self.items), **checked)  # type: ignore[arg-type]
@@ -102,13 +103,12 @@ def read_validation(data: Iterable[Any], signature: Signature, model: str) -> tu
 
 def hold_out(store: SampleStore, signature: Signature, model: str) -> tuple[SampleStore, SampleStore]:
     """Every fourth sample apart, as a validation set without labels. Raises CalibrationError where there is only one row."""
-    items: list[Tensors] = list(store) if len(store) == 1 else []
+    items: list[Tensors] = list(store) if len(store) == 1 and signature.fixed_rows is None else []
     if items and store.rows > 1:
         items = [{name: value[row : row + 1] for name, value in items[0].items()} for row in range(store.rows)]
-    if len(items) == 1 or (len(store) == 1 and store.rows == 1):
+    if len(store) == 1 and len(items) <= 1:
         raise CalibrationError(f"one calibration sample for {model!r} leaves none to validate on; give two or more, or validation=")
     kept, apart = SampleStore("calibration"), SampleStore("validation")
-    seen: set[bytes] = set()
     for place, inputs in enumerate(items or store):
         target = apart if place % 4 == 1 else kept
         target.add(inputs, signature, model)

@@ -111,7 +111,7 @@ def profile(session: Session, inputs: Mapping[str, Any] | None = None, runs: int
     """Profile a session on `inputs` (the signature's random ones without): the engine's own profile of the plan's first
     choice, joined with the arithmetic and bytes of the graph. Raises UnsupportedModelError where the engine gives none."""
     plan, model = session.plan, session.model
-    checked = model.signature.random() if inputs is None else model.signature.check(inputs, model.name)
+    checked = model.random() if inputs is None else model.signature.check(inputs, model.name)
     begin = time.perf_counter()
     for _ in range(runs):
         session.run(checked)

@@ -18,7 +18,7 @@ from shared_runtime.quantization import saturation
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
 from shared_runtime.quantization.samples import read_calibration
 from shared_runtime.variants import VariantStore
-from tests.networks import classifier, samples
+from tests.networks import classifier, samples, save
 
 pytest.importorskip("nncf")
 CALIBRATION = [inputs for inputs, _ in samples(32, seed=1)]
@@ -310,3 +310,37 @@ def test_auto_optimize_says_what_each_step_gained(sound: rt.Model, tmp_path: Pat
     assert all(gain.interval[0] <= gain.ratio <= gain.interval[1] for gain in found.gains)
     assert found.plan.model == "sound"
     assert "plan" in found.table()
+
+
+def convolutional(path: Path, batch: object, side: object, opset: int) -> Path:
+    """A classifier of pictures with pooling over all places, so that any size goes in."""
+    generator = np.random.default_rng(0)
+    weights = {
+        "w": generator.standard_normal((8, 3, 7, 7)).astype(np.float32),
+        "v": generator.standard_normal((8, 4)).astype(np.float32),
+    }
+    nodes = [
+        onnx.helper.make_node("Conv", ["image", "w"], ["c"], name="conv", strides=[4, 4]),
+        onnx.helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        onnx.helper.make_node("GlobalAveragePool", ["r"], ["g"], name="pool"),
+        onnx.helper.make_node("Flatten", ["g"], ["f"], name="flat"),
+        onnx.helper.make_node("Gemm", ["f", "v"], ["logits"], name="gemm"),
+    ]
+    return save(path, nodes, weights, {"image": [batch, 3, side, side]}, {"logits": [batch, 4]}, opset)
+
+
+@pytest.mark.parametrize(("batch", "side", "opset"), [(1, 32, 17), (2, 32, 17), ("n", "side", 17), ("n", 32, 11)])
+def test_fixed_batches_open_sizes_and_old_operator_sets(tmp_path: Path, batch: Any, side: Any, opset: int) -> None:
+    model = rt.load(convolutional(tmp_path / "net.onnx", batch, side, opset))
+    generator = np.random.default_rng(1)
+    rows = batch if isinstance(batch, int) else 1
+    data = [{"image": generator.standard_normal((rows, 3, 32, 32)).astype(np.float32)} for _ in range(24)]
+    made = rt.optimize(model, calibration=data, metric=rt.metrics.correlation, threads=1, budget_s=40)
+    assert {"int8-openvino", "int8-onnxruntime"} <= set(made.variants), made.refused
+    for name in made.variants:
+        assert rt.verify(made, name, threads=1)["holds"]
+    with rt.Session(rt.load(model.graph), threads=1, plans=tmp_path / "plans", budget_s=1.0) as session:
+        assert session.plan.ladder[0].rows == rows
+        assert session.run(data[0])["logits"].shape == (rows, 4)
+        if side == "side":
+            assert session.run({"image": np.zeros((3, 3, 40, 40), np.float32)})["logits"].shape == (3, 4)
