@@ -53,7 +53,7 @@ class OpenVinoInt8:
         self._model = model
         self.passes = (f"nncf {method}", *(("half range weights",) if overflows() else ()))
         self._quantized = _quantize(model, calibration, method)
-        self._biases = _biases(model)
+        self._float = _float_operators(model)
         named = [(op.get_friendly_name(), op.get_type_name() in WEIGHTED) for op in _quantized(self._quantized)]
         self._between = frozenset(name for name, weighted in named if not weighted)
         self.layers = tuple(name for name, weighted in named if weighted) + ((BETWEEN,) if self._between else ())
@@ -71,22 +71,26 @@ class OpenVinoInt8:
         names = reverted | self._between if BETWEEN in reverted else reverted
         for op in _quantized(network):
             if op.get_friendly_name() in names:
+                self._restore(op)
                 for port in op.inputs():
                     source = port.get_source_output().get_node()
                     if source.get_type_name() == "FakeQuantize":
                         port.replace_source_output(source.input_value(0))
-                self._restore_bias(op)
+                for target in op.output(0).get_target_inputs():
+                    if target.get_node().get_type_name() == "Add":  # NNCF corrects the bias for the error of the weights
+                        self._restore(target.get_node())
         network.validate_nodes_and_infer_types()
         return network
 
-    def _restore_bias(self, op: Any) -> None:
-        """NNCF corrects a quantized layer's bias for the error of its weights; in float it needs its own again."""
-        for target in op.output(0).get_target_inputs():
-            add = target.get_node()
-            for index, port in enumerate(add.inputs()):
-                known = self._biases.get((add.get_friendly_name(), index))
-                if add.get_type_name() == "Add" and known is not None:
-                    port.replace_source_output(_constant(known).output(0))
+    def _restore(self, op: Any) -> None:
+        """Give an operator of the quantized network its own float constants again."""
+        own = self._float.get(op.get_friendly_name())
+        if own is None:
+            return
+        for port, original in zip(op.inputs(), own.inputs(), strict=False):
+            source = original.get_source_output().get_node()
+            if source.get_type_name() == "Constant":
+                port.replace_source_output(_constant(source.data.copy()).output(0))
 
     def compile(self, reverted: frozenset[str], threads: int) -> Executable:
         outputs = [spec.name for spec in self._model.signature.outputs]
@@ -196,18 +200,11 @@ def _constant(values: Any) -> Any:
     return opset13.constant(values)
 
 
-def _biases(model: Model) -> dict[tuple[str, int], Any]:
-    """The constants that the float network adds, by name of the addition and place of its input."""
+def _float_operators(model: Model) -> dict[str, Any]:
+    """The operators of the float network by name: what they read is what a layer goes back to."""
     import openvino
 
-    found = {}
-    for op in openvino.Core().read_model(str(model.graph)).get_ordered_ops():
-        if op.get_type_name() == "Add":
-            for index, port in enumerate(op.inputs()):
-                source = port.get_source_output().get_node()
-                if source.get_type_name() == "Constant":
-                    found[op.get_friendly_name(), index] = source.data.copy()
-    return found
+    return {op.get_friendly_name(): op for op in openvino.Core().read_model(str(model.graph)).get_ordered_ops()}
 
 
 def _quantized(network: Any) -> list[Any]:

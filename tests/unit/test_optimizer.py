@@ -16,6 +16,7 @@ from shared_runtime.optimize import simplified
 from shared_runtime.quantization import judge as judging
 from shared_runtime.quantization import saturation
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
+from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
 from shared_runtime.quantization.samples import read_calibration
 from shared_runtime.variants import VariantStore
 from tests.networks import classifier, samples, save
@@ -115,6 +116,18 @@ def test_every_layer_back_in_float_is_the_float_model(sound: rt.Model, tmp_path:
         expected = session.run(x)["logits"]
     np.testing.assert_allclose(form.compile(frozenset(form.layers), 1).run(x)["logits"], expected, rtol=1e-4, atol=1e-4)
     assert np.abs(form.compile(frozenset(), 1).run(x)["logits"] - expected).max() > 1e-4
+
+
+def test_every_layer_back_in_float_is_the_float_model_in_openvino_too(tmp_path: Path) -> None:
+    """Weights that NNCF stored in INT8 and biases that it corrected included."""
+    model = rt.load(convolutional(tmp_path / "net.onnx", "n", 32, 17))
+    generator = np.random.default_rng(1)
+    data = [{"image": generator.standard_normal((1, 3, 32, 32)).astype(np.float32)} for _ in range(8)]
+    form = OpenVinoInt8(simplified(model, tmp_path, print), read_calibration(data, model.signature, "net"))
+    with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        expected = session.run(data[0])["logits"]
+    np.testing.assert_allclose(form.compile(frozenset(form.layers), 1).run(data[0])["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(form.compile(frozenset(), 1).run(data[0])["logits"] - expected).max() > 1e-4
 
 
 def test_a_slice_that_suffers_refuses_the_whole() -> None:
@@ -317,10 +330,11 @@ def convolutional(path: Path, batch: object, side: object, opset: int) -> Path:
     generator = np.random.default_rng(0)
     weights = {
         "w": generator.standard_normal((8, 3, 7, 7)).astype(np.float32),
+        "b": generator.standard_normal(8).astype(np.float32),
         "v": generator.standard_normal((8, 4)).astype(np.float32),
     }
     nodes = [
-        onnx.helper.make_node("Conv", ["image", "w"], ["c"], name="conv", strides=[4, 4]),
+        onnx.helper.make_node("Conv", ["image", "w", "b"], ["c"], name="conv", strides=[4, 4]),
         onnx.helper.make_node("Relu", ["c"], ["r"], name="relu"),
         onnx.helper.make_node("GlobalAveragePool", ["r"], ["g"], name="pool"),
         onnx.helper.make_node("Flatten", ["g"], ["f"], name="flat"),
