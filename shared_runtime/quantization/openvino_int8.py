@@ -208,13 +208,24 @@ def _float_operators(model: Model) -> dict[str, Any]:
 
 
 def _quantized(network: Any) -> list[Any]:
-    """Operators that read a quantized tensor."""
+    """Operators that read a quantized tensor or weights stored in INT8."""
     return [
         op
         for op in network.get_ordered_ops()
-        if op.get_type_name() != "FakeQuantize"
-        and any(port.get_source_output().get_node().get_type_name() == "FakeQuantize" for port in op.inputs())
+        if op.get_type_name() != "FakeQuantize" and any(_reduced(port.get_source_output().get_node()) for port in op.inputs())
     ]
+
+
+def _reduced(source: Any) -> bool:
+    """Whether a tensor comes out of a quantizer, or out of integers that are scaled back."""
+    kind = source.get_type_name()
+    if kind in ("Multiply", "Subtract"):
+        before = source.input_value(0).get_node()
+        if kind == "Multiply" and before.get_type_name() == "Subtract":
+            before = before.input_value(0).get_node()
+        stored = before.input_value(0).get_node() if before.get_type_name() == "Convert" else None
+        return stored is not None and stored.get_type_name() == "Constant" and stored.get_element_type().get_type_name() in ("i8", "u8")
+    return bool(kind == "FakeQuantize")
 
 
 def network_times(network: Any, inputs: Tensors, threads: int, rest: str) -> dict[str, float]:
