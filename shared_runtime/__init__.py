@@ -38,6 +38,7 @@ from shared_runtime.optimize import Quantizer, optimize, verify
 from shared_runtime.planning.objective import Objective
 from shared_runtime.planning.planner import Candidate, Plan
 from shared_runtime.quantization import metrics
+from shared_runtime.rewrite import rewrite
 from shared_runtime.scheduling.batcher import Batcher, BatcherStatistics
 from shared_runtime.session import Session
 from shared_runtime.signature import Signature, TensorSpec
@@ -79,6 +80,7 @@ __all__ = [
     "metrics",
     "optimize",
     "profile",
+    "rewrite",
     "trace",
     "verify",
 ]

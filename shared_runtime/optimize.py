@@ -107,7 +107,7 @@ def optimize(
             try:
                 variant, why = _attempt(job, maker, budget_s / max(1, len(makers)))
             except (UnsupportedModelError, BackendUnavailableError) as error:
-                variant, why = None, str(error)
+                variant, why = None, " ".join(str(error).split())
             if variant is None:
                 refused[maker.name] = why
                 known.pop(maker.name, None)

@@ -14,6 +14,7 @@ import shared_runtime as rt
 from shared_runtime.graph.memory import plan_memory
 from shared_runtime.graph.passes.base import passes, plain_session, run_pass
 from shared_runtime.graph.passes.precision import to_float16
+from shared_runtime.repository.store import ModelRepository
 from shared_runtime.tools import tools
 from tests.networks import save
 
@@ -187,9 +188,8 @@ def test_input_passes_do_what_the_caller_did_before(tmp_path: Path) -> None:
     expected = plain_session(model).run(None, {"x": (np.clip(x, 20, 120) - 20) / 100})[0]
     changed, _ = applied(model, "window-input", center=70, width=100)
     np.testing.assert_allclose(plain_session(changed).run(None, {"x": x})[0], expected, atol=1e-4)
-    from shared_runtime.graph.passes.interface import ChannelsLastInput
-
-    ChannelsLastInput().apply(model, uint8=True)
+    model, result = applied(model, "channels-last-input", uint8=True)
+    assert result.changes == 2
     pixels = x.astype(np.uint8)
     graph = onnx.load(tmp_path / "graph.onnx")
     expected = plain_session(graph).run(None, {"x": pixels.astype(np.float32)})[0]
@@ -290,3 +290,22 @@ def test_the_memory_plan_packs_without_overlap_and_reaches_the_lower_bound(tmp_p
     with pytest.raises(rt.MemoryBudgetError, match=r"planned peak .* the budget is 20"):
         rt.Session(model, memory_budget_mib=20)
     rt.Session(model, memory_budget_mib=plan.peak / 2**20 + 1).close()
+
+
+def test_rewrite_keeps_a_model_with_its_work_inside(tmp_path: Path) -> None:
+    built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(3, 4, 1, 1)}))
+    repository = ModelRepository((tmp_path / "models",))
+    steps = {"normalize-input": {"mean": [100.0] * 4, "std": [50.0] * 4}, "gelu": {}, "argmax-output": {}}
+    made, results = rt.rewrite(tmp_path / "graph.onnx", steps, "labels", repository=repository)
+    assert [bool(result.changes) for result in results] == [True, False, True]
+    x = generator.uniform(0, 255, (2, 4, 6, 6)).astype(np.float32)
+    expected = plain_session(onnx.load(tmp_path / "graph.onnx")).run(None, {"x": (x - 100) / 50})[0].argmax(1)
+    with rt.Session(made, threads=1, plans=tmp_path / "plans", budget_s=1.0) as session:
+        (labels,) = session.run({"x": x}).values()
+    assert np.mean(labels == expected) > 0.99
+    assert made.signature.outputs[0].dtype == "uint8"
+    with pytest.raises(rt.ModelError, match="no pass 'magic'"):
+        rt.rewrite(made, ["magic"], "x", repository=repository)
+    with pytest.raises(rt.ModelError, match="no pass changed"):
+        rt.rewrite(made, ["gelu"], "x", repository=repository)
+    assert repository.names() == ["labels"]
