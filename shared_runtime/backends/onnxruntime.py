@@ -86,6 +86,13 @@ class OnnxRuntimeExecutable:
                 return found
         if (empty := zero_rows(self, inputs)) is not None:  # some of its operators end the process without rows
             return empty
+        try:
+            return self._through(inputs)
+        except Exception as error:
+            shapes = {name: list(value.shape) for name, value in inputs.items()}
+            raise UnsupportedModelError(f"ONNX Runtime failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
+
+    def _through(self, inputs: Tensors) -> Tensors:
         if self._run is not None:
             return dict(zip(self._outputs, self._run(self._outputs, inputs, None), strict=True))
         # Inputs and outputs are bound, so that each crosses to the GPU and back once.

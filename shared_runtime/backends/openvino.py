@@ -35,7 +35,11 @@ class OpenVinoExecutable:
     def run(self, inputs: Tensors) -> Tensors:
         if (empty := zero_rows(self, inputs)) is not None:
             return empty
-        results = self._request(inputs).infer(inputs, share_inputs=True, share_outputs=False)
+        try:
+            results = self._request(inputs).infer(inputs, share_inputs=True, share_outputs=False)
+        except RuntimeError as error:
+            shapes = {name: list(value.shape) for name, value in inputs.items()}
+            raise UnsupportedModelError(f"OpenVINO failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
         return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
 
     def specialise(self, inputs: Tensors) -> None:

@@ -197,3 +197,18 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "det.onnx")
     with pytest.raises(rt.UnsupportedModelError, match="Det"):
         backends()["torch"].compile(rt.load(tmp_path / "det.onnx"), "cpu", 1)
+
+
+def test_inputs_that_onnxruntime_chokes_on_are_an_error_with_their_shapes(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        "fixed",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2, 5])],
+        [helper.make_tensor("shape", TensorProto.INT64, [3], [-1, 2, 5])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "fixed.onnx")
+    executable = backends()["onnxruntime"].compile(rt.load(tmp_path / "fixed.onnx"), "cpu", 1)
+    assert executable.run({"x": np.zeros((3, 10), np.float32)})["y"].shape == (3, 2, 5)
+    with pytest.raises(rt.UnsupportedModelError, match=r"\[1, 7\]"):
+        executable.run({"x": np.zeros((1, 7), np.float32)})
