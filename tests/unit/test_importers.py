@@ -325,3 +325,22 @@ def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
     imported = Imported(onnx.ModelProto(), lambda inputs: {}, "test")
     with pytest.raises(rt.ModelError, match="can't be a model's name"):
         write_folder(imported, tmp_path / "x", "../x")
+
+
+@pytest.mark.parametrize("kind", ["saved model", "keras file", "object"])
+def test_tensorflow(kind: str, tmp_path: Path) -> None:
+    """Runs where TensorFlow and tf2onnx are installed; they are no dependency."""
+    tensorflow = pytest.importorskip("tensorflow")
+    pytest.importorskip("tf2onnx")
+    layers = tensorflow.keras.layers
+    network = tensorflow.keras.Sequential(
+        [layers.Input((16, 16, 3)), layers.Conv2D(4, 3, activation="relu"), layers.GlobalAveragePooling2D(), layers.Dense(5)]
+    )
+    network.export(str(tmp_path / "saved"))
+    network.save(tmp_path / "network.keras")
+    source: Any = {"saved model": tmp_path / "saved", "keras file": tmp_path / "network.keras", "object": network}[kind]
+    model = rt.load(source)
+    x = np.random.default_rng(0).uniform(size=(3, 16, 16, 3)).astype(np.float32)
+    (output,) = run(model, {model.signature.inputs[0].name: x}, tmp_path).values()
+    np.testing.assert_allclose(output, network.predict(x, verbose=0), atol=1e-5)
+    assert model.signature.inputs[0].shape[0] == "batch"
