@@ -17,6 +17,7 @@ from apps.common.settings import Settings, load_settings
 from tests.services import KafkaBroker
 from tests.services import free_port as a_free_port
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers that outlive a test
 REQUIRED = os.environ.get("REQUIRE_SERVICES") == "1"
 """CI sets it: a test of a real service then fails where the service is missing, instead of skipping."""
 

@@ -35,6 +35,8 @@ BUDGET_SECONDS = 6.0
 LADDER = (1, 8, 32)
 TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
+BULK = 256
+"""XGBoost itself is tried where a rung has this many rows: below, its calls cost more than its trees."""
 HAIR = 1.03
 """A second engine is not kept for a gain below this."""
 WORTH = 1.05
@@ -171,7 +173,7 @@ def plan_and_compile(
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
-    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant)
+    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant, max(ladder) >= BULK)
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
@@ -272,7 +274,7 @@ def _ways(
 
 
 def _contenders(
-    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None
+    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, bulk: bool
 ) -> tuple[list[_Contender], list[Candidate]]:
     convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
     reference: Tensors | None = None
@@ -284,6 +286,8 @@ def _contenders(
         state = backend.availability(kind)
         candidate = Candidate(backend.name, kind, state.version or "", variant=name, precision=precision, mode=mode, threads=count)
         why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
+        if backend.name == "xgboost" and not bulk:
+            why = why or f"for bulk rows: no rung has {BULK} rows"
         if why:
             lost.append(msgspec.structs.replace(candidate, lost=why))
             continue

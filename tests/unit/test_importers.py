@@ -112,7 +112,7 @@ def test_xgboost_with_its_booster_for_bulk_rows(tmp_path: Path, repository: Mode
         estimator = kind(n_estimators=12, max_depth=3, objective=objective, n_jobs=1).fit(x, y)
         rt.import_model(estimator, "trees", repository=repository)
         model = rt.load("trees", repository=repository)
-        with rt.Session(model, threads=1, plans=tmp_path / objective) as session:
+        with rt.Session(model, threads=1, plans=tmp_path / objective, ladder=(1, 512)) as session:
             (output,) = session.run({"features": x}).values()
             assert any(c.backend == "xgboost" and c.median_ms for c in session.plan.candidates)
         expected = estimator.predict_proba(x) if "predict_proba" in dir(estimator) and "reg" not in objective else estimator.predict(x)
