@@ -9,7 +9,6 @@ Every contender takes and gives numpy arrays on the host. Peers run as installed
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
+from shared_runtime.planning.footprint import peak_memory_mib
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
 from shared_runtime.planning.planner import repeat_rows
 from shared_runtime.variants import VariantStore
@@ -282,7 +282,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         print(f"  {plan.describe()}", flush=True)
         speed = {str(rows): _speed(session, model, case, repeat_rows(probe, rows), device) for rows in case.rows}
     certificates = {v: made.certificate(v) for v in made.variants}
-    memory = _memory_of(made, plan, folder) if name.startswith("unet") and device == "cpu" else {}
+    memory = _memory_of(made, plan) if name.startswith("unet") and device == "cpu" else {}
     return {
         "peak_memory_mib": memory,
         "device": device,
@@ -309,28 +309,11 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _memory_of(model: rt.Model, plan: rt.Plan, folder: Path) -> dict[str, float]:
-    """Peak memory of a process that runs one window, over its imports: ONNX Runtime in float32 and the plan's choice [MiB]."""
+def _memory_of(model: rt.Model, plan: rt.Plan) -> dict[str, float]:
+    """Peak memory of one window [MiB]: ONNX Runtime in float32, and what the plan chose."""
     chosen = plan.candidates[plan.ladder[0].candidate]
     plain = next(c for c in plan.candidates if c.backend == "onnxruntime" and c.variant == "float32" and c.threads == chosen.threads)
-    found = {}
-    for label, candidate in (("onnxruntime float32", plain), (chosen.label, chosen)):
-        known = {} if candidate.variant == "float32" else {"facts": model.variant(candidate.variant).facts}
-        folder_of = str(folder) if not known else str(model.variant(candidate.variant).folder)
-        script = (
-            "import resource, sys; from pathlib import Path; import numpy as np; import shared_runtime as rt; "
-            "from shared_runtime.backends.base import backends; from shared_runtime.variants import Variant, VariantFacts; "
-            "b = backends()[sys.argv[1]]; b.availability('cpu'); import openvino, onnxruntime; m = rt.load(sys.argv[2]); "
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-            "v = None if sys.argv[3] == '' else Variant(VariantFacts(*sys.argv[3].split('|')), Path(sys.argv[4])); "
-            "e = b.compile(m, 'cpu', int(sys.argv[5]), v, ''); x = m.signature.random(); e.run(x); "
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-        )
-        facts = "" if not known else "|".join(msgspec.structs.astuple(known["facts"]))
-        command = [sys.executable, "-c", script, candidate.backend, str(model.graph), facts, folder_of, str(candidate.threads)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[label] = float(answer.stdout.split()[-1])
-    return found
+    return {label: peak_memory_mib(model, candidate) for label, candidate in (("onnxruntime float32", plain), (chosen.label, chosen))}
 
 
 def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, device: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from shared_runtime.importers import import_model
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import Quantizer, optimize, verify
 from shared_runtime.planning.objective import Objective
-from shared_runtime.planning.planner import Candidate, Plan
+from shared_runtime.planning.plan import Candidate, Plan
 from shared_runtime.quantization import metrics
 from shared_runtime.rewrite import rewrite
 from shared_runtime.scheduling.batcher import Batcher, BatcherStatistics

@@ -20,7 +20,8 @@ from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import MAX_DROP, float_bytes, optimize, probe_difference
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
-from shared_runtime.planning.planner import Plan, first_row, plan_and_compile
+from shared_runtime.planning.plan import Plan
+from shared_runtime.planning.planner import first_row, plan_and_compile
 from shared_runtime.quantization.guard import Report
 from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import read_calibration

@@ -20,7 +20,7 @@ from shared_runtime.errors import BackendUnavailableError, ModelError, Unsupport
 from shared_runtime.graph.passes.base import opset, passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
-from shared_runtime.planning.planner import difference
+from shared_runtime.numeric import difference
 from shared_runtime.quantization.catalogue import DEFAULT_PRECISIONS, PRECISIONS, FormMaker, forms_for
 from shared_runtime.quantization.forms import Form
 from shared_runtime.quantization.guard import Guard, Guarded, Report

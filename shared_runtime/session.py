@@ -16,7 +16,8 @@ from shared_runtime.home import home
 from shared_runtime.host import usable_cores
 from shared_runtime.model import Model
 from shared_runtime.planning.objective import LATENCY, Objective
-from shared_runtime.planning.planner import BUDGET_SECONDS, LADDER, Ladder, Plan, plan_and_compile
+from shared_runtime.planning.plan import Plan
+from shared_runtime.planning.planner import BUDGET_SECONDS, LADDER, Ladder, plan_and_compile
 from shared_runtime.signature import Checker, Tensors
 from shared_runtime.telemetry import metrics
 

@@ -77,10 +77,15 @@ def specialise(executable: Executable, inputs: Tensors) -> None:
         prepare(inputs)
 
 
-def nodes_by_device(executable: Executable) -> dict[str, int]:
-    """How many operators run where, as the engine itself reports after a run; empty where it does not tell."""
+def nodes_by_device(executable: Executable, inputs: Tensors) -> dict[str, int]:
+    """How many operators ran where (device, provider or precision) on `inputs`, by the engine's own account; empty where it has none."""
     report = getattr(executable, "nodes", None)
-    return dict(report()) if report is not None else {}
+    return dict(report(inputs)) if report is not None else {}
+
+
+def fewest_rows(backend: HardwareBackend) -> int:
+    """From how many rows on an engine is worth trying; 1 but for those that are made for bulk."""
+    return int(getattr(backend, "bulk_rows", 1))
 
 
 def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:

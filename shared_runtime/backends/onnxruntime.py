@@ -64,8 +64,8 @@ class _Bound:
 class OnnxRuntimeExecutable:
     """One inference session; ONNX Runtime lets several threads run it at once."""
 
-    def __init__(self, session: ort.InferenceSession, device: str, precision: str) -> None:
-        self._session, self.device, self.precision = session, device, precision
+    def __init__(self, session: ort.InferenceSession, graph: Path, device: str, precision: str) -> None:
+        self._session, self._graph, self.device, self.precision = session, graph, device, precision
         self._outputs = [output.name for output in session.get_outputs()]
         self._run = session._sess.run if device == "cpu" else None
         self._bound: list[_Bound] = []
@@ -104,6 +104,11 @@ class OnnxRuntimeExecutable:
         self._session.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
+    def nodes(self, inputs: Tensors) -> dict[str, int]:
+        """Nodes of the optimised graph, by the provider that ran them."""
+        events = profiled_run(self._graph.name, self._graph, inputs, self.device, 1)
+        return dict(Counter(event["args"]["provider"] for event in events))
+
     def close(self) -> None:
         self._run = None
         self._bound.clear()
@@ -139,7 +144,7 @@ class OnnxRuntimeBackend:
 
 def compile_file(name: str, graph: Path, device: str, threads: int, precision: str, mode: str = "") -> OnnxRuntimeExecutable:
     """An ONNX file made ready. Raises UnsupportedModelError, BackendUnavailableError."""
-    return OnnxRuntimeExecutable(_session(name, graph, _options(threads), device, mode), device, precision)
+    return OnnxRuntimeExecutable(_session(name, graph, _options(threads), device, mode), graph, device, precision)
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -180,8 +185,3 @@ def profiled_run(name: str, graph: Path, inputs: Tensors, device: str, threads: 
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
     starts = sorted(e["ts"] for e in events if e["name"] == "model_run")
     return [e for e in events if e.get("cat") == "Node" and e["name"].endswith("kernel_time") and e["ts"] >= starts[1]]
-
-
-def nodes_by_provider(name: str, graph: Path, inputs: Tensors, device: str) -> dict[str, int]:
-    """How many nodes of the optimised graph ran on which provider, from a profiled run."""
-    return dict(Counter(event["args"]["provider"] for event in profiled_run(name, graph, inputs, device, 1)))

@@ -51,7 +51,7 @@ class OpenVinoExecutable:
         network.reshape({name: list(value.shape) for name, value in inputs.items()})
         self._prepared[key] = _compile(network, self._properties)
 
-    def nodes(self) -> dict[str, int]:
+    def nodes(self, inputs: Tensors) -> dict[str, int]:
         """Operators of the compiled graph, by the implementation that runs them."""
         compiled = next(iter(self._prepared.values()), self._general)
         kinds = (dict(op.get_rt_info()) for op in compiled.get_runtime_model().get_ordered_ops())

@@ -43,6 +43,8 @@ class XgboostBackend:
     requires = "xgboost, and a model whose card names a native booster"
     devices = ("cpu",)
     planned = ("cpu",)
+    bulk_rows = 256
+    """Below, a call costs more than the trees."""
 
     def availability(self, device: str) -> Availability:
         if importlib.util.find_spec("xgboost") is None:

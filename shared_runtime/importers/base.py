@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from shared_runtime.certificate import hash_file
 from shared_runtime.errors import ImportMismatchError, ModelError, UnsupportedModelError
 from shared_runtime.graph.check import check_graph
+from shared_runtime.graph.passes.base import plain_session
+from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Signature, Tensors, TensorSpec
 from shared_runtime.variants import replace_folder
 
@@ -57,24 +58,12 @@ class Importer(Protocol):
         ...
 
 
-def relative_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Norm of `a - b` over the norm of `b`; infinite where shapes or finite places differ."""
-    if a.shape != b.shape:
-        return float("inf")
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
-        return float("inf")
-    x, y = x[np.isfinite(x)], y[np.isfinite(y)]
-    norm, distance = float(np.linalg.norm(y)), float(np.linalg.norm(x - y))
-    return distance / norm if norm else distance
-
-
 def compare(imported: Imported, signature: Signature, path: Path, name: str) -> float:
     """The largest relative difference from the origin, on random inputs of one and three rows and on the given ones.
 
     Raises ImportMismatchError, naming the first layer that differs where the origin can tell its layers.
     """
-    session = _plain_session(path.read_bytes(), name)
+    session = plain_session(path, optimised=True)
     dims = signature.dims_of(imported.given or {})
     probes = [signature.random(1, 1, dims), signature.random(3, 2, dims), *([imported.given] if imported.given else [])]
     worst = 0.0
@@ -86,7 +75,7 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
             error = relative_difference(np.asarray(got[output]), np.asarray(value))
             worst = max(worst, error)
             if not error <= imported.tolerance:
-                where = _first_layer(imported, inputs, name) or f"output {output!r}"
+                where = _first_layer(imported, inputs) or f"output {output!r}"
                 raise ImportMismatchError(
                     f"{name!r} does not compute what its {imported.source} origin computes: {where} differs by {error:.1e} "
                     f"(relative), expected at most {imported.tolerance:.0e}; nothing was imported"
@@ -94,7 +83,7 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
     return worst
 
 
-def _first_layer(imported: Imported, inputs: Tensors, name: str) -> str:
+def _first_layer(imported: Imported, inputs: Tensors) -> str:
     if imported.layers is None:
         return ""
     expected = imported.layers(inputs)
@@ -104,21 +93,12 @@ def _first_layer(imported: Imported, inputs: Tensors, name: str) -> str:
     wanted = [layer for layer in expected if layer in there]
     present = {output.name for output in probe.graph.output}
     probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(layer) for layer in wanted if layer not in present)
-    got = _plain_session(probe.SerializeToString(), name).run(wanted, inputs)
+    got = plain_session(probe, optimised=True).run(wanted, inputs)
     for layer, value in zip(wanted, got, strict=True):
         if not relative_difference(np.asarray(value), np.asarray(expected[layer])) <= TOLERANCE:
             node = next(n for n in probe.graph.node if layer in n.output)
             return f"the first layer to differ is {node.op_type} {node.name or layer!r}; it"
     return ""
-
-
-def _plain_session(content: bytes, name: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise UnsupportedModelError(f"ONNX Runtime can't load what {name!r} became: {' '.join(str(error).split())[:400]}") from error
 
 
 def write_folder(imported: Imported, folder: Path, name: str) -> Path:

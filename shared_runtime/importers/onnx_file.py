@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import check_graph
+from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.importers.base import Imported
 from shared_runtime.signature import Tensors
 
@@ -30,13 +30,7 @@ class OnnxImporter:
         proto = onnx.load(str(source))
         if proto.ByteSize() > LARGEST:
             raise UnsupportedModelError(f"{source.name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        try:
-            session = ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise UnsupportedModelError(f"ONNX Runtime can't load {source.name}: {' '.join(str(error).split())[:400]}") from error
+        session = plain_session(source)
         names = [output.name for output in session.get_outputs()]
 
         def origin(inputs: Tensors) -> Tensors:

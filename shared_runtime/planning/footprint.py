@@ -1,27 +1,70 @@
-"""Run as a process of its own: the peak memory of one way to run a model, as JSON on standard output."""
+"""The peak memory of one way to run a model, measured in a process of its own."""
 
 from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.planning.plan import Candidate
+from shared_runtime.variants import FLOAT, Variant, VariantFacts
+
+if TYPE_CHECKING:
+    from shared_runtime.model import Model
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """What the process is asked: the graph, the way to run it, the variant's facts and folder, and the inputs' shapes."""
+
+    graph: str
+    candidate: Candidate
+    facts: VariantFacts | None
+    folder: str
+    dims: dict[str, int]
+
+
+def peak_memory_mib(model: Model, candidate: Candidate) -> float:
+    """Peak resident memory of a fresh process that loads the candidate and runs one row, over one that only imports [MiB].
+
+    Raises BackendUnavailableError where the process fails.
+    """
+    variant = None if candidate.variant == FLOAT else model.variant(candidate.variant)
+    asked = Footprint(
+        str(model.graph.resolve()),
+        candidate,
+        None if variant is None else variant.facts,
+        "" if variant is None else str(variant.folder.resolve()),
+        model.signature.dims_of(model.random()),
+    )
+    command = [sys.executable, "-m", "shared_runtime.planning.footprint", msgspec.json.encode(asked).decode()]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if answer.returncode:
+        raise BackendUnavailableError(f"the memory of {candidate.label} could not be measured: {answer.stderr.strip()[-300:]}")
+    return float(json.loads(answer.stdout)["peak_mib"])
 
 
 def main() -> None:
-    """Compile, run one row, and print the peak over what the imports took [MiB]."""
-    facts = json.loads(sys.argv[1])
-    import shared_runtime as rt
+    """Compile, run one row, and print the peak over what the imports took."""
+    asked = msgspec.json.decode(sys.argv[1], type=Footprint)
     from shared_runtime.backends.base import backends, specialise
+    from shared_runtime.model import load
 
-    graph = Path(facts["graph"])
-    model = rt.load(graph.parent if (graph.parent / "card.toml").is_file() else graph)
-    backend = backends()[facts["backend"]]
-    backend.availability(facts["device"])
+    graph = Path(asked.graph)
+    model = load(graph.parent if (graph.parent / "card.toml").is_file() else graph)
+    backend = backends()[asked.candidate.backend]
+    backend.availability(asked.candidate.device)
+    if asked.candidate.backend == "openvino":
+        import openvino  # noqa: F401 - its import is not the model's memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    variant = None if facts["variant"] == "float32" else model.variant(facts["variant"])
-    executable = backend.compile(model, facts["device"], facts["threads"], variant, facts["mode"])
-    probe = model.random()
+    variant = None if asked.facts is None else Variant(asked.facts, Path(asked.folder))
+    executable = backend.compile(model, asked.candidate.device, asked.candidate.threads, variant, asked.candidate.mode)
+    probe = model.signature.random(dims=asked.dims)
     specialise(executable, probe)
     executable.run(probe)
     print(json.dumps({"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))

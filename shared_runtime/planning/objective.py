@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.planning.footprint import peak_memory_mib
 from shared_runtime.planning.measure import Timed
+from shared_runtime.planning.plan import Candidate
 from shared_runtime.signature import Tensors
 
 if TYPE_CHECKING:
@@ -68,22 +67,11 @@ class Objective:
 LATENCY = Objective()
 
 
-def _memory(model: Model, candidate: Any) -> Score:
-    """Peak resident memory of a fresh process that loads the candidate and runs one row, over one that only imports [MiB]."""
-    facts = {
-        "graph": str(model.graph),
-        "folder": str(model.graph.parent),
-        "variant": candidate.variant,
-        "backend": candidate.backend,
-        "device": candidate.device,
-        "threads": candidate.threads,
-        "mode": candidate.mode,
-    }
-    command = [sys.executable, "-m", "shared_runtime.planning.footprint", json.dumps(facts)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if answer.returncode:
-        return Score(float("inf"), f"its memory could not be measured: {answer.stderr.strip().splitlines()[-1:]}")
-    peak = float(json.loads(answer.stdout)["peak_mib"])
+def _memory(model: Model, candidate: Candidate) -> Score:
+    try:
+        peak = peak_memory_mib(model, candidate)
+    except BackendUnavailableError as error:
+        return Score(float("inf"), str(error))
     return Score(peak, f"{peak:.0f} MiB", memory_mib=round(peak, 1))
 
 

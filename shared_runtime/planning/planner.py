@@ -9,6 +9,7 @@ variant with a valid certificate. The plan is cached under the model's hash and 
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -19,97 +20,32 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 
-from shared_runtime.backends.base import Executable, HardwareBackend, backends, nodes_by_device, specialise
+from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, nodes_by_device, specialise
 from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
+from shared_runtime.numeric import difference
 from shared_runtime.planning.ceiling import lower_bound_ms
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
+from shared_runtime.planning.plan import Candidate, Plan, Rung, Timing
 from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import FLOAT, Variant
 
+logger = logging.getLogger(__name__)
 BUDGET_SECONDS = 6.0
 LADDER = (1, 8, 32)
 TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
-BULK = 256
-"""XGBoost itself is tried where a rung has this many rows: below, its calls cost more than its trees."""
 HAIR = 1.03
 """A second engine is not kept for a gain below this."""
 WORTH = 1.05
 """Reduced precision is not chosen for a gain below this."""
 SHARED = 5e7
 """Operations above which one thread can't beat several."""
-
-
-class Timing(msgspec.Struct, frozen=True):
-    """A candidate's times at a number of rows: median, spread (interquartile) and 99th percentile [ms]."""
-
-    rows: int
-    median_ms: float
-    spread_ms: float
-    p99_ms: float
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """One way to run the model: its times, or why it can't be used. `median_ms` is that of the fewest rows."""
-
-    backend: str
-    device: str
-    version: str = ""
-    median_ms: float | None = None
-    spread_ms: float | None = None
-    error: float | None = None
-    lost: str = ""
-    variant: str = FLOAT
-    precision: str = FLOAT
-    mode: str = ""
-    threads: int = 0
-    timings: tuple[Timing, ...] = ()
-    memory_mib: float | None = None
-    joules: float | None = None
-
-    @property
-    def label(self) -> str:
-        """Such as `openvino on cpu, int8-openvino, 2 threads`."""
-        parts = [
-            f"{self.backend} on {self.device}",
-            *([self.variant] if self.variant != FLOAT else []),
-            *([self.mode] if self.mode else []),
-        ]
-        return ", ".join([*parts, f"{self.threads} thread{'s' if self.threads != 1 else ''}"])
-
-
-class Rung(msgspec.Struct, frozen=True):
-    """Requests of about `rows` rows run by candidate number `candidate`."""
-
-    rows: int
-    candidate: int
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """What this host runs for a model, why, and what it was compared with. The first rung's choice stands at the top."""
-
-    model: str
-    sha256: str
-    host: str
-    backend: str
-    device: str
-    precision: str
-    variant: str
-    threads: int
-    why: str
-    candidates: tuple[Candidate, ...]
-    ladder: tuple[Rung, ...] = ()
-    objective: str = "latency"
-    nodes: dict[str, int] = {}
-
-    def describe(self) -> str:
-        """One line: the choice and the reason."""
-        return f"{self.model}: {self.backend} on {self.device}, {self.precision}, {self.threads} threads - {self.why}"
 
 
 @dataclass
@@ -139,7 +75,8 @@ class Ladder:
         self.run = rungs[0][1].run if same else self._dispatch
 
     def _dispatch(self, inputs: Tensors) -> Tensors:
-        return self._runs[bisect(self._bounds, len(next(iter(inputs.values()))))](inputs)
+        shape = next(iter(inputs.values())).shape
+        return self._runs[bisect(self._bounds, shape[0] if shape else 1)](inputs)
 
     def close(self) -> None:
         for executable in {id(e): e for e in self._executables}.values():
@@ -173,7 +110,7 @@ def plan_and_compile(
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
-    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant, max(ladder) >= BULK)
+    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant, max(ladder))
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
@@ -242,7 +179,8 @@ def repeat_rows(one: Tensors, rows: int) -> Tensors:
 def _cost(model: Model, probe: Tensors) -> GraphCost:
     try:
         return graph_cost(model.graph, probe)
-    except Exception:  # shape inference is an aid: without it every candidate is measured
+    except (onnx.shape_inference.InferenceError, ValueError) as error:
+        logger.info("no cost model for %s, so every candidate is measured: %s", model.name, error)
         return GraphCost((), ())
 
 
@@ -274,7 +212,7 @@ def _ways(
 
 
 def _contenders(
-    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, bulk: bool
+    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, most_rows: int
 ) -> tuple[list[_Contender], list[Candidate]]:
     convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
     reference: Tensors | None = None
@@ -286,8 +224,8 @@ def _contenders(
         state = backend.availability(kind)
         candidate = Candidate(backend.name, kind, state.version or "", variant=name, precision=precision, mode=mode, threads=count)
         why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
-        if backend.name == "xgboost" and not bulk:
-            why = why or f"for bulk rows: no rung has {BULK} rows"
+        if most_rows < fewest_rows(backend):
+            why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
         if why:
             lost.append(msgspec.structs.replace(candidate, lost=why))
             continue
@@ -339,21 +277,6 @@ def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
     return outputs
 
 
-def difference(outputs: Tensors, reference: Tensors) -> float:
-    """The largest relative difference of an output: norm of the difference over the norm; infinite where shapes or numbers don't fit."""
-    worst = 0.0
-    for name, expected in reference.items():
-        if name not in outputs or outputs[name].shape != expected.shape:
-            return float("inf")
-        a, b = outputs[name].astype(np.float64), expected.astype(np.float64)
-        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            return float("inf")
-        a, b = a[np.isfinite(b)], b[np.isfinite(b)]
-        norm, distance = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
-        worst = max(worst, distance / norm if norm else distance)
-    return worst
-
-
 def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[int], budget: float) -> None:
     """Time the contenders at every rung that the budget allows; those far behind at a rung are left out of it."""
     alone = len(contenders) == 1
@@ -365,7 +288,12 @@ def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[
         racing = []
         for contender in contenders:
             before = contender.timed.get(min(ladder))
-            if rows > min(ladder) and contender.candidate.backend != "xgboost" and before is not None and before.median > 4 * fastest:
+            if (
+                rows > min(ladder)
+                and fewest_rows(backends()[contender.candidate.backend]) == 1
+                and before is not None
+                and before.median > 4 * fastest
+            ):
                 continue
             if rows == min(ladder) and contender.first > 4 * fastest and contender.first > 2e-3:
                 contender.timed[rows] = Timed(lambda: None, [contender.first])
@@ -423,7 +351,7 @@ def _select(
         (*measured, *lost),
         ladder,
         objective.kind,
-        _nodes(model, first, top.executable, probe),
+        nodes_by_device(top.executable, probe),
     )
     return plan, [(rung.rows, contenders[order[rung.candidate]].executable) for rung in ladder]
 
@@ -439,13 +367,3 @@ def _fastest(contenders: Sequence[_Contender], rungs: Sequence[int]) -> dict[int
         kept = best.get(before) if before is not None else None
         best[rows] = kept if kept in weighed and weighed[kept] <= HAIR * weighed[first] else first
     return best
-
-
-def _nodes(model: Model, chosen: Candidate, executable: Executable, probe: Tensors) -> dict[str, int]:
-    """How many operators ran where, by the engine's own account."""
-    if chosen.backend == "onnxruntime":
-        from shared_runtime.backends.onnxruntime import nodes_by_provider
-
-        graph = model.graph if chosen.variant == FLOAT else model.variant(chosen.variant).graph(model.graph)
-        return nodes_by_provider(model.name, graph, probe, chosen.device)
-    return nodes_by_device(executable)

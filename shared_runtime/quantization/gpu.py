@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.passes.base import prepared
+from shared_runtime.graph.passes.base import plain_session, prepared
 from shared_runtime.graph.passes.precision import to_float16
 from shared_runtime.model import Model
 from shared_runtime.quantization.samples import SampleStore
@@ -159,9 +158,7 @@ def tensor_peaks(proto: onnx.ModelProto, calibration: SampleStore) -> dict[str, 
         probe.graph.node.append(helper.make_node("Abs", [name], [f"{name}__abs"]))
         probe.graph.node.append(helper.make_node("ReduceMax", [f"{name}__abs"], [peak], keepdims=0))
     probe.graph.output.extend(helper.make_empty_tensor_value_info(peak) for peak in peaks if peak not in present)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(probe, optimised=True)
     found: dict[str, float] = {}
     for inputs in calibration:
         for name, value in inputs.items():

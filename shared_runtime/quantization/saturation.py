@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.signature import Tensors
 
 MOST_PLACES = 2048
@@ -39,10 +39,7 @@ def count_saturation(model: onnx.ModelProto, inputs: Tensors, seed: int = 0) -> 
     probe.CopyFrom(model)
     present = {output.name for output in probe.graph.output}
     probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in taps if name not in present)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(probe)
     activations = dict(zip(taps, session.run(taps, inputs), strict=True))
     generator = np.random.default_rng(seed)
     found = []

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
-from shared_runtime.planning.planner import Plan
+from shared_runtime.planning.plan import Plan
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

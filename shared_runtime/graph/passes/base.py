@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
@@ -15,6 +16,7 @@ import onnx
 import onnxruntime as ort
 
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Tensors
 
 logger = logging.getLogger(__name__)
@@ -103,30 +105,21 @@ def pass_difference(before: onnx.ModelProto, after: onnx.ModelProto, probes: Seq
     worst = 0.0
     for inputs in probes:
         for a, b in zip(second.run(shared, inputs), first.run(shared, inputs), strict=True):
-            worst = max(worst, _relative(np.asarray(a), np.asarray(b)))
+            worst = max(worst, relative_difference(np.asarray(a), np.asarray(b)))
     return worst
 
 
-def plain_session(model: onnx.ModelProto) -> ort.InferenceSession:
-    """ONNX Runtime on the CPU without its optimisations. Raises UnsupportedModelError."""
+def plain_session(model: onnx.ModelProto | Path, *, optimised: bool = False) -> ort.InferenceSession:
+    """ONNX Runtime on the CPU, without its optimisations unless `optimised`. Raises UnsupportedModelError."""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UnsupportedModelError(" ".join(str(error).split())[:400]) from error
-
-
-def _relative(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    if a.shape != b.shape or a.dtype.kind not in "fiub":
-        return float("inf")
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
-        return float("inf")
-    x, y = x[np.isfinite(x)], y[np.isfinite(y)]
-    norm, distance = float(np.linalg.norm(y)), float(np.linalg.norm(x - y))
-    return distance / norm if norm else distance
 
 
 class GraphEditor:
