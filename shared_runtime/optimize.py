@@ -200,7 +200,7 @@ def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
         probe_error = probe_difference(job.model, executable, job.threads)
     finally:
         executable.close()
-    saturated = _saturated(job, form, found)
+    saturated = form.saturated(found.layers, job.calibration[0])
 
     def fill(folder: Path) -> Certificate:
         form.save(found.layers, folder)
@@ -255,16 +255,6 @@ def probe_difference(model: Model, executable: Any, threads: int) -> float:
         return difference(executable.run(probe), reference.run(probe))
     finally:
         reference.close()
-
-
-def _saturated(job: _Job, form: Form, found: Guarded) -> int | None:
-    """How many sums would saturate on a CPU without VNNI; None where the form has no INT8 arithmetic of that kind."""
-    from shared_runtime.quantization.onnxruntime_int8 import StaticInt8
-    from shared_runtime.quantization.saturation import count_saturation
-
-    if not isinstance(form, StaticInt8):
-        return None
-    return sum(layer.saturated for layer in count_saturation(form.proto(found.layers), job.calibration[0]))
 
 
 @dataclass

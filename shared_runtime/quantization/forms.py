@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared_runtime.backends.base import Executable
+from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 BETWEEN = "between layers"
@@ -36,6 +37,10 @@ class Form(Protocol):
 
     def save(self, reverted: frozenset[str], folder: Path) -> None:
         """Write the form's files (`facts.graph` first of all) into `folder`; nothing for an engine's own precision."""
+        ...
+
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        """How many 16-bit sums would saturate on a CPU without VNNI; None where that is no question of this form."""
         ...
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ from shared_runtime.graph.passes.base import plain_session, prepared
 from shared_runtime.graph.passes.precision import to_float16
 from shared_runtime.model import Model
 from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.signature import Tensors
 from shared_runtime.variants import Variant, VariantFacts
 
 LARGEST_FLOAT8 = 448.0
@@ -45,6 +46,9 @@ class _TorchForm:
         proto = self.proto(reverted)
         if proto is not None:
             onnx.save(proto, folder / self.facts.graph)
+
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        return None
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
         return {}

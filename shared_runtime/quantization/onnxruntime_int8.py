@@ -22,6 +22,8 @@ from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
 from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.quantization.saturation import count_saturation
+from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -53,6 +55,9 @@ class _OnnxForm:
 
     def save(self, reverted: frozenset[str], folder: Path) -> None:
         onnx.save(self.proto(reverted), folder / self.facts.graph)
+
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        return None
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
         path = Path(self._work.name) / "timed.onnx"
@@ -101,6 +106,9 @@ class StaticInt8(_OnnxForm):
                 quantizer = QDQQuantizer(proto, **common)
             quantizer.quantize_model()
         return quantizer.model.model
+
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        return sum(layer.saturated for layer in count_saturation(self.proto(reverted), sample))
 
 
 class DynamicInt8(_OnnxForm):

@@ -39,6 +39,9 @@ class EnginePrecision:
     def save(self, reverted: frozenset[str], folder: Path) -> None:
         """Nothing to write: the float graph is what runs."""
 
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        return None
+
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
         return {}
 
@@ -100,6 +103,9 @@ class OpenVinoInt8:
         import openvino
 
         openvino.save_model(self.network(reverted), str(folder / self.facts.graph), compress_to_fp16=False)
+
+    def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
+        return None
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
         return network_times(self.network(reverted), self._model.random(), threads, self.facts.rest)

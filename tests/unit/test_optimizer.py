@@ -15,9 +15,11 @@ import shared_runtime as rt
 from shared_runtime.optimize import simplified
 from shared_runtime.quantization import judge as judging
 from shared_runtime.quantization import saturation
+from shared_runtime.quantization.catalogue import PRECISIONS, forms_for
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
 from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
 from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.tools import tools
 from shared_runtime.variants import VariantStore
 from tests.networks import classifier, samples, save
 
@@ -358,3 +360,20 @@ def test_fixed_batches_open_sizes_and_old_operator_sets(tmp_path: Path, batch: A
         assert session.run(data[0])["logits"].shape == (rows, 4)
         if side == "side":
             assert session.run({"image": np.zeros((3, 3, 40, 40), np.float32)})["logits"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("operators", [False, True])
+def test_calibrations_and_both_forms_for_onnxruntime(sound: rt.Model, tmp_path: Path, method: str, operators: bool) -> None:
+    form = StaticInt8(simplified(sound, tmp_path, print), read_calibration(CALIBRATION, sound.signature, "sound"), method, operators)
+    kinds = {node.op_type for node in form.proto(frozenset()).graph.node}
+    assert ("QLinearConv" in kinds) == operators
+    executable = form.compile(frozenset(), 1)
+    outputs = [executable.run(inputs) for inputs, _ in VALIDATION]
+    assert rt.metrics.top1(outputs, [target for _, target in VALIDATION]) > 0.95
+
+
+def test_every_form_that_is_tried_is_a_listed_tool(sound: rt.Model) -> None:
+    listed = {tool.name for tool in tools()}
+    assert {maker.name for maker in forms_for(sound, "auto", PRECISIONS)} <= listed
+    assert {maker.name for maker in forms_for(rt.load("fraud-sequence"), "auto", PRECISIONS)} <= listed

@@ -309,3 +309,35 @@ def test_rewrite_keeps_a_model_with_its_work_inside(tmp_path: Path) -> None:
     with pytest.raises(rt.ModelError, match="no pass changed"):
         rt.rewrite(made, ["gelu"], "x", repository=repository)
     assert repository.names() == ["labels"]
+
+
+def transformer(tmp_path: Path) -> onnx.ModelProto:
+    """One attention with a residual and a layer normalisation, as torch exports it."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    nn = torch.nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+            self.norm = nn.LayerNorm(32)
+
+        def forward(self, x: Any) -> Any:
+            rows, steps, _ = x.shape
+            q, k, v = (part(x).reshape(rows, steps, 4, 8).transpose(1, 2) for part in (self.q, self.k, self.v))
+            mixed = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
+            return self.norm(x + self.o(mixed.transpose(1, 2).reshape(rows, steps, 32)))
+
+    return onnx.load(rt.load(Block().eval(), example={"x": np.zeros((1, 6, 32), np.float32)}).graph)
+
+
+def test_attention_and_bfloat16_of_a_transformer(tmp_path: Path) -> None:
+    model = transformer(tmp_path)
+    fused, result = applied(model, "attention", (2, 6, 32))
+    assert "Attention" in kinds(fused)
+    assert result.difference < 1e-5
+    half, result = applied(model, "bf16", (2, 6, 32))
+    assert 1e-4 < result.difference < 5e-2
+    assert any(item.data_type == TensorProto.BFLOAT16 for item in half.graph.initializer)

@@ -286,4 +286,6 @@ class EngineFusion:
             model.CopyFrom(fused.model)
             del model.graph.output[:]
             model.graph.output.extend(value for _, value in names)
+            if not any(item.domain == "com.microsoft" for item in model.opset_import):
+                model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
         return int(changes)
