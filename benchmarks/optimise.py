@@ -123,24 +123,12 @@ def _mobilenet() -> Case:
     import torch
     from torch import nn
 
-    from apps.industrial.training.network import Convolution, backbone_layers
-
-    widths = [(16, 1, 1), (24, 2, 6), (24, 1, 6), (32, 2, 6), *[(32, 1, 6)] * 2, (64, 2, 6), *[(64, 1, 6)] * 3, *[(96, 1, 6)] * 3]
-    widths += [(160, 2, 6), *[(160, 1, 6)] * 2, (320, 1, 6)]
+    from apps.industrial.training.network import MOBILENET_V2, Convolution, backbone_layers, inverted_residuals
 
     class MobileNetV2(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            layers, skips, width = [Convolution(3, 32, 3, 2, 1, True)], set(), 32
-            for outputs, stride, expansion in widths:
-                inner = width * expansion
-                if expansion > 1:
-                    layers.append(Convolution(width, inner, 1, 1, 1, True))
-                layers.append(Convolution(inner, inner, 3, stride, inner, True))
-                layers.append(Convolution(inner, outputs, 1, 1, 1, False))
-                if stride == 1 and width == outputs:
-                    skips.add(len(layers) - 1)
-                width = outputs
+            layers, skips, _ = inverted_residuals(MOBILENET_V2)
             layers += [Convolution(320, 1280, 1, 1, 1, True), Convolution(1280, 1001, 1, 1, 1, False)]
             self.layers, self.skips = nn.ModuleList(layers), frozenset(skips)
 

@@ -183,7 +183,8 @@ class TorchBackend:
         if mode not in self.modes(device):
             raise BackendUnavailableError(f"torch on {device} has no mode {mode!r} here; it has {list(self.modes(device))}")
         refuse_foreign(self.name, device, variant)
-        from shared_runtime.backends.torch_graph import GraphProgram, UnsupportedOperator
+        from shared_runtime.backends.torch_graph import GraphProgram
+        from shared_runtime.backends.torch_operators import UnsupportedOperator
 
         graph = model.graph if variant is None else variant.graph(model.graph)
         try:

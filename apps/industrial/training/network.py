@@ -5,6 +5,7 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,23 +48,43 @@ class Convolution(nn.Module):  # type: ignore[misc]
         return functional.relu6(x) if self.activated else x
 
 
+MOBILENET_V2 = (
+    (16, 1, 1),
+    (24, 2, 6),
+    (24, 1, 6),
+    (32, 2, 6),
+    *[(32, 1, 6)] * 2,
+    (64, 2, 6),
+    *[(64, 1, 6)] * 3,
+    *[(96, 1, 6)] * 3,
+    (160, 2, 6),
+    *[(160, 1, 6)] * 2,
+    (320, 1, 6),
+)
+"""Width, stride and expansion of each block (Sandler et al., MobileNetV2, CVPR 2018)."""
+
+
+def inverted_residuals(blocks: Sequence[tuple[int, int, int]]) -> tuple[list[Convolution], set[int], int]:
+    """The first layers of MobileNetV2: the stem and `blocks`; the layers that add the input of their block; the last width."""
+    layers, skips, width = [Convolution(3, 32, 3, 2, 1, True)], set(), 32
+    for outputs, stride, expansion in blocks:
+        inner = width * expansion
+        if expansion > 1:
+            layers.append(Convolution(width, inner, 1, 1, 1, True))
+        layers.append(Convolution(inner, inner, 3, stride, inner, True))
+        layers.append(Convolution(inner, outputs, 1, 1, 1, False))
+        if stride == 1 and width == outputs:
+            skips.add(len(layers) - 1)
+        width = outputs
+    return layers, skips, width
+
+
 class Trunk(nn.Module):  # type: ignore[misc]
     """The first `LAYERS` layers of MobileNetV2 1.0."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [(16, 1, 1)] + [(24, 2, 6)] + [(24, 1, 6)] + [(32, 2, 6)] + [(32, 1, 6)] * 2 + [(64, 2, 6)] + [(64, 1, 6)] * 3
-        widths += [(96, 1, 6)] * 3
-        layers, skips, width = [Convolution(3, 32, 3, 2, 1, True)], [], 32
-        for outputs, stride, expansion in widths:
-            inner = width * expansion
-            if expansion > 1:
-                layers.append(Convolution(width, inner, 1, 1, 1, True))
-            layers.append(Convolution(inner, inner, 3, stride, inner, True))
-            layers.append(Convolution(inner, outputs, 1, 1, 1, False))
-            if stride == 1 and width == outputs:
-                skips.append(len(layers) - 1)
-            width = outputs
+        layers, skips, width = inverted_residuals(MOBILENET_V2[:13])
         layers.append(Convolution(width, width * 6, 1, 1, 1, True))
         self.layers, self.skips = nn.ModuleList(layers), frozenset(skips)
 
