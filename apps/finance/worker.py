@@ -73,7 +73,8 @@ def _lead(
     announced, checked = False, 0.0
     with transactions:
         while not stop.is_set():
-            records = transactions.poll(0.05 if until_idle else 0.5)
+            # kafka-python begins to join anew with every poll: a short one might never be in time.
+            records = transactions.poll(0.05 if until_idle and announced else 0.5)
             if not announced and transactions.consumer.assignment():
                 announced = True
                 logger.info("ready", extra={"worker": GROUP, "topic": TRANSACTIONS.name})

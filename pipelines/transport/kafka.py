@@ -156,17 +156,8 @@ class KafkaGroupConsumer:
 
     def behind(self) -> Mapping[tuple[str, int], int]:
         parts = list(self._client.assignment())
-        ends = self._ends(parts) if parts else {}
+        ends = self._client.end_offsets(parts) if parts else {}
         return {(part.topic, part.partition): ends[part] - self._client.position(part) for part in parts}
-
-    def _ends(self, parts: list[TopicPartition]) -> Mapping[TopicPartition, int]:
-        """End offsets; asked for anew where no answer comes, for kafka-python waits without end by itself."""
-        for _ in range(2):
-            try:
-                return dict(self._client.end_offsets(parts, timeout_ms=10_000))
-            except kafka_errors.KafkaTimeoutError:
-                continue
-        return dict(self._client.end_offsets(parts, timeout_ms=10_000))
 
     def assignment(self) -> Sequence[tuple[str, int]]:
         return sorted((part.topic, part.partition) for part in self._client.assignment())
