@@ -424,7 +424,31 @@ def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], s
     return lines
 
 
-SUITES: dict[str, Callable[[], dict[str, Any]]] = {"optimise": optimise}
+def tensorflow() -> dict[str, Any]:
+    """A small convolutional network imported from each form that TensorFlow saves; needs TensorFlow and tf2onnx, no dependencies."""
+    import importlib.metadata
+
+    import tensorflow
+
+    layers = tensorflow.keras.layers
+    network = tensorflow.keras.Sequential(
+        [
+            layers.Input((16, 16, 3)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.BatchNormalization(),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(5),
+        ]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        network.export(f"{folder}/saved")
+        network.save(f"{folder}/network.keras")
+        sources = {"SavedModel": Path(folder) / "saved", ".keras": Path(folder) / "network.keras", "object": network}
+        found = {name: rt.load(source).card["import"]["difference"] for name, source in sources.items()}
+    return {"difference": found, "tensorflow": tensorflow.__version__, "tf2onnx": importlib.metadata.version("tf2onnx")}
+
+
+SUITES: dict[str, Callable[[], dict[str, Any]]] = {"optimise": optimise, "tensorflow": tensorflow}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measures what the docs state, writes `benchmarks/results/*.json` with the host's facts, and makes docs/benchmarks.md.
 
     python benchmarks/run.py [demo] [head] [cases] [runtime] [install] [features] [protocol] [stream] [memory] [budget]
-                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates] [optimise]
+                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates] [optimise] [tensorflow]
     python benchmarks/run.py report                                        # the page alone, from the results
 
-Without a name all run but `install`, `optimise`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
+Without a name all run but `install`, `optimise`, `tensorflow`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def main() -> None:
     names = sys.argv[1:] or [
         name
         for name in SUITES
-        if name not in ("install", "few_shot", "optimise") and (name not in NEED_DATA or "TRISCOPE_DATA_DIR" in os.environ)
+        if name not in ("install", "few_shot", "optimise", "tensorflow") and (name not in NEED_DATA or "TRISCOPE_DATA_DIR" in os.environ)
     ]
     RESULTS.mkdir(exist_ok=True)
     for name in names:

@@ -17,6 +17,7 @@ from shared_runtime.backends.base import backends, specialise
 from shared_runtime.certificate import Certificate, numerics
 from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host, usable_cores
+from shared_runtime.importers.base import needs
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import MAX_DROP, float_bytes, optimize, probe_difference
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
@@ -96,8 +97,10 @@ def auto_optimize(
         loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
     probe: Tensors = loaded.random() if data is None else first_row(loaded.signature, data[0])
     gains = []
-    found, gain = _search_passes(loaded, probe, cores, store, budget_s / 4, say)
-    gains.append(gain)
+    found = loaded
+    if device != "cuda":  # torch takes the graph apart by itself
+        found, gain = _search_passes(loaded, probe, cores, store, budget_s / 4, say)
+        gains.append(gain)
     if data is not None:
         before = _runner(found, device, cores, probe)
         made = optimize(
@@ -144,8 +147,7 @@ def _ratio(before: Any, after: Any, probe: Tensors) -> tuple[float, tuple[float,
 
 def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantStore, budget: float, say: Report) -> tuple[Model, Gain]:
     """Which passes make the graph faster in which engine; the best becomes the variant `rewritten-ENGINE` where it is worth it."""
-    import optuna
-
+    optuna = needs("optuna", "the search over passes")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix="triscope-passes-"))
     original = onnx.load(str(model.graph))
@@ -157,7 +159,7 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
         if not useful:
             return model, Gain("passes", 1.0, (1.0, 1.0), "no pass applies to this graph")
 
-        def objective(trial: optuna.Trial) -> float:
+        def objective(trial: Any) -> float:
             chosen = tuple(name for name in useful if trial.suggest_categorical(name, [True, False]))
             engine = trial.suggest_categorical("engine", engines)
             key = (engine, *chosen)

@@ -154,4 +154,4 @@ def needs(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UnsupportedModelError(f"importing {what} needs the package {package}: pip install 'triscope[optimize]' ({error})") from error
+        raise UnsupportedModelError(f"{what} needs the package {package}: pip install 'triscope[optimize]' ({error})") from error

@@ -48,7 +48,7 @@ def _cpu(model: Model) -> list[FormMaker]:
     kinds = {node.op_type for node in onnx.load(str(model.graph), load_external_data=False).graph.node}
     layered = bool(kinds & {*onnxruntime_int8.STATIC_KINDS, "LSTM"})
     half = bool({"avx512_bf16", "amx_bf16"} & set(host().vector))
-    if layered and not openvino_int8.lacks():
+    if layered:
         ready: dict[str, openvino_int8.OpenVinoInt8] = {}
         made.append(FormMaker("int8-openvino", "int8", lambda data: _openvino(model, data, "float32", ready)))
         if half:
@@ -59,7 +59,7 @@ def _cpu(model: Model) -> list[FormMaker]:
         if kinds & set(onnxruntime_int8.DYNAMIC_KINDS) and not kinds & {"Conv", "ConvTranspose"}:
             made.append(FormMaker("int8-dynamic", "int8", lambda data: one(onnxruntime_int8.DynamicInt8(model))))
         made.append(FormMaker("int8-weights", "int8", lambda data: one(onnxruntime_int8.WeightOnlyInt8(model))))
-    if half and backends().get("openvino") and backends()["openvino"].availability("cpu").available:
+    if half:
         made.append(FormMaker("bfloat16-openvino", "bfloat16", lambda data: one(openvino_int8.EnginePrecision(model, "bfloat16"))))
     return made
 

@@ -377,3 +377,10 @@ def test_every_form_that_is_tried_is_a_listed_tool(sound: rt.Model) -> None:
     listed = {tool.name for tool in tools()}
     assert {maker.name for maker in forms_for(sound, "auto", PRECISIONS)} <= listed
     assert {maker.name for maker in forms_for(rt.load("fraud-sequence"), "auto", PRECISIONS)} <= listed
+
+
+def test_a_missing_quantizer_is_named_and_the_others_go_on(sound: rt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_runtime.quantization.openvino_int8.lacks", lambda: "the package nncf (pip install 'triscope[optimize]')")
+    made = guarded(sound, precisions=["int8"])
+    assert "nncf" in made.refused["int8-openvino"]
+    assert "int8-onnxruntime" in made.variants
