@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -302,21 +303,24 @@ def test_an_unknown_operator_is_named(tmp_path: Path, repository: ModelRepositor
     assert repository.names() == []
 
 
-def _import_many(source: str, root: str) -> None:
-    for _ in range(5):
-        rt.import_model(Path(source), "shared", repository=ModelRepository((Path(root),)))
+IMPORT_MANY = """
+import sys
+from pathlib import Path
+
+import shared_runtime as rt
+from shared_runtime.repository.store import ModelRepository
+
+for _ in range(5):
+    rt.import_model(Path(sys.argv[1]), "shared", repository=ModelRepository((Path(sys.argv[2]),)))
+"""
 
 
 def test_two_processes_that_import_the_same_name_do_not_harm_each_other(tmp_path: Path, repository: ModelRepository) -> None:
     (tmp_path / "weights.bin").write_bytes(np.full(4, 3, np.float32).tobytes())
     source = external(tmp_path, "weights.bin")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_import_many, args=(str(source), str(repository.roots[0]))) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    command = [sys.executable, "-c", IMPORT_MANY, str(source), str(repository.roots[0])]
+    workers = [subprocess.Popen(command) for _ in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
     assert rt.load("shared", repository=repository).name == "shared"
     assert [path.name for path in repository.roots[0].iterdir()] == ["shared"]
 
