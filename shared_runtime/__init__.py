@@ -44,6 +44,7 @@ from shared_runtime.session import Session
 from shared_runtime.signature import Signature, TensorSpec
 from shared_runtime.telemetry.profiler import profile
 from shared_runtime.telemetry.trace import trace
+from shared_runtime.windows import SlidingWindow
 
 __all__ = [
     "BackendUnavailableError",
@@ -70,6 +71,7 @@ __all__ = [
     "Session",
     "SharedRuntimeError",
     "Signature",
+    "SlidingWindow",
     "TensorSpec",
     "UnsupportedModelError",
     "VariantRefusedError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import threading
 from collections import Counter
 from pathlib import Path
@@ -19,16 +20,24 @@ from shared_runtime.variants import FLOAT, Variant
 
 HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 MOST_SHAPES = 6
+LARGE_BYTES = 64 << 20
+"""From this size of the weights on, they are not held once more for shapes that may never come."""
 
 
 class OpenVinoExecutable:
-    """A compiled model for any shape, and one more for each shape it was prepared for; an infer request a thread."""
+    """A compiled model for any shape, and one more for each shape it was prepared for; an infer request a thread.
+
+    With large weights the one for any shape is compiled when a shape comes that was not prepared for.
+    """
 
     device = "cpu"
 
     def __init__(self, network: Any, properties: dict[str, str], outputs: list[str], precision: str) -> None:
         self._network, self._properties, self._outputs, self.precision = network, properties, outputs, precision
-        self._general = _compile(network, properties)
+        self._lock = threading.Lock()
+        self._any: Any = None
+        if not network.is_dynamic() or _weight_bytes(network) < LARGE_BYTES:
+            self._general()
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._local = threading.local()
 
@@ -47,19 +56,17 @@ class OpenVinoExecutable:
         key = _shapes(inputs)
         if key in self._prepared or len(self._prepared) >= MOST_SHAPES or not self._network.is_dynamic():
             return
-        network = self._network.clone()
-        network.reshape({name: list(value.shape) for name, value in inputs.items()})
-        self._prepared[key] = _compile(network, self._properties)
+        self._prepared[key] = _compile(self._network.clone(), self._properties, {name: list(v.shape) for name, v in inputs.items()})
 
     def nodes(self, inputs: Tensors) -> dict[str, int]:
         """Operators of the compiled graph, by the implementation that runs them."""
-        compiled = next(iter(self._prepared.values()), self._general)
+        compiled = next(iter(self._prepared.values()), None) or self._general()
         kinds = (dict(op.get_rt_info()) for op in compiled.get_runtime_model().get_ordered_ops())
         return dict(Counter(str(k["runtimePrecision"].astype(str)) for k in kinds if "runtimePrecision" in k))
 
     def close(self) -> None:
         self._prepared.clear()
-        del self._general, self._network
+        del self._any, self._network
         self._local = threading.local()
 
     def _request(self, inputs: Tensors) -> Any:
@@ -68,19 +75,41 @@ class OpenVinoExecutable:
             key = None
         requests = self._local.__dict__.setdefault("requests", {})
         if key not in requests:
-            compiled = self._general if key is None else self._prepared[key]
+            compiled = self._general() if key is None else self._prepared[key]
             requests[key] = compiled.create_infer_request()
         return requests[key]
+
+    def _general(self) -> Any:
+        with self._lock:
+            if self._any is None:
+                self._any = _compile(self._network, self._properties)
+            return self._any
+
+
+def _weight_bytes(network: Any) -> int:
+    constants = (op.output(0) for op in network.get_ops() if op.get_type_name() == "Constant")
+    return sum(math.prod(value.get_shape()) * value.get_element_type().size for value in constants)
 
 
 def _shapes(inputs: Tensors) -> tuple[Any, ...]:
     return tuple((name, inputs[name].shape) for name in sorted(inputs))
 
 
-def _compile(network: Any, properties: dict[str, str]) -> Any:
+def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[int]] | None = None) -> Any:
+    """Raises UnsupportedModelError where OpenVINO can't, BackendUnavailableError where it would compute in another precision."""
     import openvino
 
-    return openvino.Core().compile_model(network, "CPU", properties)
+    try:
+        if shapes:
+            network.reshape(shapes)
+        compiled = openvino.Core().compile_model(network, "CPU", properties)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {error}") from error
+    hint = "INFERENCE_PRECISION_HINT"
+    chosen = str(compiled.get_property(hint).get_type_name())
+    if chosen != properties[hint]:
+        raise BackendUnavailableError(f"OpenVINO would compute {network.get_friendly_name()!r} in {chosen}; {properties[hint]} was asked for")
+    return compiled
 
 
 class OpenVinoBackend:
@@ -124,11 +153,7 @@ def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int
     }
     try:
         network = openvino.Core().read_model(str(graph)) if isinstance(graph, Path) else graph
-        executable = OpenVinoExecutable(network, properties, outputs, precision)
     except RuntimeError as error:
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
-    chosen = str(executable._general.get_property("INFERENCE_PRECISION_HINT").get_type_name())
-    if chosen != HINTS[rest]:
-        executable.close()
-        raise BackendUnavailableError(f"OpenVINO would compute {name!r} in {chosen}; {rest} was asked for")
-    return executable
+    network.set_friendly_name(name)
+    return OpenVinoExecutable(network, properties, outputs, precision)

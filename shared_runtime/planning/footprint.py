@@ -13,6 +13,7 @@ import msgspec
 
 from shared_runtime.errors import BackendUnavailableError
 from shared_runtime.planning.plan import Candidate
+from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant, VariantFacts
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class Footprint(msgspec.Struct, frozen=True):
     dims: dict[str, int]
 
 
-def peak_memory_mib(model: Model, candidate: Candidate) -> float:
+def peak_memory_mib(model: Model, candidate: Candidate, inputs: Tensors | None = None) -> float:
     """Peak resident memory of a fresh process that loads the candidate and runs one row, over one that only imports [MiB].
 
-    Raises BackendUnavailableError where the process fails.
+    The row is as large as `inputs`, or as `model.random()`. Raises BackendUnavailableError where the process fails.
     """
     variant = None if candidate.variant == FLOAT else model.variant(candidate.variant)
     asked = Footprint(
@@ -40,7 +41,7 @@ def peak_memory_mib(model: Model, candidate: Candidate) -> float:
         candidate,
         None if variant is None else variant.facts,
         "" if variant is None else str(variant.folder.resolve()),
-        model.signature.dims_of(model.random()),
+        model.signature.dims_of(inputs or model.random()),
     )
     command = [sys.executable, "-m", "shared_runtime.planning.footprint", msgspec.json.encode(asked).decode()]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

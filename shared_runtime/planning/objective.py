@@ -50,7 +50,7 @@ class Objective:
         if self.kind == "throughput":
             return [self._throughput(timed) for _, _, timed in contenders]
         if self.kind == "memory":
-            return [_memory(model, candidate) for candidate, _, _ in contenders]
+            return [_memory(model, candidate, probe) for candidate, _, _ in contenders]
         if self.kind == "energy":
             return [_energy(executable, probe) for _, executable, _ in contenders]
         return [Score(timed[min(timed)].median) for _, _, timed in contenders]
@@ -67,9 +67,9 @@ class Objective:
 LATENCY = Objective()
 
 
-def _memory(model: Model, candidate: Candidate) -> Score:
+def _memory(model: Model, candidate: Candidate, probe: Tensors) -> Score:
     try:
-        peak = peak_memory_mib(model, candidate)
+        peak = peak_memory_mib(model, candidate, probe)
     except BackendUnavailableError as error:
         return Score(float("inf"), str(error))
     return Score(peak, f"{peak:.0f} MiB", memory_mib=round(peak, 1))

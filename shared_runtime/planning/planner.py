@@ -28,6 +28,7 @@ from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference
+from shared_runtime.planning.apart import plan_apart
 from shared_runtime.planning.ceiling import lower_bound_ms
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
@@ -95,16 +96,23 @@ def plan_and_compile(
     thorough: bool = False,
     variant: str | None = None,
     probe: Tensors | None = None,
+    apart: bool = True,
 ) -> tuple[Plan, Ladder]:
     """The plan for `model` on `device` ("auto", "cpu" or "cuda") and the executables it names.
 
     `variant`: only this one ("float32" is the reference itself); without, every certified variant takes part.
     `thorough`: also the ways that are slow to prepare (torch.compile). `probe`: inputs of one row to measure on.
+    `apart`: where memory is the objective, plan in a process of its own.
     Raises BackendUnavailableError where no backend can serve the device: it names what each one lacks.
     """
     key = _key(model, device, threads, objective, tuple(ladder), thorough, variant)
     file = None if cache is None else cache / f"{model.sha256[:16]}-{key}.json"
     if file is not None and (plan := _cached(file, model)) is not None:
+        return plan, _compile(model, plan, probe)
+    if objective.kind == "memory" and apart:
+        asked = {"objective": objective, "ladder": ladder, "budget_s": budget_s, "thorough": thorough, "variant": variant, "probe": probe}
+        plan = plan_apart(model, device, threads, asked)
+        _keep(plan, file)
         return plan, _compile(model, plan, probe)
     probe = model.random() if probe is None else first_row(model.signature, probe)
     if model.signature.fixed_rows is not None:
@@ -120,12 +128,17 @@ def plan_and_compile(
     for loser in contenders:
         if id(loser.executable) not in used:
             loser.executable.close()
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{time.monotonic_ns()}.part")
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2))
-        part.replace(file)
+    _keep(plan, file)
     return plan, Ladder(chosen)
+
+
+def _keep(plan: Plan, file: Path | None) -> None:
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{time.monotonic_ns()}.part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2))
+    part.replace(file)
 
 
 def _key(
