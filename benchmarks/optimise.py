@@ -21,9 +21,10 @@ import msgspec
 import numpy as np
 
 import shared_runtime as rt
+from benchmarks.volume import SIDE, scan, volume
+from benchmarks.volume import report_lines as volume_lines
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
-from shared_runtime.planning.footprint import peak_memory_mib
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
 from shared_runtime.planning.planner import repeat_rows
 from shared_runtime.variants import VariantStore
@@ -43,6 +44,7 @@ class Case:
     rows: tuple[int, ...] = (1, 32)
     module: Any = None
     max_drop: float = 0.005
+    budget: float = 60
 
 
 def _data() -> Path | None:
@@ -178,14 +180,8 @@ def _unet() -> Case:
     strides = [1, 2, 2, 2, 2, 2]
     filters = [32, 64, 128, 256, 320, 320]
     module = DynUNet(3, 1, 3, [3] * 6, strides, strides[1:], filters=filters, norm_name="instance").eval()
-    side = int(os.environ.get("TRISCOPE_BENCH_SIDE", "128"))
-    generator = np.random.default_rng(0)
-    return _module(
-        module,
-        [{"image": generator.standard_normal((1, 1, side, side, side)).astype(np.float32)} for _ in range(6)],
-        rt.metrics.correlation,
-        (1,),
-    )
+    windows = [{"image": scan((SIDE,) * 3, seed=i)[None].astype(np.float32)} for i in range(6)]
+    return Case(module, windows, rt.metrics.correlation, (1,), module, budget=300)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -256,7 +252,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         calibration=case.calibration,
         metric=case.metric,
         max_drop=case.max_drop,
-        budget_s=60 * SECONDS,
+        budget_s=case.budget * SECONDS,
         device=device,
         store=VariantStore(folder / "variants"),
         report=lambda text: print(f"  {text}", flush=True),
@@ -270,9 +266,8 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         print(f"  {plan.describe()}", flush=True)
         speed = {str(rows): _speed(session, model, case, repeat_rows(probe, rows), device) for rows in case.rows}
     certificates = {v: made.certificate(v) for v in made.variants}
-    memory = _memory_of(made, plan) if name.startswith("unet") and device == "cpu" else {}
     return {
-        "peak_memory_mib": memory,
+        "volume": volume(made, VariantStore(folder / "variants")) if name == "unet" and device == "cpu" else None,
         "device": device,
         "import_seconds": imported,
         "import_difference": model.card.get("import", {}).get("difference"),
@@ -295,13 +290,6 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         "refused": dict(made.refused),
         "candidates": [{"label": c.label, "timings": [(t.rows, t.median_ms) for t in c.timings], "lost": c.lost} for c in plan.candidates],
     }
-
-
-def _memory_of(model: rt.Model, plan: rt.Plan) -> dict[str, float]:
-    """Peak memory of one window [MiB]: ONNX Runtime in float32, and what the plan chose."""
-    chosen = plan.candidates[plan.ladder[0].candidate]
-    plain = next(c for c in plan.candidates if c.backend == "onnxruntime" and c.variant == "float32" and c.threads == chosen.threads)
-    return {label: peak_memory_mib(model, candidate) for label, candidate in (("onnxruntime float32", plain), (chosen.label, chosen))}
 
 
 def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, device: str) -> dict[str, Any]:
@@ -417,10 +405,9 @@ def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], s
         if refused:
             lines += ["Refused by the guard or the engine:", ""]
             lines += [f"- {name}, {variant}: {' '.join(str(why).split())[:140]}" for name, variant, why in refused] + [""]
-        for name, model in r["models"].items():
-            if model.get("peak_memory_mib"):
-                text = ", ".join(f"{label} {value:.0f} MiB" for label, value in model["peak_memory_mib"].items())
-                lines += [f"Peak memory of one window of {name}, over the imports: {text}.", ""]
+        for model in r["models"].values():
+            if model.get("volume"):
+                lines += volume_lines(model["volume"])
     return lines
 
 

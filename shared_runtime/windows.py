@@ -149,7 +149,8 @@ def _sum(starts: list[int], weights: Array, size: int) -> Array:
 
 
 def _along(values: Array, axis: int, rank: int) -> Array:
-    return values.reshape([-1 if a == axis else 1 for a in range(rank)])
+    line: Array = values.reshape([-1 if a == axis else 1 for a in range(rank)])
+    return line
 
 
 def _shift(planes: Array, count: int) -> None:

@@ -108,7 +108,8 @@ def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[in
     hint = "INFERENCE_PRECISION_HINT"
     chosen = str(compiled.get_property(hint).get_type_name())
     if chosen != properties[hint]:
-        raise BackendUnavailableError(f"OpenVINO would compute {network.get_friendly_name()!r} in {chosen}; {properties[hint]} was asked for")
+        name = network.get_friendly_name()
+        raise BackendUnavailableError(f"OpenVINO would compute {name!r} in {chosen}; {properties[hint]} was asked for")
     return compiled
 
 
