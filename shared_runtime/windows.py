@@ -130,7 +130,8 @@ class SlidingWindow:
 
 def _weights(size: int) -> Array:
     places = np.arange(size) - (size - 1) / 2
-    return np.maximum(np.exp(-0.5 * (places / (SIGMA * size)) ** 2), LEAST).astype(np.float32)
+    weights: Array = np.maximum(np.exp(-0.5 * (places / (SIGMA * size)) ** 2), LEAST).astype(np.float32)
+    return weights
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:
@@ -142,7 +143,7 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
 
 
 def _sum(starts: list[int], weights: Array, size: int) -> Array:
-    total = np.zeros(max(size, len(weights)), np.float32)
+    total: Array = np.zeros(max(size, len(weights)), np.float32)
     for start in starts:
         total[start : start + len(weights)] += weights
     return total[:size]
