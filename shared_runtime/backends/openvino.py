@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import importlib.util
 import math
@@ -140,11 +141,10 @@ class OpenVinoBackend:
 
 
 def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int, rest: str, precision: str) -> OpenVinoExecutable:
-    """Compile an ONNX file, an OpenVINO file or an `openvino.Model`; what is not quantized computes in `rest`.
+    """Compile an ONNX file, a file of `save_network` or an `openvino.Model`; what is not quantized computes in `rest`.
 
     Raises UnsupportedModelError where OpenVINO can't load it, BackendUnavailableError where it would compute in another precision.
     """
-    import openvino
 
     properties = {
         "INFERENCE_PRECISION_HINT": HINTS[rest],
@@ -153,8 +153,28 @@ def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int
         "PERFORMANCE_HINT": "LATENCY",
     }
     try:
-        network = openvino.Core().read_model(str(graph)) if isinstance(graph, Path) else graph
-    except RuntimeError as error:
+        network = read_network(graph) if isinstance(graph, Path) else graph
+    except (RuntimeError, OSError, EOFError) as error:
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
     network.set_friendly_name(name)
     return OpenVinoExecutable(network, properties, outputs, precision)
+
+
+def save_network(network: Any, path: Path) -> None:
+    """Write an `openvino.Model`: its description to `path` (.xml.gz: plain, it may outweigh small weights), its weights beside."""
+    import openvino
+
+    plain = path.with_suffix("")
+    openvino.save_model(network, str(plain), compress_to_fp16=False)
+    path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    plain.unlink()
+
+
+def read_network(path: Path) -> Any:
+    """An `openvino.Model` from what `save_network` wrote, or from any file that OpenVINO reads. Raises RuntimeError as it does."""
+    import openvino
+
+    if path.suffix != ".gz":
+        return openvino.Core().read_model(str(path))
+    weights = np.fromfile(path.with_suffix("").with_suffix(".bin"), np.uint8)
+    return openvino.Core().read_model(gzip.decompress(path.read_bytes()), weights.tobytes())

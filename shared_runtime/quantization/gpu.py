@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import plain_session, prepared
 from shared_runtime.graph.passes.precision import to_float16
 from shared_runtime.model import Model
@@ -45,7 +46,7 @@ class _TorchForm:
     def save(self, reverted: frozenset[str], folder: Path) -> None:
         proto = self.proto(reverted)
         if proto is not None:
-            onnx.save(proto, folder / self.facts.graph)
+            onnx.save(lean(proto), folder / self.facts.graph)
 
     def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
         return None

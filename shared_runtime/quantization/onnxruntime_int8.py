@@ -17,10 +17,12 @@ from onnx import helper, numpy_helper
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import opset, prepared
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
+from shared_runtime.quantization.rounding import balanced_rounding
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.quantization.saturation import count_saturation
 from shared_runtime.signature import Tensors
@@ -54,7 +56,7 @@ class _OnnxForm:
         return compile_file(self._model.name, path, "cpu", threads, self.facts.precision)
 
     def save(self, reverted: frozenset[str], folder: Path) -> None:
-        onnx.save(self.proto(reverted), folder / self.facts.graph)
+        onnx.save(lean(self.proto(reverted)), folder / self.facts.graph)
 
     def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
         return None
@@ -145,7 +147,7 @@ class DynamicInt8(_OnnxForm):
 class WeightOnlyInt8(_OnnxForm):
     """Weights stored in INT8, symmetric, one scale a channel, and computed in float: a quarter of the size, nearly the float values."""
 
-    passes = ("weights alone",)
+    passes = ("weights alone", "balanced rounding")
 
     def __init__(self, model: Model) -> None:
         super().__init__(model, VariantFacts("int8-weights", "int8 weights", "onnxruntime", "cpu", "model.onnx"))
@@ -165,10 +167,11 @@ class WeightOnlyInt8(_OnnxForm):
             if opset(proto) < 13:
                 raise UnsupportedModelError(f"weights in INT8 need opset 13, {self._model.name!r} has {opset(proto)}: apply opset-upgrade")
             axis = axes[item.name] % values.ndim
-            others = tuple(a for a in range(values.ndim) if a != axis)
-            scale = np.maximum(np.abs(values).max(axis=others) / 127.0, 1e-12).astype(np.float32)
-            shape = [-1 if a == axis else 1 for a in range(values.ndim)]
-            stored = np.clip(np.round(values / scale.reshape(shape)), -127, 127).astype(np.int8)
+            channels = np.moveaxis(values, axis, 0)
+            rows = channels.reshape(len(channels), -1)
+            scale = np.maximum(np.abs(rows).max(axis=1) / 127.0, 1e-12).astype(np.float32)
+            stored = balanced_rounding(rows / scale[:, None], 127).astype(np.int8).reshape(channels.shape)
+            stored = np.ascontiguousarray(np.moveaxis(stored, 0, axis))
             proto.graph.initializer.remove(item)
             proto.graph.initializer.append(numpy_helper.from_array(stored, f"{item.name}_int8"))
             proto.graph.initializer.append(numpy_helper.from_array(scale, f"{item.name}_scale"))

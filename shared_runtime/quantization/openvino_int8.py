@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_runtime.backends.base import Executable
-from shared_runtime.backends.openvino import HINTS, compile_graph
+from shared_runtime.backends.openvino import HINTS, compile_graph, save_network
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -100,9 +100,7 @@ class OpenVinoInt8:
         return compile_graph(self._model.name, self.network(reverted), outputs, threads, self.facts.rest, "int8")
 
     def save(self, reverted: frozenset[str], folder: Path) -> None:
-        import openvino
-
-        openvino.save_model(self.network(reverted), str(folder / self.facts.graph), compress_to_fp16=False)
+        save_network(self.network(reverted), folder / self.facts.graph)
 
     def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
         return None
@@ -113,7 +111,7 @@ class OpenVinoInt8:
 
 def _facts(rest: str) -> VariantFacts:
     name = "int8-openvino" if rest == FLOAT else f"int8-{rest}-openvino"
-    return VariantFacts(name, "int8", "openvino", "cpu", "model.xml", rest)
+    return VariantFacts(name, "int8", "openvino", "cpu", "model.xml.gz", rest)
 
 
 def overflows() -> bool:
