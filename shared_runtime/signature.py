@@ -80,6 +80,12 @@ class Signature(msgspec.Struct, frozen=True):
         """The number of rows where the model was exported for exactly that many; None where the batch is free."""
         return next((spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether every tensor has the same free leading dimension: the rows of a request."""
+        leading = {spec.shape[0] if spec.shape else None for spec in (*self.inputs, *self.outputs)}
+        return len(leading) == 1 and isinstance(leading.pop(), str)
+
     def dims_of(self, inputs: Tensors) -> dict[str, int]:
         """The sizes that the named dimensions other than the batch have in `inputs`."""
         found: dict[str, int] = {}

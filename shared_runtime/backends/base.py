@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
@@ -102,6 +102,12 @@ def refuse_foreign(engine: str, device: str, variant: Variant | None) -> None:
         raise UnsupportedModelError(
             f"variant {variant.name!r} was made for {variant.facts.engine} on {variant.facts.device}; {engine} on {device} can't take it"
         )
+
+
+def refuse_unknown_mode(engine: str, device: str, mode: str, known: Sequence[str]) -> None:
+    """Raise BackendUnavailableError where an engine does not know a mode on this device here."""
+    if mode not in known:
+        raise BackendUnavailableError(f"{engine} on {device} has no mode {mode!r} here; it has {list(known)}")
 
 
 def precision_of(variant: Variant | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, zero_rows
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -138,6 +138,7 @@ class OnnxRuntimeBackend:
 
     def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> OnnxRuntimeExecutable:
         refuse_foreign(self.name, device, variant)
+        refuse_unknown_mode(self.name, device, mode, self.modes(device))
         graph = model.graph if variant is None else variant.graph(model.graph)
         return compile_file(model.name, graph, device, threads, precision_of(variant), mode)
 

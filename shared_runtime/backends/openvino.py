@@ -8,12 +8,14 @@ import importlib.util
 import math
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, zero_rows
+from shared_runtime.backends.base import Availability, Executable, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
+from shared_runtime.backends.openvino_streams import StreamedExecutable
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -52,6 +54,18 @@ class OpenVinoExecutable:
             raise UnsupportedModelError(f"OpenVINO failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
         return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
 
+    def run_at_once(self, parts: Sequence[Tensors]) -> list[Tensors]:
+        """The outputs of several requests that run side by side, as far as the engine has streams."""
+        requests = [self._request(part, place) for place, part in enumerate(parts)]
+        try:
+            for request, part in zip(requests, parts, strict=True):
+                request.start_async(part, share_inputs=True)
+            for request in requests:
+                request.wait()
+        except RuntimeError as error:
+            raise UnsupportedModelError(f"OpenVINO failed on {len(parts)} parts: {' '.join(str(error).split())[:400]}") from error
+        return [{name: np.array(r.get_output_tensor(i).data) for i, name in enumerate(self._outputs)} for r in requests]
+
     def specialise(self, inputs: Tensors) -> None:
         """Compile for exactly these shapes: the engine plans better when it knows them."""
         key = _shapes(inputs)
@@ -70,15 +84,15 @@ class OpenVinoExecutable:
         del self._any, self._network
         self._local = threading.local()
 
-    def _request(self, inputs: Tensors) -> Any:
+    def _request(self, inputs: Tensors, place: int = 0) -> Any:
         key = _shapes(inputs) if self._prepared else None
         if key not in self._prepared:
             key = None
         requests = self._local.__dict__.setdefault("requests", {})
-        if key not in requests:
+        if (key, place) not in requests:
             compiled = self._general() if key is None else self._prepared[key]
-            requests[key] = compiled.create_infer_request()
-        return requests[key]
+            requests[key, place] = compiled.create_infer_request()
+        return requests[key, place]
 
     def _general(self) -> Any:
         with self._lock:
@@ -128,19 +142,24 @@ class OpenVinoBackend:
         return Availability(version=importlib.metadata.version("openvino"))
 
     def modes(self, device: str) -> tuple[str, ...]:
-        return ("",)
+        return ("", "streams")
 
-    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> OpenVinoExecutable:
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> Executable:
         if lacks := self.availability(device).lacks:
             raise BackendUnavailableError(f"OpenVINO lacks {lacks}")
         refuse_foreign(self.name, device, variant)
+        refuse_unknown_mode(self.name, device, mode, self.modes(device))
         graph = model.graph if variant is None else variant.graph(model.graph)
         rest = FLOAT if variant is None else variant.facts.rest
         outputs = [spec.name for spec in model.signature.outputs]
-        return compile_graph(model.name, graph, outputs, threads, rest, precision_of(variant))
+        streams = threads if mode == "streams" else 1
+        executable = compile_graph(model.name, graph, outputs, threads, rest, precision_of(variant), streams)
+        return executable if streams == 1 else StreamedExecutable(executable, streams, model.signature, model.name)
 
 
-def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int, rest: str, precision: str) -> OpenVinoExecutable:
+def compile_graph(
+    name: str, graph: Path | Any, outputs: list[str], threads: int, rest: str, precision: str, streams: int = 1
+) -> OpenVinoExecutable:
     """Compile an ONNX file, a file of `save_network` or an `openvino.Model`; what is not quantized computes in `rest`.
 
     Raises UnsupportedModelError where OpenVINO can't load it, BackendUnavailableError where it would compute in another precision.
@@ -150,7 +169,7 @@ def compile_graph(name: str, graph: Path | Any, outputs: list[str], threads: int
         "INFERENCE_PRECISION_HINT": HINTS[rest],
         "EXECUTION_MODE_HINT": "ACCURACY" if rest == FLOAT else "PERFORMANCE",
         "INFERENCE_NUM_THREADS": str(threads),
-        "PERFORMANCE_HINT": "LATENCY",
+        **({"PERFORMANCE_HINT": "LATENCY"} if streams == 1 else {"NUM_STREAMS": str(streams)}),
     }
     try:
         network = read_network(graph) if isinstance(graph, Path) else graph

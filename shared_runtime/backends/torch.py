@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, zero_rows
+from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -180,8 +180,7 @@ class TorchBackend:
     def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> TorchExecutable:
         if lacks := self.availability(device).lacks:
             raise BackendUnavailableError(f"torch on {device} lacks {lacks}")
-        if mode not in self.modes(device):
-            raise BackendUnavailableError(f"torch on {device} has no mode {mode!r} here; it has {list(self.modes(device))}")
+        refuse_unknown_mode(self.name, device, mode, self.modes(device))
         refuse_foreign(self.name, device, variant)
         from shared_runtime.backends.torch_graph import GraphProgram
         from shared_runtime.backends.torch_operators import UnsupportedOperator

@@ -198,7 +198,7 @@ def _cost(model: Model, probe: Tensors) -> GraphCost:
 
 
 def _ways(
-    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool
+    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool, most_rows: int
 ) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
     """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
     named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
@@ -220,7 +220,9 @@ def _ways(
                         continue  # a certified reduced form is compiled in its stead
                     if "channels-last" in mode and not convolutions:
                         continue
-                    for count in dict.fromkeys((threads, 1) if kind == "cpu" else (threads,)):
+                    if mode == "streams" and (threads == 1 or most_rows < 2):
+                        continue
+                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode != "streams" else (threads,)):
                         yield backend, kind, mode, count, variant
 
 
@@ -231,7 +233,7 @@ def _contenders(
     reference: Tensors | None = None
     contenders: list[_Contender] = []
     lost: list[Candidate] = []
-    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions):
+    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows):
         precision = FLOAT if variant is None else variant.facts.precision
         name = FLOAT if variant is None else variant.name
         state = backend.availability(kind)

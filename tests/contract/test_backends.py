@@ -154,9 +154,8 @@ def test_every_mode_computes_the_same_and_an_unknown_one_is_refused(backend: Har
         specialise(executable, x)
         np.testing.assert_allclose(executable.run(x)["y"], reference(convolutions, x)["y"], atol=2e-6)
         executable.close()
-    if len(backend.modes("cpu")) > 1:
-        with pytest.raises(rt.BackendUnavailableError, match="no mode"):
-            backend.compile(convolutions, "cpu", 1, None, "warp")
+    with pytest.raises(rt.BackendUnavailableError, match="no mode"):
+        backend.compile(convolutions, "cpu", 1, None, "warp")
 
 
 def test_a_variant_of_another_engine_is_refused(backend: HardwareBackend, convolutions: rt.Model, tmp_path: Path) -> None:
@@ -212,3 +211,38 @@ def test_inputs_that_onnxruntime_chokes_on_are_an_error_with_their_shapes(tmp_pa
     assert executable.run({"x": np.zeros((3, 10), np.float32)})["y"].shape == (3, 2, 5)
     with pytest.raises(rt.UnsupportedModelError, match=r"\[1, 7\]"):
         executable.run({"x": np.zeros((1, 7), np.float32)})
+
+
+def test_streams_share_out_the_rows(convolutions: rt.Model) -> None:
+    backend = backends()["openvino"]
+    if not backend.availability("cpu").available:
+        pytest.skip(f"openvino lacks {backend.availability('cpu').lacks}")
+    assert "streams" in backend.modes("cpu")
+    executable = backend.compile(convolutions, "cpu", 3, mode="streams")
+    generator = np.random.default_rng(5)
+    try:
+        specialise(executable, {"x": generator.standard_normal((7, 2, 12, 10)).astype(np.float32)})
+        requests = [{"x": generator.standard_normal((rows, 2, 12, 10)).astype(np.float32)} for rows in (7, 1, 2, 3, 0, 11)]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(executable.run, requests))
+        for request, answer in zip(requests, answers, strict=True):
+            expected = reference(convolutions, request)["y"] if len(request["x"]) else np.zeros((0, 5), np.float32)
+            np.testing.assert_allclose(answer["y"], expected, atol=1e-5)
+    finally:
+        executable.close()
+
+
+@pytest.mark.parametrize("kind", ["ReduceMean", "fixed"])
+def test_rows_that_depend_on_one_another_are_not_shared_out(kind: str, tmp_path: Path) -> None:
+    """The mean over the batch is another one for each part; a fixed number of rows can't be parted."""
+    backend = backends()["openvino"]
+    if not backend.availability("cpu").available:
+        pytest.skip(f"openvino lacks {backend.availability('cpu').lacks}")
+    rows = "batch" if kind == "ReduceMean" else 4
+    nodes = [helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), helper.make_node("Sub", ["x", "m"], ["y"])]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, 3]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
+    path = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    with pytest.raises(rt.UnsupportedModelError, match="rows of 'g'"):
+        specialise(backend.compile(rt.load(path), "cpu", 2, mode="streams"), {"x": np.ones((4, 3), np.float32)})

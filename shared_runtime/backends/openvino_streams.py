@@ -1,0 +1,75 @@
+"""OpenVINO with a stream a core: the rows of a request are shared out, and the cores need not wait for one another in each layer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared_runtime.backends.base import zero_rows
+from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.numeric import difference
+from shared_runtime.signature import Signature, Tensors
+
+if TYPE_CHECKING:
+    from shared_runtime.backends.openvino import OpenVinoExecutable
+
+TOLERANCE = 1e-2
+"""Largest difference, relative, of two rows together from each alone: sums in another order, in bfloat16 at the most."""
+
+
+class StreamedExecutable:
+    """`inner` was compiled with `streams` streams; a request of at least as many rows is run in as many parts at once."""
+
+    device = "cpu"
+
+    def __init__(self, inner: OpenVinoExecutable, streams: int, signature: Signature, name: str) -> None:
+        """Raises UnsupportedModelError where the tensors have no rows of their own."""
+        self._inner, self._streams, self._name, self._independent = inner, streams, name, False
+        self.precision = inner.precision
+        if not signature.has_rows:
+            inner.close()
+            raise UnsupportedModelError(f"the rows of {name!r} can't be shared out: not every tensor has a free leading dimension")
+
+    def run(self, inputs: Tensors) -> Tensors:
+        if (empty := zero_rows(self, inputs)) is not None:
+            return empty
+        parts = self._parts(inputs)
+        if len(parts) == 1:
+            return self._inner.run(inputs)
+        outputs = self._inner.run_at_once(parts)
+        return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+
+    def specialise(self, inputs: Tensors) -> None:
+        """Prepare for these shapes. Raises UnsupportedModelError where the model lets rows depend on one another."""
+        if not self._independent:
+            self._try_rows(inputs)
+        for part in self._parts(inputs):
+            self._inner.specialise(part)
+
+    def nodes(self, inputs: Tensors) -> dict[str, int]:
+        """As the engine without streams."""
+        return self._inner.nodes(inputs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _parts(self, inputs: Tensors) -> list[Tensors]:
+        rows = len(next(iter(inputs.values())))
+        if rows < self._streams:
+            return [inputs]
+        bounds = [rows * part // self._streams for part in range(self._streams + 1)]
+        return [{n: v[low:high] for n, v in inputs.items()} for low, high in pairwise(bounds)]
+
+    def _try_rows(self, inputs: Tensors) -> None:
+        one = {name: value[:1] for name, value in inputs.items()}
+        other = {name: value * value.dtype.type(0.9) if value.dtype.kind == "f" else value for name, value in one.items()}
+        together = self._inner.run({name: np.concatenate([one[name], other[name]]) for name in one})
+        apart = [self._inner.run(row) for row in (one, other)]
+        error = difference(together, {name: np.concatenate([row[name] for row in apart]) for name in together})
+        if not error <= TOLERANCE:
+            raise UnsupportedModelError(
+                f"the rows of {self._name!r} depend on one another: two together differ by {error:.1e} from each alone"
+            )
+        self._independent = True
