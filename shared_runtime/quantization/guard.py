@@ -22,6 +22,8 @@ from shared_runtime.signature import Tensors
 
 logger = logging.getLogger(__name__)
 RANKING_ITEMS = 8
+LONG_SECONDS, TOO_SLOW = 0.5, 0.7
+"""Where one run takes this long, a form in INT8 that is below this share of float's speed is not searched for one that passes."""
 SLOWER, NOTICEABLE = 1.15, 0.02
 Report = Callable[[str], None]
 
@@ -55,11 +57,14 @@ class Guard:
         self._end = time.monotonic() + budget_s
         self._verdict: Verdict | None = None
         self._outputs: list[Tensors] = []
+        self._seconds = 0.0
         self._report = report or (lambda text: logger.info("%s", text))
 
     def first(self) -> Verdict:
         """The verdict on the form with every layer reduced."""
+        begin = time.monotonic()
         verdict, self._outputs = self._measure(frozenset())
+        self._seconds = (time.monotonic() - begin) / len(self._outputs)
         self._verdict = verdict
         self._tell(0, verdict)
         return verdict
@@ -76,6 +81,9 @@ class Guard:
             self._tell(len(hint), verdict)
             reverted = hint
         if verdict.why and self._form.layers:
+            if (slow := self._too_slow()) is not None:
+                why = f"{verdict.why}; at {slow:.2f} of float's speed here no layers were put back"
+                return Guarded(replace(verdict, why=why), (), slow)
             verdict, reverted = self._revert_for_accuracy(verdict, self._outputs)
         if not verdict.why and reverted and not set(self._form.layers) - {item.layer for item in reverted} - {BETWEEN}:
             why = f"every layer had to go back to float to keep {self._judge.name} within {self._judge.max_drop:.4g}"
@@ -141,6 +149,13 @@ class Guard:
                 self._report(f"{len(harm)} of {len(self._form.layers)} layers ranked in the time there is")
                 break
         return harm
+
+    def _too_slow(self) -> float | None:
+        """The share of float's speed, everything reduced, where it is too little for a long search; None otherwise."""
+        if self._form.facts.precision != "int8" or self._seconds < LONG_SECONDS:
+            return None
+        speed = self._speedup(frozenset())
+        return speed if speed < TOO_SLOW else None
 
     def _speedup(self, reverted: frozenset[str]) -> float:
         executable = self._form.compile(reverted, self._threads)

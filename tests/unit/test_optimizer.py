@@ -189,6 +189,15 @@ def test_verify_computes_a_certificate_again(sound: rt.Model) -> None:
     assert not rt.verify(rt.load(sound.graph), "int8-openvino", threads=1)["holds"]
 
 
+def test_no_long_search_for_a_form_that_is_slow(fragile: rt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_runtime.quantization.guard.LONG_SECONDS", 0.0)
+    monkeypatch.setattr("shared_runtime.quantization.guard.Guard._speedup", lambda guard, reverted: 0.4)
+    made = guarded(fragile, precisions=("int8",))
+    refused = [why for why in made.refused.values() if "0.40 of float's speed here no layers were put back" in why]
+    assert refused
+    assert all("top1 drops by" in why for why in refused)
+
+
 def test_quantizer_in_the_usual_form(sound: rt.Model, fragile: rt.Model) -> None:
     made = rt.Quantizer(sound, precision="int8", calibration_data=CALIBRATION, threads=1, budget_s=60).run()
     assert all("int8" in made.certificate(name).precision for name in made.variants)
