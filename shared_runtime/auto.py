@@ -14,20 +14,20 @@ from typing import Any
 import onnx
 
 from shared_runtime.backends.base import backends, specialise
-from shared_runtime.certificate import Certificate, numerics
 from shared_runtime.graph.passes.base import passes, run_pass
-from shared_runtime.host import host, usable_cores
+from shared_runtime.host import usable_cores
 from shared_runtime.importers.base import needs
 from shared_runtime.model import Model, load
-from shared_runtime.optimize import MAX_DROP, float_bytes, optimize, probe_difference
-from shared_runtime.planning.measure import Timed, interleave, paired_ratio
+from shared_runtime.optimize import MAX_DROP, optimize
+from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.plan import Plan
 from shared_runtime.planning.planner import first_row, plan_and_compile
 from shared_runtime.quantization.guard import Report
 from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.rewritten import apply_passes, compare, rewritten
 from shared_runtime.signature import Tensors
-from shared_runtime.variants import FLOAT, VariantFacts, VariantStore, file_hashes
+from shared_runtime.variants import VariantStore
 
 logger = logging.getLogger(__name__)
 SEARCHED = (
@@ -40,10 +40,9 @@ SEARCHED = (
     "linear-layernorm",
     "gelu",
     "attention",
+    "tree-regressor",
 )
 TRIALS = 24
-WORTH = 1.02
-"""A rewritten graph becomes a variant only where it is this much faster than the graph as it came."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def auto_optimize(
             report=say,
         )
         after = _runner(made, device, cores, probe)
-        ratio, interval = _ratio(before, after, probe)
+        ratio, interval = compare(before, after, probe)
         gains.append(Gain("variants", ratio, interval, ", ".join(made.variants) or "; ".join(made.refused.values())))
         found = made
     thorough = end - time.monotonic() > 60
@@ -124,7 +123,7 @@ def auto_optimize(
     plan, ladder = plan_and_compile(
         found, device, cores, plans, budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
     )
-    ratio, interval = _ratio(first, ladder, probe)
+    ratio, interval = compare(first, ladder, probe)
     gains.append(Gain("plan", ratio, interval, f"against the engine as installed: {plan.describe()}"))
     for gain in gains:
         say(f"{gain.step}: {gain.ratio:.2f} times as fast ({gain.interval[0]:.2f} to {gain.interval[1]:.2f}): {gain.detail}")
@@ -133,16 +132,6 @@ def auto_optimize(
 
 def _runner(model: Model, device: str, threads: int, probe: Tensors) -> Any:
     return plan_and_compile(model, device, threads, None, ladder=(1,), budget_s=2.0, probe=probe)[1]
-
-
-def _ratio(before: Any, after: Any, probe: Tensors) -> tuple[float, tuple[float, float]]:
-    slow, fast = Timed(lambda: before.run(probe)), Timed(lambda: after.run(probe))
-    slow.call(), fast.call()
-    interleave([slow, fast], 3.0, hopeless=float("inf"))
-    before.close()
-    if after is not before:
-        after.close()
-    return paired_ratio(slow.times, fast.times)
 
 
 def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantStore, budget: float, say: Report) -> tuple[Model, Gain]:
@@ -176,33 +165,13 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
         best = study.best_params
         chosen = tuple(name for name in useful if best[name])
         engine = str(best["engine"])
-        path = folder / "best.onnx"
-        rewritten = _write(original, chosen, engine, probes, path)
-        if rewritten is None or not chosen:
+        made = rewritten(model, chosen, engine, probe, threads, store)
+        if made is None:
             return model, Gain("passes", 1.0, (1.0, 1.0), "the graph as it came is the fastest")
-        derived = replace(model, graph=path, sha256="")
-        plain, better = (backends()[engine].compile(m, "cpu", threads) for m in (model, derived))
-        for executable in (plain, better):
-            specialise(executable, probe)
-        error = probe_difference(model, better, threads)
-        ratio, interval = _ratio(plain, better, probe)
-        detail = f"{', '.join(chosen)} for {engine}"
-        if interval[0] < WORTH:
-            return model, Gain("passes", ratio, interval, f"{detail}: not worth a variant")
-        facts = VariantFacts(f"rewritten-{engine}", FLOAT, engine, "cpu", "model.onnx")
-        variant = store.write(model.sha256, facts, lambda part: _certificate(model, facts, path, part, chosen, error, ratio, probes))
-        return replace(model, known={**model.known, variant.name: variant}), Gain("passes", ratio, interval, detail)
+        gain = Gain("passes", made.ratio, made.interval, f"{', '.join(made.passes)} for {engine}")
+        return replace(model, known={**model.known, made.variant.name: made.variant}), gain
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(original: onnx.ModelProto, chosen: Iterable[str], engine: str, probes: list[Tensors], path: Path) -> onnx.ModelProto | None:
-    proto = original
-    for name in chosen:
-        if passes()[name].engine in ("", engine):
-            proto, _ = run_pass(proto, passes()[name], probes)
-    onnx.save(proto, path)
-    return proto
 
 
 def _time_passes(
@@ -219,7 +188,7 @@ def _time_passes(
     from shared_runtime.errors import SharedRuntimeError
 
     try:
-        _write(original, chosen, engine, probes, path)
+        apply_passes(original, chosen, engine, probes, path)
         executable = backends()[engine].compile(replace(model, graph=path, sha256=""), "cpu", threads)
         specialise(executable, probe)
         executable.run(probe)
@@ -229,35 +198,3 @@ def _time_passes(
     interleave([timed], 1.0)
     executable.close()
     return timed.median
-
-
-def _certificate(
-    model: Model, facts: VariantFacts, path: Path, part: Path, chosen: tuple[str, ...], error: float, ratio: float, probes: list[Tensors]
-) -> Certificate:
-    shutil.copy(path, part / facts.graph)
-    digest = read_calibration(probes, model.signature, model.name).digest
-    return Certificate(
-        model=model.name,
-        sha256=model.sha256,
-        variant=facts.name,
-        precision=FLOAT,
-        files=file_hashes(part),
-        metric="relative difference from the graph as it came",
-        drop_interval=(error, error),
-        slices={},
-        calibration=None,
-        validation=digest,
-        passes=chosen,
-        probe_error=error,
-        dims=dict(model.dims),
-        bytes=path.stat().st_size,
-        float_bytes=float_bytes(model),
-        speedup=round(ratio, 3),
-        numerics=numerics(facts.engine, facts.device),
-        host=host().fingerprint,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        before=1.0,
-        after=1.0 - error,
-        drop=error,
-        max_drop=1e-4,
-    )

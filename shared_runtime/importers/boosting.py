@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.passes.simplify import DeadCode
+from shared_runtime.graph.passes.trees import TreeRegressor
 from shared_runtime.importers.base import Imported, needs
 from shared_runtime.importers.sklearn import name_batch
 from shared_runtime.signature import Tensors
@@ -130,5 +132,7 @@ def _one_output(proto: onnx.ModelProto, name: str, *, binary: bool) -> onnx.Mode
             kept.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(reversed(kept))
+    TreeRegressor().apply(proto)
+    DeadCode().apply(proto)
     onnx.checker.check_model(proto)
     return proto

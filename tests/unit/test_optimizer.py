@@ -189,6 +189,22 @@ def test_verify_computes_a_certificate_again(sound: rt.Model) -> None:
     assert not rt.verify(rt.load(sound.graph), "int8-openvino", threads=1)["holds"]
 
 
+def test_a_faster_float_graph_is_a_variant(tmp_path: Path) -> None:
+    model = rt.load("fraud-boosting")
+    made = rt.optimize(model, calibration=[model.signature.random(1, i) for i in range(8)], threads=1, budget_s=20)
+    certificate = made.certificate("rewritten-onnxruntime")
+    assert (certificate.precision, certificate.passes) == ("float32", ("tree-regressor",))
+    assert certificate.speedup is not None
+    assert certificate.speedup > 1.02
+    assert certificate.probe_error < 1e-5
+    x = model.signature.random(5)
+    with rt.Session(made, threads=1, plans=tmp_path / "plans", budget_s=1, ladder=(1,)) as session:
+        assert (session.plan.variant, session.plan.precision) == ("rewritten-onnxruntime", "float32")
+        found = session.run(x)["probability"]
+    with rt.Session(model, threads=1, plans=tmp_path / "plans", budget_s=1, ladder=(1,)) as session:
+        np.testing.assert_allclose(found, session.run(x)["probability"], atol=1e-6)
+
+
 def test_no_long_search_for_a_form_that_is_slow(fragile: rt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared_runtime.quantization.guard.LONG_SECONDS", 0.0)
     monkeypatch.setattr("shared_runtime.quantization.guard.Guard._speedup", lambda guard, reverted: 0.4)

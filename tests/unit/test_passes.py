@@ -121,6 +121,28 @@ def test_an_exact_pass_finds_its_pattern_and_keeps_the_numbers(name: str, tmp_pa
     assert kinds(model) != expected or name in ("dead-code",)
 
 
+@pytest.mark.parametrize("read", ["the second column", "both columns", "the label too"])
+def test_a_classifier_whose_label_nobody_reads_becomes_a_regressor(read: str) -> None:
+    proto = onnx.load(rt.load("fraud-boosting").graph)
+    if read != "the second column":
+        proto.graph.node.pop()
+        del proto.graph.output[:]
+        proto.graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 2]))
+    if read == "the label too":
+        proto.graph.output.append(helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]))
+    probe = rt.load("fraud-boosting").signature.random(40)
+    changed, result = run_pass(proto, passes()["tree-regressor"], [probe])
+    assert (
+        kinds(changed)
+        == {
+            "the second column": ["TreeEnsembleRegressor", "Sigmoid"],
+            "both columns": ["TreeEnsembleRegressor", "Sigmoid", "Sub", "Concat"],
+            "the label too": ["TreeEnsembleClassifier"],
+        }[read]
+    )
+    assert result.refused == ("nothing to do" if read == "the label too" else "")
+
+
 def test_the_halves_of_gelu_in_the_order_of_other_exporters(tmp_path: Path) -> None:
     nodes = [
         node("Mul", ["x", "half"], "h"),
