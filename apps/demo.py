@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import resource
 import tempfile
 import threading
 import time
@@ -41,7 +40,7 @@ from apps.medical.store import DONE
 from apps.medical.worker import REPORTS as MEDICAL_REPORTS
 from apps.medical.worker import run_worker
 from pipelines import Log
-from shared_runtime.host import host
+from shared_runtime.host import host, peak_resident_mib
 
 HEAD_SAMPLE = "head_t1_dicom.zip"
 CARDS = Population(customers=150, terminals=300)
@@ -113,13 +112,12 @@ def _summary(settings: Settings, stop: threading.Event, started: float, report: 
     industrial = _industrial(line, log, stop, report)
     line.close()
     log.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "medical": medical,
         "finance": finance,
         "industrial": industrial,
         "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_mib": round(peak, 1),
+        "peak_memory_mib": round(peak_resident_mib(), 1),
         "host": msgspec.to_builtins(host()),
     }
 

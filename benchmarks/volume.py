@@ -7,7 +7,6 @@ installed in MONAI's sliding window, ONNX Runtime in rt.SlidingWindow, and Trisc
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import msgspec
 import numpy as np
 
 import shared_runtime as rt
+from shared_runtime.host import peak_resident_mib
 from shared_runtime.variants import VariantStore
 
 SHAPE = tuple(int(side) for side in os.environ.get("TRISCOPE_BENCH_VOLUME", "512,512,256").split(","))
@@ -54,10 +54,6 @@ def scan(shape: tuple[int, ...], path: Path | None = None, seed: int = 0) -> Any
         blocks = np.kron(coarse[plane // 16], np.ones((16, 16)))[: shape[1], : shape[2]]
         image[0, plane] = 3 * blocks + generator.standard_normal(shape[1:])
     return image
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class _OnnxRuntime:
@@ -123,9 +119,13 @@ def main() -> None:
     else:
         import monai.inferers  # noqa: F401
         import onnxruntime  # noqa: F401
-    before, begin = _peak_mib(), time.perf_counter()
+    before, begin = peak_resident_mib(), time.perf_counter()
     labels = CONTENDERS[contender](model, image)
-    figures = {"peak_over_imports_mib": _peak_mib() - before, "peak_mib": _peak_mib(), "seconds": time.perf_counter() - begin}
+    figures = {
+        "peak_over_imports_mib": peak_resident_mib() - before,
+        "peak_mib": peak_resident_mib(),
+        "seconds": time.perf_counter() - begin,
+    }
     labels.tofile(out.parent / "labels.raw")
     out.write_bytes(msgspec.json.encode(figures))
 

@@ -51,6 +51,21 @@ def usable_cores() -> int:
     return affinity if quota == "max" else max(1, min(affinity, -(-int(quota) // int(period))))
 
 
+def peak_resident_mib() -> float:
+    """The most memory that this process has held at once [MiB].
+
+    On Linux `ru_maxrss` of a process that another one started may be the other one's: the kernel's own count of this
+    program's memory is read instead.
+    """
+    try:
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition("VmHWM:")[2].split()[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 2**20)
+
+
 def _cpu_facts() -> tuple[str, tuple[str, ...]]:
     try:
         text = Path("/proc/cpuinfo").read_text()

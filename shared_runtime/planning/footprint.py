@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +53,7 @@ def main() -> None:
     """Compile, run one row, and print the peak over what the imports took."""
     asked = msgspec.json.decode(sys.argv[1], type=Footprint)
     from shared_runtime.backends.base import backends, specialise
+    from shared_runtime.host import peak_resident_mib
     from shared_runtime.model import load
 
     graph = Path(asked.graph)
@@ -62,13 +62,13 @@ def main() -> None:
     backend.availability(asked.candidate.device)
     if asked.candidate.backend == "openvino":
         import openvino  # noqa: F401 - its import is not the model's memory
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_mib()
     variant = None if asked.facts is None else Variant(asked.facts, Path(asked.folder))
     executable = backend.compile(model, asked.candidate.device, asked.candidate.threads, variant, asked.candidate.mode)
     probe = model.signature.random(dims=asked.dims)
     specialise(executable, probe)
     executable.run(probe)
-    print(json.dumps({"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    print(json.dumps({"peak_mib": peak_resident_mib() - before}))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,17 @@ class Objective:
         if self.kind not in KINDS:
             raise ValueError(f"unknown objective {self.kind!r}; expected one of {', '.join(KINDS)}")
 
-    def scores(self, model: Model, contenders: Sequence[tuple[Any, Executable, dict[int, Timed]]], probe: Tensors) -> list[Score]:
-        """A score a contender: (candidate, executable, times by rows). Raises BackendUnavailableError where energy can't be read."""
+    def scores(self, model: Model, contenders: Sequence[tuple[Any, Executable | None, dict[int, Timed]]], probe: Tensors) -> list[Score]:
+        """A score a contender: (candidate, executable or None where it is far behind, times by rows).
+
+        Raises BackendUnavailableError where energy can't be read.
+        """
         if self.kind == "throughput":
             return [self._throughput(timed) for _, _, timed in contenders]
         if self.kind == "memory":
             return [_memory(model, candidate, probe) for candidate, _, _ in contenders]
         if self.kind == "energy":
-            return [_energy(executable, probe) for _, executable, _ in contenders]
+            return [Score(float("inf")) if executable is None else _energy(executable, probe) for _, executable, _ in contenders]
         return [Score(timed[min(timed)].median) for _, _, timed in contenders]
 
     def _throughput(self, timed: dict[int, Timed]) -> Score:

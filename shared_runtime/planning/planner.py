@@ -12,8 +12,7 @@ import hashlib
 import logging
 import time
 from bisect import bisect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,45 +21,26 @@ import msgspec
 import numpy as np
 import onnx
 
-from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, nodes_by_device, specialise
-from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
+from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, specialise
+from shared_runtime.errors import BackendUnavailableError
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
-from shared_runtime.numeric import difference
 from shared_runtime.planning.apart import plan_apart
-from shared_runtime.planning.ceiling import lower_bound_ms
+from shared_runtime.planning.contenders import Contender, backend_of, find_contenders
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
-from shared_runtime.planning.plan import Candidate, Plan, Rung, Timing
+from shared_runtime.planning.plan import Candidate, Plan, Rung
 from shared_runtime.signature import Signature, Tensors
-from shared_runtime.variants import FLOAT, Variant
+from shared_runtime.variants import FLOAT
 
 logger = logging.getLogger(__name__)
 BUDGET_SECONDS = 6.0
 LADDER = (1, 8, 32)
-TOLERANCE = 1e-3
-"""Largest allowed norm of the difference from the reference, over the norm of the reference."""
 HAIR = 1.03
 """A second engine is not kept for a gain below this."""
 WORTH = 1.05
 """Reduced precision is not chosen for a gain below this."""
-SHARED = 5e7
-"""Operations above which one thread can't beat several."""
-
-
-@dataclass
-class _Contender:
-    candidate: Candidate
-    executable: Executable
-    first: float
-    timed: dict[int, Timed] = field(default_factory=dict)
-
-    def timings(self) -> tuple[Timing, ...]:
-        return tuple(
-            Timing(rows, round(1e3 * t.median, 4), round(1e3 * t.spread, 4), round(1e3 * t.quantile(0.99), 4))
-            for rows, t in sorted(self.timed.items())
-        )
 
 
 class Ladder:
@@ -114,20 +94,28 @@ def plan_and_compile(
         plan = plan_apart(model, device, threads, asked)
         _keep(plan, file)
         return plan, _compile(model, plan, probe)
+    hold = objective.kind != "memory"
     probe = model.random() if probe is None else first_row(model.signature, probe)
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
-    contenders, lost = _contenders(model, device, threads, probe, cost, thorough, variant, max(ladder))
+    contenders, lost = find_contenders(model, device, threads, probe, cost, thorough, variant, max(ladder), hold)
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
-    _measure(contenders, probe, ladder if objective.kind != "memory" else (min(ladder),), budget_s)
+    if hold:
+        _measure(contenders, probe, ladder, budget_s)
+    else:
+        for contender in contenders:
+            contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
     plan, chosen = _select(model, contenders, lost, objective, threads, probe)
+    if not hold:
+        _keep(plan, file)
+        return plan, _compile(model, plan, probe)
     used = {id(executable) for _, executable in chosen}
     for loser in contenders:
         if id(loser.executable) not in used:
-            loser.executable.close()
+            loser.let_go()
     _keep(plan, file)
     return plan, Ladder(chosen)
 
@@ -197,102 +185,7 @@ def _cost(model: Model, probe: Tensors) -> GraphCost:
         return GraphCost((), ())
 
 
-def _ways(
-    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool, most_rows: int
-) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
-    """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
-    named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
-    variants: list[Variant | None] = [None] if only in (None, FLOAT) else []
-    variants += [model.variant(name) for name in model.variants if only in (None, name)]
-    if only is not None and not variants:
-        variants = [model.variant(only)]
-    reduced = {variant.facts.device for variant in variants if variant is not None}
-    for backend in named:
-        for kind in backend.devices:
-            if device not in ("auto", kind) or (kind not in backend.planned and not thorough):
-                continue
-            modes = backend.modes(kind) if backend.availability(kind).available else ("",)
-            for variant in variants:
-                if variant is not None and (variant.facts.engine, variant.facts.device) != (backend.name, kind):
-                    continue
-                for mode in modes:
-                    if "compiled" in mode and (not thorough or (variant is None and kind in reduced)):
-                        continue  # a certified reduced form is compiled in its stead
-                    if "channels-last" in mode and not convolutions:
-                        continue
-                    if mode == "streams" and (threads == 1 or most_rows < 2):
-                        continue
-                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode != "streams" else (threads,)):
-                        yield backend, kind, mode, count, variant
-
-
-def _contenders(
-    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, most_rows: int
-) -> tuple[list[_Contender], list[Candidate]]:
-    convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
-    reference: Tensors | None = None
-    contenders: list[_Contender] = []
-    lost: list[Candidate] = []
-    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows):
-        precision = FLOAT if variant is None else variant.facts.precision
-        name = FLOAT if variant is None else variant.name
-        state = backend.availability(kind)
-        candidate = Candidate(backend.name, kind, state.version or "", variant=name, precision=precision, mode=mode, threads=count)
-        why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
-        if most_rows < fewest_rows(backend):
-            why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
-        if why:
-            lost.append(msgspec.structs.replace(candidate, lost=why))
-            continue
-        executable = None
-        try:
-            executable = backend.compile(model, kind, count, variant, mode)
-            specialise(executable, probe)
-            executable.run(probe)
-            begin = time.perf_counter()
-            outputs = executable.run(probe)
-            first = time.perf_counter() - begin
-        except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as failure:
-            if executable is not None:
-                executable.close()
-            lost.append(msgspec.structs.replace(candidate, lost=" ".join(str(failure).split())))
-            continue
-        if reference is None:
-            plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
-            reference = outputs if plain else _reference(model, threads, probe)
-        error = difference(outputs, reference)
-        if not error <= (TOLERANCE if variant is None else float("1e30")):
-            executable.close()
-            lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
-            continue
-        contenders.append(_Contender(msgspec.structs.replace(candidate, error=error), executable, first))
-    lost += [
-        Candidate(v.facts.engine, v.facts.device, variant=v.name, precision=v.facts.precision, threads=threads, lost=v.why_void)
-        for v in model.known.values()
-        if v.why_void
-    ]
-    return contenders, lost
-
-
-def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: Sequence[_Contender]) -> str:
-    """Why the cost model gives a candidate up, or ""."""
-    if candidate.device != "cpu" or not cost.nodes:
-        return ""
-    if candidate.threads < threads and cost.operations > SHARED:
-        return f"{cost.operations / 1e9:.2f} G operations are not for one thread of {threads}"
-    bound = lower_bound_ms(cost, candidate.precision, candidate.threads) if cost.operations > SHARED else 0.0
-    best = min((c.first for c in contenders), default=float("inf"))
-    return f"at least {bound:.1f} ms by the cost model, and another takes {1e3 * best:.1f} ms" if bound > 1e3 * best else ""
-
-
-def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
-    executable = backends()["onnxruntime"].compile(model, "cpu", threads)
-    outputs = executable.run(probe)
-    executable.close()
-    return outputs
-
-
-def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[int], budget: float) -> None:
+def _measure(contenders: Sequence[Contender], probe: Tensors, ladder: Sequence[int], budget: float) -> None:
     """Time the contenders at every rung that the budget allows; those far behind at a rung are left out of it."""
     alone = len(contenders) == 1
     fastest = min(contender.first for contender in contenders)
@@ -303,15 +196,11 @@ def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[
         racing = []
         for contender in contenders:
             before = contender.timed.get(min(ladder))
-            if (
-                rows > min(ladder)
-                and fewest_rows(backends()[contender.candidate.backend]) == 1
-                and before is not None
-                and before.median > 4 * fastest
-            ):
+            if rows > min(ladder) and fewest_rows(backend_of(contender)) == 1 and before is not None and before.median > 4 * fastest:
                 continue
-            if rows == min(ladder) and contender.first > 4 * fastest and contender.first > 2e-3:
-                contender.timed[rows] = Timed(lambda: None, [contender.first])
+            if contender.executable is None:
+                if rows == min(ladder):
+                    contender.timed[rows] = Timed(lambda: None, [contender.first])
                 continue
             specialise(contender.executable, inputs)
             contender.executable.run(inputs)
@@ -321,7 +210,7 @@ def _measure(contenders: Sequence[_Contender], probe: Tensors, ladder: Sequence[
 
 
 def _select(
-    model: Model, contenders: Sequence[_Contender], lost: Sequence[Candidate], objective: Objective, threads: int, probe: Tensors
+    model: Model, contenders: Sequence[Contender], lost: Sequence[Candidate], objective: Objective, threads: int, probe: Tensors
 ) -> tuple[Plan, list[tuple[int, Executable]]]:
     scores = objective.scores(model, [(c.candidate, c.executable, c.timed) for c in contenders], probe)
     order = sorted(range(len(contenders)), key=lambda i: scores[i].value)
@@ -366,12 +255,13 @@ def _select(
         (*measured, *lost),
         ladder,
         objective.kind,
-        nodes_by_device(top.executable, probe),
+        {} if top.executable is None else nodes_by_device(top.executable, probe),
     )
-    return plan, [(rung.rows, contenders[order[rung.candidate]].executable) for rung in ladder]
+    engines = [(rung.rows, contenders[order[rung.candidate]].executable) for rung in ladder]
+    return plan, [(rows, executable) for rows, executable in engines if executable is not None]
 
 
-def _fastest(contenders: Sequence[_Contender], rungs: Sequence[int]) -> dict[int, int]:
+def _fastest(contenders: Sequence[Contender], rungs: Sequence[int]) -> dict[int, int]:
     """The fastest contender at each rung; that of the rung before stays where it is within a hair, and reduced precision
     has to earn its place over float32."""
     best: dict[int, int] = {}

@@ -26,7 +26,7 @@ def test_a_profile_accounts_for_the_whole_run(device_backend: str, tmp_path: Pat
     with rt.Session(model, threads=2, plans=tmp_path, ladder=(1,), budget_s=1.0) as session:
         session.prepare()
         if session.plan.backend != device_backend:
-            monkeypatch.setattr("shared_runtime.planning.planner.backends", lambda: {device_backend: only[device_backend]} | only)
+            monkeypatch.setattr("shared_runtime.planning.contenders.backends", lambda: {device_backend: only[device_backend]} | only)
         found = rt.profile(session, runs=2)
     assert sum(operator.share for operator in found.operators) == pytest.approx(1.0, abs=1e-6)
     assert 0.3 * found.wall_ms < sum(operator.mean_ms for operator in found.operators) < 3 * found.wall_ms

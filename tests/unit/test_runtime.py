@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 import shared_runtime as rt
 from shared_runtime.backends import base
-from shared_runtime.planning import planner
+from shared_runtime.planning import contenders, planner
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Tensors
 
@@ -142,7 +142,8 @@ class _Engine:
 
 def _plan(monkeypatch: pytest.MonkeyPatch, model: Path, engines: list[_Engine], cache: Path | None = None) -> rt.Plan:
     table: Mapping[str, Any] = {engine.name: engine for engine in engines}
-    monkeypatch.setattr(planner, "backends", lambda: table)
+    for module in (planner, contenders):
+        monkeypatch.setattr(module, "backends", lambda: table)
     return planner.plan_and_compile(rt.load(model), "auto", 1, cache)[0]
 
 

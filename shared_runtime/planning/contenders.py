@@ -1,0 +1,167 @@
+"""Who takes part in a plan: backend x variant x mode x threads, each made ready and checked against the reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, specialise
+from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
+from shared_runtime.graph.cost import GraphCost
+from shared_runtime.model import Model
+from shared_runtime.numeric import difference
+from shared_runtime.planning.ceiling import lower_bound_ms
+from shared_runtime.planning.measure import Timed
+from shared_runtime.planning.plan import Candidate, Timing
+from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, Variant
+
+TOLERANCE = 1e-3
+"""Largest allowed norm of the difference from the reference, over the norm of the reference."""
+LONG_SECONDS = 0.3
+"""From this long a run on, one run tells who is far behind."""
+SHARED = 5e7
+"""Operations above which one thread can't beat several."""
+
+
+@dataclass
+class Contender:
+    """One way that runs: its engine (None once it is let go), the seconds of its first run, its times by number of rows."""
+
+    candidate: Candidate
+    executable: Executable | None
+    first: float
+    timed: dict[int, Timed] = field(default_factory=dict)
+
+    def let_go(self) -> None:
+        """Free the engine of one that can't win: with large models they may not all fit in memory."""
+        if self.executable is not None:
+            self.executable.close()
+            self.executable = None
+
+    def timings(self) -> tuple[Timing, ...]:
+        """As a plan states them."""
+        return tuple(
+            Timing(rows, round(1e3 * t.median, 4), round(1e3 * t.spread, 4), round(1e3 * t.quantile(0.99), 4))
+            for rows, t in sorted(self.timed.items())
+        )
+
+
+def _ways(
+    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool, most_rows: int
+) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
+    """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
+    named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
+    variants: list[Variant | None] = [None] if only in (None, FLOAT) else []
+    variants += [model.variant(name) for name in model.variants if only in (None, name)]
+    if only is not None and not variants:
+        variants = [model.variant(only)]
+    reduced = {variant.facts.device for variant in variants if variant is not None}
+    for backend in named:
+        for kind in backend.devices:
+            if device not in ("auto", kind) or (kind not in backend.planned and not thorough):
+                continue
+            modes = backend.modes(kind) if backend.availability(kind).available else ("",)
+            for variant in variants:
+                if variant is not None and (variant.facts.engine, variant.facts.device) != (backend.name, kind):
+                    continue
+                for mode in modes:
+                    if "compiled" in mode and (not thorough or (variant is None and kind in reduced)):
+                        continue  # a certified reduced form is compiled in its stead
+                    if "channels-last" in mode and not convolutions:
+                        continue
+                    if mode == "streams" and (threads == 1 or most_rows < 2):
+                        continue
+                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode != "streams" else (threads,)):
+                        yield backend, kind, mode, count, variant
+
+
+def find_contenders(
+    model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, most_rows: int, hold: bool
+) -> tuple[list[Contender], list[Candidate]]:
+    """Those that run and compute what the reference does, and the others with the reason. Those far behind are let go at once;
+    without `hold` all are, so that only one is in memory at a time."""
+    convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
+    reference: Tensors | None = None
+    contenders: list[Contender] = []
+    lost: list[Candidate] = []
+    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows):
+        precision = FLOAT if variant is None else variant.facts.precision
+        name = FLOAT if variant is None else variant.name
+        state = backend.availability(kind)
+        candidate = Candidate(backend.name, kind, state.version or "", variant=name, precision=precision, mode=mode, threads=count)
+        why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
+        if most_rows < fewest_rows(backend):
+            why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
+        if why:
+            lost.append(msgspec.structs.replace(candidate, lost=why))
+            continue
+        executable = None
+        try:
+            executable = backend.compile(model, kind, count, variant, mode)
+            specialise(executable, probe)
+            executable.run(probe)
+            begin = time.perf_counter()
+            outputs = executable.run(probe)
+            first = time.perf_counter() - begin
+        except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as failure:
+            if executable is not None:
+                executable.close()
+            lost.append(msgspec.structs.replace(candidate, lost=" ".join(str(failure).split())))
+            continue
+        if reference is None:
+            plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
+            reference = outputs if plain else _reference(model, threads, probe)
+        error = difference(outputs, reference)
+        if not error <= (TOLERANCE if variant is None else float("1e30")):
+            executable.close()
+            lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
+            continue
+        contenders.append(Contender(msgspec.structs.replace(candidate, error=error), executable, first))
+        if not hold:
+            contenders[-1].let_go()
+        _let_go_hopeless(contenders)
+    lost += [
+        Candidate(v.facts.engine, v.facts.device, variant=v.name, precision=v.facts.precision, threads=threads, lost=v.why_void)
+        for v in model.known.values()
+        if v.why_void
+    ]
+    return contenders, lost
+
+
+def _let_go_hopeless(contenders: Sequence[Contender]) -> None:
+    fastest = min(contender.first for contender in contenders)
+    for contender in contenders:
+        if contender.first > 2e-3 and contender.first > far_behind(fastest) * fastest and fewest_rows(backend_of(contender)) == 1:
+            contender.let_go()
+
+
+def far_behind(fastest: float) -> float:
+    """How many times as slow in its first run a contender is left out of the race: a long run tells more."""
+    return 4.0 if fastest < LONG_SECONDS else 1.5
+
+
+def backend_of(contender: Contender) -> HardwareBackend:
+    """Its engine's plug-in."""
+    return backends()[contender.candidate.backend]
+
+
+def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: Sequence[Contender]) -> str:
+    """Why the cost model gives a candidate up, or ""."""
+    if candidate.device != "cpu" or not cost.nodes:
+        return ""
+    if candidate.threads < threads and cost.operations > SHARED:
+        return f"{cost.operations / 1e9:.2f} G operations are not for one thread of {threads}"
+    bound = lower_bound_ms(cost, candidate.precision, candidate.threads) if cost.operations > SHARED else 0.0
+    best = min((c.first for c in contenders), default=float("inf"))
+    return f"at least {bound:.1f} ms by the cost model, and another takes {1e3 * best:.1f} ms" if bound > 1e3 * best else ""
+
+
+def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
+    executable = backends()["onnxruntime"].compile(model, "cpu", threads)
+    outputs = executable.run(probe)
+    executable.close()
+    return outputs
