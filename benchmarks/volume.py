@@ -6,6 +6,7 @@ installed in MONAI's sliding window, ONNX Runtime in rt.SlidingWindow, and Trisc
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -70,12 +71,17 @@ class _OnnxRuntime:
         return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
 
 
-def _monai(model: rt.Model, image: Any) -> Any:
+Result = tuple[Any, float]
+"""Labels, and the seconds that they took."""
+
+
+def _monai(model: rt.Model, image: Any) -> Result:
     """float32 scores of the whole volume, as MONAI's sliding window leaves them."""
     import torch
     from monai.inferers import sliding_window_inference
 
     session = _OnnxRuntime(model)
+    begin = time.perf_counter()
     tensor = torch.from_numpy(image.astype(np.float32))[None]
     scores = sliding_window_inference(
         tensor,
@@ -85,41 +91,48 @@ def _monai(model: rt.Model, image: Any) -> Any:
         overlap=OVERLAP,
         mode="gaussian",
     )
-    return np.stack([scores[0, :, plane].argmax(0).numpy().astype(np.uint8) for plane in range(image.shape[1])])
+    labels = np.stack([scores[0, :, plane].argmax(0).numpy().astype(np.uint8) for plane in range(image.shape[1])])
+    return labels, time.perf_counter() - begin
 
 
-def _plain(model: rt.Model, image: Any) -> Any:
-    return rt.SlidingWindow(_OnnxRuntime(model), (SIDE,) * 3, overlap=OVERLAP).labels(image)  # type: ignore[arg-type]
+def _plain(model: rt.Model, image: Any) -> Result:
+    return _timed(_OnnxRuntime(model), image)
 
 
-def _triscope(model: rt.Model, image: Any) -> Any:
+def _timed(session: Any, image: Any) -> Result:
+    begin = time.perf_counter()
+    labels = rt.SlidingWindow(session, (SIDE,) * 3, overlap=OVERLAP).labels(image)
+    return labels, time.perf_counter() - begin
+
+
+def _triscope(model: rt.Model, image: Any) -> Result:
     probe = {"image": np.zeros((1, 1, *(SIDE,) * 3), np.float32)}
     plans = Path(sys.argv[4]).parent / "plans"
     with rt.Session(model, "cpu", objective="memory", plans=plans, probe=probe, ladder=(1,), budget_s=30) as session:
         begin = time.perf_counter()
         session.prepare()
         print(f"  planned in {time.perf_counter() - begin:.0f} s: {session.plan.describe()}", flush=True)
-        return rt.SlidingWindow(session, (SIDE,) * 3, overlap=OVERLAP).labels(image)
+        return _timed(session, image)
 
 
-CONTENDERS: dict[str, Callable[[rt.Model, Any], Any]] = {
+CONTENDERS: dict[str, Callable[[rt.Model, Any], Result]] = {
     "ONNX Runtime, MONAI's window": _monai,
     "ONNX Runtime, rt.SlidingWindow": _plain,
     "Triscope, planned for memory": _triscope,
 }
 
 
+IMPORTS = dict(zip(CONTENDERS, (("onnxruntime", "monai.inferers"), ("onnxruntime",), ("openvino",)), strict=True))
+
+
 def main() -> None:
     """One contender in this process: its labels to a file, its figures to another."""
     contender, model_folder, variants, out = sys.argv[1], *map(Path, sys.argv[2:5])
+    for package in IMPORTS[contender]:
+        importlib.import_module(package)
+    before = peak_resident_mib()
     model = rt.load(model_folder, variants=VariantStore(variants))
     image = np.memmap(out.parent / "volume.raw", np.int16, "r", shape=(1, *SHAPE))
-    if contender.startswith("Triscope"):
-        import openvino  # noqa: F401 - the other contenders import theirs before the first figure as well
-    else:
-        import monai.inferers  # noqa: F401
-        import onnxruntime  # noqa: F401
-    before, begin = peak_resident_mib(), time.perf_counter()
     labels = CONTENDERS[contender](model, image)
     figures = {
         "peak_over_imports_mib": peak_resident_mib() - before,

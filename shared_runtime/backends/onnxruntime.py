@@ -23,6 +23,8 @@ from shared_runtime.variants import Variant
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SMALL_BYTES, MOST_SHAPES = 1 << 16, 4
 TENSORRT = "TensorrtExecutionProvider"
+LEAN = "lean"
+"""Without memory patterns, for which a second block as large as all activations is held from the second run on."""
 
 
 class _Bound:
@@ -133,7 +135,9 @@ class OnnxRuntimeBackend:
         return Availability(version=ort.__version__)
 
     def modes(self, device: str) -> tuple[str, ...]:
-        built = device == "cuda" and TENSORRT in ort.get_available_providers()
+        if device == "cpu":
+            return ("", LEAN)
+        built = TENSORRT in ort.get_available_providers()
         return ("", "tensorrt") if built and ctypes.util.find_library("nvinfer") else ("",)
 
     def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> OnnxRuntimeExecutable:
@@ -145,11 +149,12 @@ class OnnxRuntimeBackend:
 
 def compile_file(name: str, graph: Path, device: str, threads: int, precision: str, mode: str = "") -> OnnxRuntimeExecutable:
     """An ONNX file made ready. Raises UnsupportedModelError, BackendUnavailableError."""
-    return OnnxRuntimeExecutable(_session(name, graph, _options(threads), device, mode), graph, device, precision)
+    return OnnxRuntimeExecutable(_session(name, graph, _options(threads, mode), device, mode), graph, device, precision)
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, mode: str = "") -> ort.SessionOptions:
     options = ort.SessionOptions()
+    options.enable_mem_pattern = mode != LEAN
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
     return options

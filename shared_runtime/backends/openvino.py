@@ -23,7 +23,7 @@ from shared_runtime.variants import FLOAT, Variant
 
 HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 MOST_SHAPES = 6
-LARGE_BYTES = 64 << 20
+LARGE_BYTES = 16 << 20
 """From this size of the weights on, they are not held once more for shapes that may never come."""
 
 

@@ -9,17 +9,21 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import Variant
 
 MOST_CAPTURES = 8
+GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
+"""Where a driver shows itself without nvidia-smi: natively, on WSL, on Jetson."""
 
 
 @dataclass
@@ -154,6 +158,19 @@ def _capture(call: Callable[[dict[str, Any]], dict[str, Any]], given: dict[str, 
     return _Capture(graph.replay, static, outputs, pinned, answers)
 
 
+def _cuda_lacks(version: str) -> str:
+    """What is missing for CUDA, "" where nothing is; torch is imported, which takes seconds and memory, only where there is a GPU."""
+    if version.endswith("+cpu"):
+        return "a CUDA build of torch (this one is for CPUs)"
+    if not host().gpus and not any(Path(node).exists() for node in GPU_NODES):
+        return "an NVIDIA GPU with its driver (nvidia-smi finds none)"
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    return "a GPU that its driver shows" if torch.version.cuda else "a CUDA build of torch (this one is for CPUs)"
+
+
 class TorchBackend:
     """The backend `torch`. On a CPU the other engines are faster, so "auto" tries it on a GPU alone."""
 
@@ -165,12 +182,10 @@ class TorchBackend:
     def availability(self, device: str) -> Availability:
         if importlib.util.find_spec("torch") is None:
             return Availability(lacks="the package torch (pip install 'triscope[torch]')")
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            built = "a GPU that its driver shows" if torch.version.cuda else "a CUDA build of torch (this one is for CPUs)"
-            return Availability(lacks=built)
-        return Availability(version=importlib.metadata.version("torch"))
+        version = importlib.metadata.version("torch")
+        if device == "cuda" and (lacks := _cuda_lacks(version)):
+            return Availability(lacks=lacks)
+        return Availability(version=version)
 
     def modes(self, device: str) -> tuple[str, ...]:
         if device == "cuda":

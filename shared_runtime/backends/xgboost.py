@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,16 @@ from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, 
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
+
+
+def _version() -> str:
+    """As its package states it: importing it would bring pandas and scikit-learn into a process that may not need them."""
+    for package in ("xgboost", "xgboost-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    import xgboost
+
+    return str(xgboost.__version__)
 
 
 class XgboostExecutable:
@@ -49,9 +61,7 @@ class XgboostBackend:
     def availability(self, device: str) -> Availability:
         if importlib.util.find_spec("xgboost") is None:
             return Availability(lacks="the package xgboost (pip install xgboost)")
-        import xgboost
-
-        return Availability(version=xgboost.__version__)
+        return Availability(version=_version())
 
     def modes(self, device: str) -> tuple[str, ...]:
         return ("",)

@@ -51,7 +51,7 @@ class Contender:
 
 
 def _ways(
-    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool, most_rows: int
+    model: Model, device: str, threads: int, thorough: bool, only: str | None, convolutions: bool, most_rows: int, hold: bool
 ) -> Iterator[tuple[HardwareBackend, str, str, int, Variant | None]]:
     """Every backend, device, mode, number of threads and variant to try; the reference engine first."""
     named = sorted(backends().values(), key=lambda b: b.name != "onnxruntime")
@@ -73,6 +73,8 @@ def _ways(
                         continue  # a certified reduced form is compiled in its stead
                     if "channels-last" in mode and not convolutions:
                         continue
+                    if mode == "lean" and hold:
+                        continue  # it saves memory and no time
                     if mode == "streams" and (threads == 1 or most_rows < 2):
                         continue
                     for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode != "streams" else (threads,)):
@@ -88,7 +90,7 @@ def find_contenders(
     reference: Tensors | None = None
     contenders: list[Contender] = []
     lost: list[Candidate] = []
-    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows):
+    for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows, hold):
         precision = FLOAT if variant is None else variant.facts.precision
         name = FLOAT if variant is None else variant.name
         state = backend.availability(kind)

@@ -128,6 +128,7 @@ def test_other_objectives(objective: str, tmp_path: Path) -> None:
         measured = [c.memory_mib for c in plan.candidates if c.memory_mib is not None]
         assert len(measured) >= 2
         assert plan.candidates[0].memory_mib == min(measured)
+        assert any(c.mode == "lean" for c in plan.candidates)
     else:
         rates = [max(t.rows / t.median_ms for t in c.timings) for c in plan.candidates if c.timings]
         assert rates[0] == pytest.approx(max(rates), rel=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper
 
 import shared_runtime as rt
 from shared_runtime.backends import base
+from shared_runtime.host import peak_resident_mib
 from shared_runtime.planning import contenders, planner
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Tensors
@@ -188,3 +191,11 @@ def test_a_torch_module_is_loaded_through_export() -> None:
     with rt.Session(rt.load(module, example={"x": x[:1]})) as session:
         (output,) = session.run({"x": x}).values()
     np.testing.assert_allclose(output, module(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+
+
+def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    block = np.ones(400 << 20, np.uint8)
+    command = [sys.executable, "-c", "from shared_runtime.host import peak_resident_mib; print(peak_resident_mib())"]
+    child = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 10 < child < 300 < peak_resident_mib()
+    assert block[-1] == 1
