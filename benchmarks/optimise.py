@@ -165,6 +165,9 @@ def _bert() -> Case:
     torch.backends.mha.set_fastpath_enabled(False)
     layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True)
     module = torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).eval()
+    for parameter in module.parameters():  # the encoder's layers are copies of one
+        if parameter.dim() > 1:
+            torch.nn.init.xavier_uniform_(parameter)
     generator = np.random.default_rng(0)
     return _module(
         module, [{"tokens": generator.standard_normal((1, 128, 768)).astype(np.float32)} for _ in range(16)], rt.metrics.correlation
