@@ -77,6 +77,13 @@ def specialise(executable: Executable, inputs: Tensors) -> None:
         prepare(inputs)
 
 
+def prepare_any(executable: Executable) -> None:
+    """Let an executable prepare for shapes that it was not specialised for; most have nothing to prepare."""
+    prepare = getattr(executable, "prepare_any", None)
+    if prepare is not None:
+        prepare()
+
+
 def nodes_by_device(executable: Executable, inputs: Tensors) -> dict[str, int]:
     """How many operators ran where (device, provider or precision) on `inputs`, by the engine's own account; empty where it has none."""
     report = getattr(executable, "nodes", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import importlib.util
-import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -23,14 +22,12 @@ from shared_runtime.variants import FLOAT, Variant
 
 HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 MOST_SHAPES = 6
-LARGE_BYTES = 16 << 20
-"""From this size of the weights on, they are not held once more for shapes that may never come."""
 
 
 class OpenVinoExecutable:
     """A compiled model for any shape, and one more for each shape it was prepared for; an infer request a thread.
 
-    With large weights the one for any shape is compiled when a shape comes that was not prepared for.
+    The one for any shape is compiled by `prepare_any`, or when a shape comes that was not prepared for.
     """
 
     device = "cpu"
@@ -39,7 +36,7 @@ class OpenVinoExecutable:
         self._network, self._properties, self._outputs, self.precision = network, properties, outputs, precision
         self._lock = threading.Lock()
         self._any: Any = None
-        if not network.is_dynamic() or _weight_bytes(network) < LARGE_BYTES:
+        if not network.is_dynamic():
             self._general()
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._local = threading.local()
@@ -73,6 +70,10 @@ class OpenVinoExecutable:
             return
         self._prepared[key] = _compile(self._network.clone(), self._properties, {name: list(v.shape) for name, v in inputs.items()})
 
+    def prepare_any(self) -> None:
+        """Compile for any shape now, so that no request pays for it; it holds the weights once more."""
+        self._general()
+
     def nodes(self, inputs: Tensors) -> dict[str, int]:
         """Operators of the compiled graph, by the implementation that runs them."""
         compiled = next(iter(self._prepared.values()), None) or self._general()
@@ -99,11 +100,6 @@ class OpenVinoExecutable:
             if self._any is None:
                 self._any = _compile(self._network, self._properties)
             return self._any
-
-
-def _weight_bytes(network: Any) -> int:
-    constants = (op.output(0) for op in network.get_ops() if op.get_type_name() == "Constant")
-    return sum(math.prod(value.get_shape()) * value.get_element_type().size for value in constants)
 
 
 def _shapes(inputs: Tensors) -> tuple[Any, ...]:

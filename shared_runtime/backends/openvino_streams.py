@@ -48,6 +48,10 @@ class StreamedExecutable:
         for part in self._parts(inputs):
             self._inner.specialise(part)
 
+    def prepare_any(self) -> None:
+        """As the engine without streams."""
+        self._inner.prepare_any()
+
     def nodes(self, inputs: Tensors) -> dict[str, int]:
         """As the engine without streams."""
         return self._inner.nodes(inputs)

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, specialise
+from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, prepare_any, specialise
 from shared_runtime.errors import BackendUnavailableError
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
@@ -116,6 +116,8 @@ def plan_and_compile(
     for loser in contenders:
         if id(loser.executable) not in used:
             loser.let_go()
+    for _, executable in chosen:
+        prepare_any(executable)
     _keep(plan, file)
     return plan, Ladder(chosen)
 
@@ -159,6 +161,8 @@ def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
             variant = None if c.variant == FLOAT else model.variant(c.variant)
             made[rung.candidate] = backends()[c.backend].compile(model, c.device, c.threads, variant, c.mode)
         specialise(made[rung.candidate], repeat_rows(one, rung.rows))
+    for executable in made.values() if plan.objective != "memory" else ():
+        prepare_any(executable)
     return Ladder([(rung.rows, made[rung.candidate]) for rung in plan.ladder])
 
 
