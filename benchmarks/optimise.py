@@ -30,6 +30,7 @@ from shared_runtime.planning.planner import repeat_rows
 from shared_runtime.variants import VariantStore
 
 ROOT = Path(__file__).parent.parent
+REST_SECONDS = 0.06
 SECONDS = float(os.environ.get("TRISCOPE_BENCH_SECONDS", "10"))
 Sample = dict[str, np.ndarray]
 
@@ -302,7 +303,7 @@ def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, dev
     for timed in contenders.values():
         timed.call()
         timed.call()
-    interleave(list(contenders.values()), SECONDS * len(contenders) / 2, hopeless=float("inf"))
+    interleave(list(contenders.values()), SECONDS * len(contenders) / 2, hopeless=float("inf"), rest=REST_SECONDS)
     ours = contenders.pop("triscope")
     ratios = {name: paired_ratio(timed.times, ours.times) for name, timed in contenders.items()}
     # What an engine reduces by default counts as a peer only where the guard would let it pass.
@@ -391,7 +392,7 @@ def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], s
                 ort = speed["ratio_onnxruntime"]
                 ratio = f"{speed['ratio_best']:.2f} ({low:.2f} to {high:.2f})"
                 lines.append(f"| {name} | {rows} | {precision} | {speed['best_peer']} | {ratio} | {'' if ort is None else f'{ort:.2f}'} |")
-        lines.append("")
+        lines += ["", *([r["note"], ""] if r.get("note") else [])]
         if r.get("geometric_mean_single"):
             lines += [
                 f"Geometric mean over ONNX Runtime as installed: {r['geometric_mean_single']:.2f} (one row), {r['geometric_mean_all']:.2f} (all rows).",

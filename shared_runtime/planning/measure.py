@@ -37,11 +37,12 @@ class Timed:
         return float(np.quantile(self.times, share))
 
 
-def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0) -> None:
+def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0, rest: float = 0.0) -> None:
     """Run the contenders round by round for `budget` seconds, less where ENOUGH was seen: FEWEST to MOST rounds.
 
     After two rounds one whose best time is `hopeless` times the best of all is given up: it says so in `out`.
-    Short calls are repeated within a round, so that a time is not the clock's.
+    Short calls are repeated within a round, so that a time is not the clock's. `rest`: seconds of quiet before each
+    contender's turn; the idle threads of ONNX Runtime spin for tens of milliseconds and take a core from the next.
     """
     start = time.monotonic()
     racing = list(contenders)
@@ -49,6 +50,8 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
     for round_ in range(MOST):
         for timed in racing:
             count = repeats.get(id(timed), 1)
+            if rest:
+                time.sleep(rest)
             if timed.times and timed.times[0] < SETTLE_SECONDS and len(racing) > 1:
                 timed.call()  # the threads of the engine before this one may still spin
             begin = time.perf_counter()
