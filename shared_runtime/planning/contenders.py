@@ -27,7 +27,7 @@ SHARED = 5e7
 """Operations above which one thread can't beat several."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Contender:
     """One way that runs: its engine (None once it is let go), the seconds of its first run, its times by number of rows."""
 

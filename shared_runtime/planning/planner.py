@@ -108,18 +108,18 @@ def plan_and_compile(
     else:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
-    plan, chosen = _select(model, contenders, lost, objective, threads, probe)
-    if not hold:
-        _keep(plan, file)
-        return plan, _compile(model, plan, probe)
-    used = {id(executable) for _, executable in chosen}
-    for loser in contenders:
-        if id(loser.executable) not in used:
-            loser.let_go()
-    for _, executable in chosen:
-        prepare_any(executable)
+    plan, winners = _select(model, contenders, lost, objective, threads, probe)
     _keep(plan, file)
-    return plan, Ladder(chosen)
+    ready = [(rung.rows, c.executable) for rung, c in zip(plan.ladder, winners, strict=True) if c.executable is not None]
+    whole = len(ready) == len(winners)  # one that was let go may win after all, where the others slowed down
+    for contender in contenders:
+        if not whole or contender not in winners:
+            contender.let_go()
+    if not whole:
+        return plan, _compile(model, plan, probe)
+    for _, executable in ready:
+        prepare_any(executable)
+    return plan, Ladder(ready)
 
 
 def _keep(plan: Plan, file: Path | None) -> None:
@@ -210,12 +210,14 @@ def _measure(contenders: Sequence[Contender], probe: Tensors, ladder: Sequence[i
             contender.executable.run(inputs)
             contender.timed[rows] = Timed(partial(contender.executable.run, inputs))
             racing.append(contender.timed[rows])
-        interleave(racing, budget / (2 if rows == min(ladder) else 4))
+        if racing:
+            interleave(racing, budget / (2 if rows == min(ladder) else 4))
 
 
 def _select(
     model: Model, contenders: Sequence[Contender], lost: Sequence[Candidate], objective: Objective, threads: int, probe: Tensors
-) -> tuple[Plan, list[tuple[int, Executable]]]:
+) -> tuple[Plan, list[Contender]]:
+    """The plan, and who won at each of its rungs."""
     scores = objective.scores(model, [(c.candidate, c.executable, c.timed) for c in contenders], probe)
     order = sorted(range(len(contenders)), key=lambda i: scores[i].value)
     rungs = sorted({rows for c in contenders for rows in c.timed})
@@ -261,8 +263,7 @@ def _select(
         objective.kind,
         {} if top.executable is None else nodes_by_device(top.executable, probe),
     )
-    engines = [(rung.rows, contenders[order[rung.candidate]].executable) for rung in ladder]
-    return plan, [(rows, executable) for rows, executable in engines if executable is not None]
+    return plan, [contenders[order[rung.candidate]] for rung in ladder]
 
 
 def _fastest(contenders: Sequence[Contender], rungs: Sequence[int]) -> dict[int, int]:

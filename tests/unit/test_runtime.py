@@ -150,6 +150,17 @@ def _plan(monkeypatch: pytest.MonkeyPatch, model: Path, engines: list[_Engine], 
     return planner.plan_and_compile(rt.load(model), "auto", 1, cache)[0]
 
 
+def test_one_that_was_let_go_can_still_be_chosen(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine is made ready again."""
+    monkeypatch.setattr(contenders, "_let_go_hopeless", lambda found: [contender.let_go() for contender in found])
+    engines = [_Engine("onnxruntime", 0, 60), _Engine("quick", 0, 1)]
+    monkeypatch.setattr(planner, "backends", lambda: {engine.name: engine for engine in engines})
+    monkeypatch.setattr(contenders, "backends", lambda: {engine.name: engine for engine in engines})
+    plan, ladder = planner.plan_and_compile(rt.load(linear), "auto", 1, None)
+    assert plan.backend == "quick"
+    np.testing.assert_array_equal(ladder.run({"x": np.ones((2, 3), np.float32)})["y"], np.full((2, 3), 3.0))
+
+
 def test_the_fastest_backend_is_kept_and_the_others_are_explained(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("quick", 0, 1)])
     assert plan.backend == "quick"
