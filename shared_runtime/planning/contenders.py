@@ -23,6 +23,8 @@ TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
 LONG_SECONDS = 0.3
 """From this long a run on, one run tells who is far behind."""
+STREAMS_SECONDS = 0.2
+"""Above this for a row, a default budget does not reach the rungs of several rows, for which streams are."""
 SHARED = 5e7
 """Operations above which one thread can't beat several."""
 
@@ -98,6 +100,8 @@ def find_contenders(
         why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
         if most_rows < fewest_rows(backend):
             why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
+        if mode == "streams" and min((c.first for c in contenders), default=0.0) > STREAMS_SECONDS:
+            why = why or "one row takes so long that several are not measured"
         if why:
             lost.append(msgspec.structs.replace(candidate, lost=why))
             continue
