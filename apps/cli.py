@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from apps.common.command_line import BAD_INPUT, console, write_json
+from apps.common.command_line import BAD_INPUT, answers, console, write_json
 from apps.common.errors import TriscopeError
 from apps.common.logs import configure_logs, redact
 from apps.common.settings import load_settings
@@ -58,11 +58,11 @@ def doctor(
         table = Table("setting", "value", "from")
         for row in rows:
             table.add_row(row["name"], row["value"], row["origin"])
-        console.print(table)
+        answers(json).print(table)
         write_json({"settings": rows}, json)
         return
     findings = examine(loaded.settings)
-    show(findings, console)
+    show(findings, answers(json))
     write_json(findings, json)
 
 
@@ -106,7 +106,7 @@ def pipeline_topics(
     log.close()
     rows = [{"topic": n, "partitions": present.get(n, 0), "present": n in present} for t in TOPICS for n in (t.name, t.dead_letters)]
     for row in rows:
-        console.print(f"{row['topic']:28} {'partitions ' + str(row['partitions']) if row['present'] else 'missing'}")
+        answers(json).print(f"{row['topic']:28} {'partitions ' + str(row['partitions']) if row['present'] else 'missing'}")
     write_json({"topics": rows}, json)
 
 
@@ -118,7 +118,7 @@ def pipeline_lag(group: str, topic: str, json: Json = None) -> None:
     log = open_log(load_settings().settings.log_url)
     lag = dict(log.lag(group, topic))
     log.close()
-    console.print(f"{group} on {topic}: {sum(lag.values())} waiting {lag}")
+    answers(json).print(f"{group} on {topic}: {sum(lag.values())} waiting {lag}")
     write_json({"group": group, "topic": topic, "lag": lag, "total": sum(lag.values())}, json)
 
 

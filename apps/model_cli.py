@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 import shared_runtime as rt
-from apps.common.command_line import console, write_json
+from apps.common.command_line import answers, console, write_json
 from apps.common.settings import load_settings
 from shared_runtime.planning.objective import KINDS, Objective
 from shared_runtime.quantization.metrics import METRICS
@@ -29,10 +29,11 @@ Arrays = Annotated[
 @app.command("list")
 def list_models(json: Json = None) -> None:
     """The models that can be loaded by name."""
+    out = answers(json)
     models = [rt.load(name) for name in ModelRepository.default().names()]
     for model in models:
         variants = f"  variants: {', '.join(model.variants)}" if model.variants else ""
-        console.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}{variants}")
+        out.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}{variants}")
     rows = [{"name": m.name, "version": m.version, "sha256": m.sha256, "variants": list(m.variants)} for m in models]
     write_json({"models": rows}, json)
 
@@ -40,6 +41,7 @@ def list_models(json: Json = None) -> None:
 @app.command()
 def show(name: str, json: Json = None) -> None:
     """A model's card, signature and certificates."""
+    out = answers(json)
     model = rt.load(name)
     content = {
         "name": model.name,
@@ -49,7 +51,7 @@ def show(name: str, json: Json = None) -> None:
         "certificates": {variant: msgspec.to_builtins(model.certificate(variant)) for variant in model.variants},
         "void": {variant.name: variant.why_void for variant in model.known.values() if variant.why_void},
     }
-    console.print_json(msgspec.json.encode(content).decode())
+    out.print_json(msgspec.json.encode(content).decode())
     write_json(content, json)
 
 
@@ -101,9 +103,10 @@ def optimize(
         table.add_row(
             variant, c.precision, f"{c.before:.4g} to {c.after:.4g}", f"{c.drop:.4g}", interval, f"{c.bytes / c.float_bytes:.0%}", speed
         )
-    console.print(table)
+    out = answers(json)
+    out.print(table)
     for variant, why in made.refused.items():
-        console.print(f"refused {variant}: {why}")
+        out.print(f"refused {variant}: {why}")
     certificates = {variant: msgspec.to_builtins(made.certificate(variant)) for variant in made.variants}
     write_json({"model": made.name, "variants": certificates, "refused": dict(made.refused)}, json)
 
@@ -117,6 +120,7 @@ def plan(
     json: Json = None,
 ) -> None:
     """What this host runs for a model, and why the other candidates lost."""
+    out = answers(json)
     settings = load_settings().settings
     if objective not in KINDS:
         raise typer.BadParameter(f"unknown objective {objective!r}; expected one of {', '.join(KINDS)}")
@@ -134,10 +138,10 @@ def plan(
     for c in found.candidates:
         times = ", ".join(f"{t.rows}: {t.median_ms:.3g} ({t.spread_ms:.2g})" for t in c.timings)
         table.add_row(c.backend, c.device, c.variant, c.mode, str(c.threads), times, c.lost or "chosen")
-    console.print(found.describe())
+    out.print(found.describe())
     if found.nodes:
-        console.print("operators by where they ran: " + ", ".join(f"{count} {where}" for where, count in found.nodes.items()))
-    console.print(table)
+        out.print("operators by where they ran: " + ", ".join(f"{count} {where}" for where, count in found.nodes.items()))
+    out.print(table)
     write_json(found, json)
 
 
@@ -150,6 +154,7 @@ def verify(
     json: Json = None,
 ) -> None:
     """Compute certificates again: files, host, differences; with --validation the metric too. Exits 1 where one does not hold."""
+    out = answers(json)
     model = rt.load(name)
     names = [variant] if variant else list(model.known)
     if not names:
@@ -163,7 +168,7 @@ def verify(
         results.append(rt.verify(model, one, validation=pairs, metric=use))
         found = results[-1]
         reason = found["void"] or found.get("why") or "it gives other values"
-        console.print(f"{one}: {'holds' if found['holds'] else f'does not hold: {reason}'}")
+        out.print(f"{one}: {'holds' if found['holds'] else f'does not hold: {reason}'}")
     write_json({"model": name, "variants": results}, json)
     if not all(result["holds"] for result in results):
         raise typer.Exit(1)
@@ -172,11 +177,12 @@ def verify(
 @app.command("passes")
 def list_tools(json: Json = None) -> None:
     """Every tool of the optimiser: graph passes, quantizers, analyses."""
+    out = answers(json)
     from shared_runtime.tools import tools
 
     found = tools()
     for tool in found:
-        console.print(f"{tool.kind:10} {tool.name:28} {tool.summary}" + (f" [{tool.engine}]" if tool.engine else ""), markup=False)
+        out.print(f"{tool.kind:10} {tool.name:28} {tool.summary}" + (f" [{tool.engine}]" if tool.engine else ""), markup=False)
     write_json({"tools": found}, json)
 
 
@@ -188,6 +194,7 @@ def profile(
     json: Json = None,
 ) -> None:
     """Where a model's time goes, an operator, and the memory that is planned for it."""
+    out = answers(json)
     from shared_runtime.graph.memory import plan_memory
 
     settings = load_settings().settings
@@ -196,8 +203,8 @@ def profile(
     with rt.Session(model, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans") as session:
         found = rt.profile(session, inputs)
     memory = plan_memory(model.graph, inputs)
-    console.print(found.table(), markup=False, highlight=False)
-    console.print(memory.describe())
+    out.print(found.table(), markup=False, highlight=False)
+    out.print(memory.describe())
     if trace is not None:
         found.chrome_trace(trace)
     write_json({**found.json(), "planned_peak_bytes": memory.peak}, json)

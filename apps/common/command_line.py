@@ -20,6 +20,14 @@ from pipelines.processor import Interrupted
 T = TypeVar("T")
 BAD_INPUT = 2
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""What a command says of its work."""
+PIPED_COLUMNS = 160
+
+
+def answers(json: str | None) -> Console:
+    """Where a command prints what it was asked for: standard output, or standard error where `json` ("-") goes there."""
+    width = None if sys.stdout.isatty() else PIPED_COLUMNS
+    return console if json == "-" else Console(highlight=False, soft_wrap=True, width=width)
 
 
 def write_json(value: Any, destination: str | None) -> None:

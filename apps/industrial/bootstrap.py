@@ -9,6 +9,7 @@ from apps.common.blobs import BlobStore
 from apps.common.database import open_database
 from apps.common.settings import Settings
 from apps.industrial.features import MODEL
+from apps.industrial.inspection.inspector import BATCH
 from apps.industrial.inspection.recipe import RecipeBook
 from apps.industrial.messages import TOPICS
 from apps.industrial.service import IndustrialService
@@ -21,7 +22,8 @@ def open_session(settings: Settings, model: Path | None = None) -> rt.Session:
     """A session of a model folder, or of the texture network of this installation, on the settings' device and threads."""
     repository = ModelRepository((settings.home_path / "models", shipped_models()))
     loaded = rt.load(MODEL, repository=repository) if model is None else rt.load(model)
-    return rt.Session(loaded, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans")
+    plans = settings.home_path / "plans"
+    return rt.Session(loaded, settings.device, threads=settings.model_threads, plans=plans, ladder=(1, BATCH))
 
 
 def open_recipes(settings: Settings) -> RecipeBook:

@@ -13,12 +13,16 @@ from apps.medical.store import MedicalStore
 from pipelines import Log, open_log
 from shared_runtime.repository.store import ModelRepository, shipped_models
 
+PLAN_SECONDS = 2.0
+"""A window takes tenths of a second: a few rounds of one tell the engines apart, and the first study waits for the plan."""
+
 
 def open_session(settings: Settings, model: str = MODEL) -> rt.Session:
     """A session of a model by name or path, on the settings' device."""
     repository = ModelRepository((settings.home_path / "models", shipped_models()))
     loaded = rt.load(model, repository=repository)
-    return rt.Session(loaded, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans")
+    plans = settings.home_path / "plans"
+    return rt.Session(loaded, settings.device, threads=settings.model_threads, plans=plans, ladder=(1,), budget_s=PLAN_SECONDS)
 
 
 def open_medical(settings: Settings, log: Log | None = None) -> tuple[MedicalService, Log]:

@@ -80,6 +80,7 @@ def test_a_certificate_that_no_longer_holds_exits_with_1(triscope: Command, file
 
 def test_every_tool_is_listed(triscope: Command) -> None:
     assert len(json.loads(triscope("model", "passes", "--json", "-"))["tools"]) >= 20
+    assert "prune-channels" in triscope("model", "passes"), "a table can be piped"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def make_cases(folder: Path, count: int = 4) -> Path:
 def test_training_leaves_a_verified_model_with_its_cross_validation(commands: Commands, tmp_path: Path) -> None:
     pytest.importorskip("monai")
     data = make_cases(tmp_path / "data")
-    arguments = ("--data", data, "--out", tmp_path / "out", "--folds", "2", "--seconds", "1", "--device", "cpu")
+    arguments = ("--data", data, "--out", tmp_path / "out", "--folds", "2", "--steps", "2", "--device", "cpu")
     answer = commands.run("medical", "train", *arguments, timeout=500)
     assert answer.returncode == 0, answer.stderr[-2000:]
     model = rt.load(tmp_path / "out" / "hippocampus-t1")

@@ -79,23 +79,25 @@ def test_the_window_centres_small_and_cuts_large_images() -> None:
 
 
 class Threshold:
-    """Stands in for the network: bright voxels of the front half are anterior, of the back half posterior."""
+    """Stands in for the network: bright voxels are hippocampus, the brighter of them its anterior part."""
 
     model = None
 
     def run(self, inputs: Tensors) -> Tensors:
         image = inputs["image"][:, 0]
         bright = image > 1.5
+        brighter = [image[i] > image[i][bright[i]].mean() if bright[i].any() else bright[i] for i in range(len(image))]
         logits = np.zeros((len(image), 3, *WINDOW), np.float32)
         logits[:, 0] = np.where(bright, -9, 9)
-        logits[:, 1, :, 32:], logits[:, 2, :, :32] = 6, 6
+        logits[:, 1], logits[:, 2] = np.where(brighter, 6, 0), np.where(brighter, 0, 6)
         return {"logits": logits}
 
 
 def crop_with_box(flip: tuple[int, ...] = (), permute: tuple[int, int, int] = (0, 1, 2)) -> tuple[Volume, float]:
-    """A crop in RAS mm with a bright box of 12 x 24 x 10 mm, stored in any axis order; and the box's mL."""
+    """A crop in RAS mm with a box of 12 x 24 x 10 mm, its front half brighter, stored in any axis order; and the box's mL."""
     voxels = np.random.default_rng(0).normal(0, 0.1, (40, 52, 40)).astype(np.float32)
     voxels[14:26, 14:38, 15:25] += 10
+    voxels[14:26, 26:38, 15:25] += 4
     affine = np.eye(4)
     affine[:3, 3] = (-20, -30, -10)
     for axis in flip:

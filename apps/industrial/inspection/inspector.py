@@ -20,6 +20,8 @@ PASS, REVIEW, FAIL = "pass", "review", "fail"
 Array = NDArray[np.float32]
 PEAK = 5
 """Cells of the learned map whose mean stands for its peak."""
+BATCH = 8
+"""Images that the network sees at once."""
 LARGEST_BOXES = 20
 FAINT = 0.25
 SURPRISE = 2.0
@@ -50,10 +52,10 @@ class Inspection:
     kind_probability: float = 0.0
 
 
-def features(session: rt.Session, images: Sequence[Pixels], batch: int = 16) -> dict[str, Array]:
+def features(session: rt.Session, images: Sequence[Pixels]) -> dict[str, Array]:
     """The network's outputs for all images, float32."""
-    starts = range(0, len(images), batch)
-    parts = [session.run({"pixels": np.stack([prepared(image) for image in images[i : i + batch]])}) for i in starts]
+    starts = range(0, len(images), BATCH)
+    parts = [session.run({"pixels": np.stack([prepared(image) for image in images[i : i + BATCH]])}) for i in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -24,7 +24,7 @@ def _rotations(angles: Tensor) -> Tensor:
 
 
 def geometry(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotation to 23 degrees, scale 0.8-1.26, shift (half of the batch a third of that), bend and mirror.
+    """Rotation to 23 degrees, scale 0.8-1.26, shift (half of the batch a third of that), bend and mirrors.
 
     `image`: (N, 1, X, Y, Z), exactly zero where the window holds no voxel; `label`: (N, X, Y, Z) integer.
     Returns both, and where the window holds voxels (N, 1, X, Y, Z) as 0 or 1.
@@ -35,8 +35,7 @@ def geometry(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     matrix = _rotations((torch.rand(n, 3, device=device) * 2 - 1) * 0.35 * strength[:, None])
     matrix = matrix * torch.exp(_uniform(n, -0.2, 0.2, device) * strength)[:, None, None]
     matrix = matrix * torch.exp((torch.rand(n, 3, device=device) * 2 - 1) * 0.08)[:, :, None]
-    mirror = torch.ones(n, 3, device=device)
-    mirror[torch.rand(n, device=device) < 0.5, 0] = -1
+    mirror = torch.where(torch.rand(n, 3, device=device) < 0.5, -1.0, 1.0)
     matrix = matrix * mirror[:, None, :]
     shift = torch.randn(n, 3, device=device).clamp(-2, 2) * 3.0 * strength[:, None]
     axes = [torch.arange(s, device=device, dtype=torch.float32) - (s - 1) / 2 for s in image.shape[2:]]

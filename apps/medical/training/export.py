@@ -93,7 +93,7 @@ def _toml(value: Any) -> str:
 def _card(digest: str, metrics: dict[str, Any] | None, recipe: Recipe, where: str) -> str:
     lines = [
         'name = "hippocampus-t1"',
-        'version = "1.0.0"',
+        'version = "1.1.0"',
         'task = "segmentation of the anterior and posterior hippocampus in T1-weighted MR"',
         'licence = "CC-BY-SA-4.0"',
         "",
@@ -113,12 +113,12 @@ def _card(digest: str, metrics: dict[str, Any] | None, recipe: Recipe, where: st
         'limits = "one centre, adults, crops around one hippocampus; no whole heads, no other vendors stated"',
         "",
         "[training]",
-        'command = "triscope medical train --data DIR --out DIR --folds 5 --seconds ' + f'{recipe.seconds:g}"',
+        'command = "triscope medical train --data DIR --out DIR --folds 5 --steps ' + f'{recipe.steps}"',
         f'where = "{where}"',
         f"batch = {recipe.batch}",
         f"learning_rate = {recipe.learning_rate}",
         f"weight_decay = {recipe.weight_decay}",
-        f"seconds_per_run = {recipe.seconds:g}",
+        f"steps_per_run = {recipe.steps}",
     ]
     if metrics is not None:
         lines += [

@@ -20,6 +20,7 @@ from scipy import ndimage
 from apps.medical.evaluation.metrics import dice, hd95_mm, volume_error_percent
 from apps.medical.preprocessing.normalise import normalise_mr
 from apps.medical.segmentation.network import hippocampus_network
+from apps.medical.segmentation.views import merged, views
 from apps.medical.segmentation.window import centred_placement, place_in_window
 from apps.medical.training.augment import augment, standardise
 
@@ -28,7 +29,7 @@ from apps.medical.training.augment import augment, standardise
 class Recipe:
     """What a training run does; recorded in the model's card."""
 
-    seconds: float
+    steps: int
     batch: int = 8
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -97,7 +98,7 @@ class _Average:
 
 
 def train(cases: Sequence[Case], recipe: Recipe, device: torch.device, log: Path | None = None) -> torch.nn.Module:
-    """The averaged network after `recipe.seconds` on `device`; progress as JSON lines in `log`."""
+    """The averaged network after `recipe.steps` on `device`; progress as JSON lines in `log`."""
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.benchmark = True
     images = torch.from_numpy(np.stack([c.image for c in cases]))[:, None].to(device)
@@ -108,10 +109,10 @@ def train(cases: Sequence[Case], recipe: Recipe, device: torch.device, log: Path
     optimiser = torch.optim.AdamW(network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     loss_function = DiceCELoss(include_background=False, softmax=True, to_onehot_y=True, batch=True, lambda_ce=1.0)
     network.train()
-    start, step, smoothed = time.monotonic(), 0, float("nan")
-    while (progress := (time.monotonic() - start) / recipe.seconds) < 1.0:
-        warm = min(1.0, (step + 1) / 100)
-        rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    start = time.monotonic()
+    for step in range(1, recipe.steps + 1):
+        warm = min(1.0, step / 100)
+        rate = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / recipe.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(cases), (recipe.batch,), device=device)
@@ -130,11 +131,9 @@ def train(cases: Sequence[Case], recipe: Recipe, device: torch.device, log: Path
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)
         optimiser.step()
         average.update(network)
-        step += 1
         if step % 100 == 0 and log is not None:
-            smoothed = float(loss.detach())
             with log.open("a") as stream:
-                stream.write(json.dumps({"step": step, "seconds": time.monotonic() - start, "loss": smoothed}) + "\n")
+                stream.write(json.dumps({"step": step, "seconds": time.monotonic() - start, "loss": float(loss.detach())}) + "\n")
     network.load_state_dict(average.state)
     result = hippocampus_network().to(device)
     result.load_state_dict({k: v for k, v in average.state.items() if k in result.state_dict()})
@@ -143,11 +142,10 @@ def train(cases: Sequence[Case], recipe: Recipe, device: torch.device, log: Path
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def predict(network: torch.nn.Module, case: Case, device: torch.device) -> NDArray[np.uint8]:
-    """Label map of a case on the window's grid: mean of the image and its mirror, largest component."""
-    image = standardise(torch.from_numpy(case.image)[None, None].to(device))
-    probability = network(image).softmax(1)
-    probability = probability + network(image.flip(2)).softmax(1).flip(2)
-    return largest_component(probability[0].argmax(0).cpu().numpy().astype(np.uint8))
+    """Label map of a case on the window's grid: mean over its views, largest component."""
+    image = standardise(torch.from_numpy(case.image)[None, None])[0, 0].numpy()
+    probability = network(torch.from_numpy(views(image)).to(device)).softmax(1)
+    return largest_component(merged(probability.cpu().numpy()).argmax(0).astype(np.uint8))
 
 
 def largest_component(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ def train_all(data: Path, out: Path, *, number: int, recipe: Recipe, device: str
     """Cross-validate over `number` folds (0 for none), then or meanwhile train on every case.
 
     Leaves `foldK.pt|json` and `all.pt` in `out`. On GPUs all runs go at once, spread over the cards; on
-    a CPU one after another. `recipe.seconds` is the time of each run.
+    a CPU one after another.
     """
     out.mkdir(parents=True, exist_ok=True)
     jobs: list[int | None] = [*([None] if final else []), *range(number)]
@@ -27,8 +27,7 @@ def train_all(data: Path, out: Path, *, number: int, recipe: Recipe, device: str
     running = []
     for index, fold in enumerate(jobs):
         threads = 2 if cards else torch.get_num_threads()
-        card = 0 if index == 0 or len(devices) == 1 else 1 + (index - 1) % (len(devices) - 1)
-        arguments = (data, out, fold, number, recipe, devices[card], threads)
+        arguments = (data, out, fold, number, recipe, devices[index % len(devices)], threads)
         process = context.Process(target=run_fold, args=arguments)
         process.start()
         running.append(process)
