@@ -9,9 +9,17 @@ from numpy.typing import NDArray
 
 from shared_runtime.signature import Tensors
 
+WORDS = "OUS"
+"""Kinds of arrays of text, such as the labels of a classifier."""
+
 
 def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Norm of `a - b` over the norm of `b`; infinite where shapes, kinds or the places of finite numbers differ."""
+    """Norm of `a - b` over the norm of `b`; infinite where shapes, kinds or the places of finite numbers differ.
+
+    Of words it is the share that differs.
+    """
+    if a.shape == b.shape and a.dtype.kind in WORDS and b.dtype.kind in WORDS:
+        return float(np.mean(a.astype(str) != b.astype(str))) if a.size else 0.0
     if a.shape != b.shape or a.dtype.kind not in "fiub" or b.dtype.kind not in "fiub":
         return float("inf")
     x, y = a.astype(np.float64), b.astype(np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from shared_runtime.errors import InputError, ModelError
+from shared_runtime.errors import InputError, ModelError, UnsupportedModelError
 from shared_runtime.graph.check import read_graph
 
 Tensors = dict[str, NDArray[Any]]
@@ -162,6 +162,10 @@ def _fit(array: NDArray[Any], spec: TensorSpec, model: str, bound: dict[str, tup
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
+    if tensor.elem_type == onnx.TensorProto.UNDEFINED:
+        raise UnsupportedModelError(
+            f"the graph does not say what type {value.name!r} holds; expected a tensor of a known type: export it again"
+        )
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     shape: list[int | str] = []
     for axis, dimension in enumerate(tensor.shape.dim):

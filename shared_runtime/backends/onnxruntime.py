@@ -157,6 +157,8 @@ def _options(threads: int, mode: str = "") -> ort.SessionOptions:
     options.enable_mem_pattern = mode != LEAN
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
+    if threads > 1:  # idle threads would spin for tens of milliseconds after a run and take the cores of whatever runs next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

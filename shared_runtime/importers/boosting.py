@@ -44,14 +44,15 @@ class XgboostImporter:
         objective = config["objective"]["name"]
         width = int(booster.num_features())
         booster.feature_names = None
-        proto = _convert("convert_xgboost", booster, width, "an XGBoost model")
+        name = _input(example)
+        proto = _convert("convert_xgboost", booster, name, width, "an XGBoost model")
         classes = objective.startswith(("binary:", "multi:"))
         proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary:"))
         output = proto.graph.output[0].name
         flat = not objective.startswith("multi:")
 
         def origin(inputs: Tensors) -> Tensors:
-            values = np.asarray(booster.inplace_predict(inputs["features"]), np.float32)
+            values = np.asarray(booster.inplace_predict(inputs[name]), np.float32)
             return {output: values.reshape(len(values), -1)}
 
         content = bytes(booster.save_raw("ubj"))
@@ -74,31 +75,35 @@ class LightgbmImporter:
         lightgbm = needs("lightgbm", "a LightGBM model")
         booster = lightgbm.Booster(model_file=str(source)) if isinstance(source, Path) else getattr(source, "booster_", source)
         objective = str(booster.dump_model().get("objective", "regression")).split()[0]
-        proto = _convert("convert_lightgbm", booster, booster.num_feature(), "a LightGBM model")
+        name = _input(example)
+        proto = _convert("convert_lightgbm", booster, name, booster.num_feature(), "a LightGBM model")
         classes = objective.startswith(("binary", "multiclass"))
         proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary"))
         output = proto.graph.output[0].name
 
         def origin(inputs: Tensors) -> Tensors:
-            values = np.asarray(booster.predict(inputs["features"]), np.float32)
+            values = np.asarray(booster.predict(inputs[name]), np.float32)
             return {output: values.reshape(len(values), -1)}
 
         return Imported(proto, origin, f"lightgbm {objective}", _given(example))
 
 
+def _input(example: Mapping[str, Any] | None) -> str:
+    """The input's name: the example's, or the field's usual one."""
+    return next(iter(example), "features") if example else "features"
+
+
 def _given(example: Mapping[str, Any] | None) -> Tensors | None:
-    return None if not example else {"features": np.asarray(next(iter(example.values())), np.float32)}
+    return None if not example else {_input(example): np.asarray(next(iter(example.values())), np.float32)}
 
 
-def _convert(function: str, booster: Any, width: int, what: str) -> onnx.ModelProto:
+def _convert(function: str, booster: Any, name: str, width: int, what: str) -> onnx.ModelProto:
     onnxmltools = needs("onnxmltools", what)
     from onnxmltools.convert.common.data_types import FloatTensorType
 
     options = {"zipmap": False} if function == "convert_lightgbm" else {}
     try:
-        proto = getattr(onnxmltools, function)(
-            booster, initial_types=[("features", FloatTensorType([None, width]))], target_opset=15, **options
-        )
+        proto = getattr(onnxmltools, function)(booster, initial_types=[(name, FloatTensorType([None, width]))], target_opset=15, **options)
     except Exception as error:
         raise UnsupportedModelError(f"onnxmltools can't convert {what}: {' '.join(str(error).split())[:300]}") from error
     kept = [item for item in proto.opset_import if item.domain]

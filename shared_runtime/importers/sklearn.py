@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Imported, needs
 from shared_runtime.signature import Tensors
+
+TYPES = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(double)": onnx.TensorProto.DOUBLE,
+    "tensor(int64)": onnx.TensorProto.INT64,
+    "tensor(string)": onnx.TensorProto.STRING,
+}
+OPSETS = {"": 18, "ai.onnx.ml": 3}
+_CONVERTING = threading.Lock()
 
 
 class SklearnImporter:
@@ -22,41 +34,93 @@ class SklearnImporter:
         return not isinstance(source, Path) and any(base.__module__.partition(".")[0] == "sklearn" for base in type(source).__mro__)
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
-        skl2onnx = needs("skl2onnx", "a scikit-learn estimator")
+        needs("skl2onnx", "a scikit-learn estimator")
         from skl2onnx.common.data_types import FloatTensorType
 
         width = getattr(source, "n_features_in_", None)
         if width is None:
             raise UnsupportedModelError(f"this {type(source).__name__} is not fitted (it has no n_features_in_); fit it first")
         name = next(iter(example), "features") if example else "features"
-        options = {id(source): {"zipmap": False}} if hasattr(source, "classes_") else {}
-        try:
-            proto = skl2onnx.convert_sklearn(
-                source, initial_types=[(name, FloatTensorType([None, width]))], options=options, target_opset=18
-            )
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"skl2onnx can't convert this {type(source).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from error
+        proto = _converted(source, [(name, FloatTensorType([None, width]))])
+        _name_types(proto)
         name_batch(proto)
         names = [output.name for output in proto.graph.output]
+        flat = {output.name: len(output.type.tensor_type.shape.dim) < 2 for output in proto.graph.output}
 
         def origin(inputs: Tensors) -> Tensors:
             rows = inputs[name]
             found: Tensors = {}
             for output in names:
-                if "prob" in output:
+                if "prob" in output and hasattr(source, "predict_proba"):
                     found[output] = np.asarray(source.predict_proba(rows), np.float32)
-                elif "label" in output and hasattr(source, "classes_") and np.asarray(source.classes_).dtype.kind in "iu":
-                    found[output] = np.asarray(source.predict(rows), np.int64)
-                elif output == "variable":
+                elif "label" in output:
+                    found[output] = np.asarray(source.predict(rows)).reshape((len(rows),) if flat[output] else (len(rows), -1))
+                elif ("score" in output or "prob" in output) and hasattr(source, "decision_function"):
+                    scores = np.asarray(source.decision_function(rows), np.float32)
+                    if "prob" in output and scores.ndim == 1:
+                        scores = np.stack([-scores, scores], axis=1)
+                    found[output] = scores.reshape((len(rows),) if flat[output] else (len(rows), -1))
+                elif output == "variable" and hasattr(source, "predict"):
                     found[output] = np.asarray(source.predict(rows), np.float32).reshape(len(rows), -1)
-                elif output == "variable1" or hasattr(source, "transform"):
+                elif hasattr(source, "transform"):
                     found[output] = np.asarray(source.transform(rows), np.float32)
             return found
 
         given = None if example is None else {name: np.asarray(next(iter(example.values())), np.float32)}
         return Imported(proto, origin, f"scikit-learn {type(source).__name__}", given)
+
+
+def _converted(source: Any, inputs: list[tuple[str, Any]]) -> onnx.ModelProto:
+    """With probabilities as one array; of a classifier that has none, the values of its decision function."""
+    import skl2onnx
+
+    last = source.steps[-1][1] if hasattr(source, "steps") else source
+    plain = {"zipmap": False}
+    choices: list[dict[int, dict[str, bool]]] = [{}]
+    if hasattr(source, "predict_proba"):
+        choices = [{id(source): plain}]
+    elif hasattr(source, "classes_") and hasattr(source, "decision_function"):
+        choices = [{id(last): {"raw_scores": True, **plain}}, {id(last): {"raw_scores": True}}]  # not every classifier has both options
+    for options in choices:
+        try:
+            with _missing_as_integer():
+                return skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS)
+        except Exception as error:
+            if options is choices[-1] or "Option" not in str(error):
+                why = " ".join(str(error).split())[:300]
+                raise UnsupportedModelError(f"skl2onnx can't convert this {type(source).__name__}: {why}") from error
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _missing_as_integer() -> Iterator[None]:
+    """skl2onnx (1.20) writes where a missing value goes in a histogram tree as a bool, which protobuf refuses among integers."""
+    from skl2onnx.common import tree_ensemble
+
+    with _CONVERTING:
+        plain = tree_ensemble.add_node
+
+        def add_node(*where: Any, nodes_missing_value_tracks_true: Any = False, **what: Any) -> None:
+            plain(*where, nodes_missing_value_tracks_true=int(nodes_missing_value_tracks_true), **what)
+
+        tree_ensemble.add_node = add_node
+        try:
+            yield
+        finally:
+            tree_ensemble.add_node = plain
+
+
+def _name_types(proto: onnx.ModelProto) -> None:
+    """Outputs whose type skl2onnx leaves open get the one that ONNX Runtime finds."""
+    if all(output.type.tensor_type.elem_type for output in proto.graph.output):
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for output, found in zip(proto.graph.output, session.get_outputs(), strict=True):
+        if found.type not in TYPES:
+            raise UnsupportedModelError(f"output {output.name!r} of this estimator is {found.type}; expected an array")
+        output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, TYPES[found.type], ["batch", *found.shape[1:]]))
 
 
 def name_batch(proto: Any) -> None:

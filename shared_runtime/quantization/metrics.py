@@ -1,6 +1,6 @@
 """Metrics for the guard: `metric(outputs, targets) -> float`, higher is better, over lists of output dicts and targets.
 
-Each takes the model's first output unless it is made for another by name: `named("logits", top1)`.
+Each takes the model's first output of scores (floating point) unless it is made for another by name: `named("logits", top1)`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ FEW = 64
 
 def correlation(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
     """Agreement in value with the float model: Pearson's correlation, the worst output. An output of FEW values or more an
-    item is correlated item by item and averaged; a smaller one (a score, a logit) over all items together."""
+    item is correlated item by item and averaged; a smaller one (a score, a logit) over all items together. Of labels (whole
+    numbers or words) it is the share that is the same."""
     return min(_output_correlation([o[name] for o in outputs], [t[name] for t in targets]) for name in targets[0])
 
 
 def _output_correlation(mine: Sequence[Array], theirs: Sequence[Array]) -> float:
+    if theirs[0].dtype.kind != "f":
+        return float(np.mean(np.concatenate([(a == b).ravel() for a, b in zip(mine, theirs, strict=True)])))
     if min(value.size for value in theirs) >= FEW:
         return float(np.mean([_correlation(a, b) for a, b in zip(mine, theirs, strict=True)]))
     return _correlation(np.concatenate([a.ravel() for a in mine]), np.concatenate([b.ravel() for b in theirs]))
@@ -42,8 +45,8 @@ def agreement(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
 
 
 def top1(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Share of rows whose highest class (axis 1 of the first output) is the target's."""
-    hits = [np.asarray(_first(o).argmax(1)).ravel() == np.asarray(t).ravel() for o, t in zip(outputs, targets, strict=True)]
+    """Share of rows whose highest class (axis 1 of the first output of scores) is the target's; one score a row is a class above a half."""
+    hits = [_classes(o) == np.asarray(t).ravel() for o, t in zip(outputs, targets, strict=True)]
     return float(np.mean(np.concatenate(hits)))
 
 
@@ -95,7 +98,15 @@ METRICS: Mapping[str, Metric] = {
 
 
 def _first(output: Tensors) -> np.ndarray[Any, Any]:
-    return next(iter(output.values()))
+    """The first output of scores: a classifier may give its labels before them."""
+    return next((value for value in output.values() if value.dtype.kind == "f"), next(iter(output.values())))
+
+
+def _classes(output: Tensors) -> np.ndarray[Any, Any]:
+    found = _first(output)
+    if found.dtype.kind != "f":
+        return found.ravel()
+    return found.argmax(1).ravel() if found.ndim > 1 and found.shape[1] > 1 else np.asarray(found.ravel() > 0.5)
 
 
 def _scores(outputs: Sequence[Tensors]) -> np.ndarray[Any, Any]:

@@ -98,10 +98,10 @@ class StaticInt8(_OnnxForm):
             "nodes_to_quantize": [],
             "nodes_to_exclude": sorted(reverted | self._between if BETWEEN in reverted else reverted),
             "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
-            "extra_options": {},
+            "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
         }
         proto = onnx.load(self._prepared)
-        with _silent():
+        with _silent(), _refusing(self._model.name):
             if self._operators:
                 quantizer = ONNXQuantizer(proto, mode=_mode("QLinearOps"), static=True, **common)
             else:
@@ -129,7 +129,7 @@ class DynamicInt8(_OnnxForm):
     def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        with _silent():
+        with _silent(), _refusing(self._model.name):
             path = Path(self._work.name) / "dynamic.onnx"
             quantize_dynamic(
                 self._prepared,
@@ -138,6 +138,7 @@ class DynamicInt8(_OnnxForm):
                 per_channel=True,
                 reduce_range=overflows(),
                 weight_type=QuantType.QInt8,
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
                 # ONNX Runtime takes a Gemm apart before it looks for the names.
                 nodes_to_exclude=sorted(reverted | {f"{name}_MatMul" for name in reverted}),
             )
@@ -247,7 +248,7 @@ def _calibrate(path: Path, samples: SampleStore, method: str, folder: Path) -> A
     kinds = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
     if method not in kinds:
         raise UnsupportedModelError(f"unknown calibration {method!r}; expected one of {', '.join(kinds)}")
-    with _silent():
+    with _silent(), _refusing(path.stem):
         calibrator = create_calibrator(
             path,
             op_types_to_calibrate=list(QDQRegistry),
@@ -277,6 +278,15 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         root.setLevel(level)
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """An error within ONNX Runtime's quantizer is a refusal of this form of the model."""
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedModelError(f"ONNX Runtime's quantizer can't convert {name!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 def node_times(model: Model, path: Path, threads: int) -> dict[str, float]:

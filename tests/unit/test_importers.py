@@ -18,6 +18,7 @@ import shared_runtime as rt
 from shared_runtime.importers import torch_module
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
+from shared_runtime.variants import VariantStore
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
@@ -100,6 +101,65 @@ def test_scikit_learn_estimators(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(outputs["variable"][:, 0], estimator.predict(x[:50]), atol=1e-4)
     else:
         np.testing.assert_allclose(outputs["probabilities"], estimator.predict_proba(x[:50]), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["histogram", "isolation", "scores", "two scores", "words", "components"])
+def test_scikit_learn_estimators_of_other_outputs(kind: str, tmp_path: Path) -> None:
+    """Labels in words, decision functions, histogram trees with missing values, projections."""
+    pytest.importorskip("skl2onnx")
+    from sklearn.decomposition import PCA
+    from sklearn.ensemble import HistGradientBoostingClassifier, IsolationForest
+    from sklearn.linear_model import LogisticRegression, SGDClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((300, 5)).astype(np.float32)
+    y = np.digitize(x[:, 0] + x[:, 1], (-0.5, 0.5))
+    gaps = np.where(generator.random(x.shape) < 0.2, np.nan, x).astype(np.float32)
+    words = np.array(["genuine", "fraud", "unknown"])
+    source: Any = {
+        "histogram": lambda: HistGradientBoostingClassifier(max_iter=5).fit(gaps, y),
+        "isolation": lambda: IsolationForest(n_estimators=10, random_state=0).fit(x),
+        "scores": lambda: LinearSVC().fit(x, y),
+        "two scores": lambda: make_pipeline(StandardScaler(), SGDClassifier(random_state=0)).fit(x, y > 0),
+        "words": lambda: LogisticRegression().fit(x, words[y]),
+        "components": lambda: PCA(n_components=2).fit(x),
+    }[kind]()
+    rows = gaps if kind == "histogram" else x
+    outputs = run(rt.load(source, example={"rows": x[:4]}), {"rows": rows}, tmp_path)
+    if "label" in outputs:
+        assert np.mean(outputs["label"].ravel() == source.predict(rows).ravel()) > 0.99
+    if kind == "components":
+        np.testing.assert_allclose(next(iter(outputs.values())), source.transform(rows), atol=1e-4)
+    elif hasattr(source, "predict_proba"):
+        np.testing.assert_allclose(outputs["probabilities"], source.predict_proba(rows), atol=1e-4)
+    else:
+        found = outputs["scores" if kind == "isolation" else "probabilities"]
+        expected = source.decision_function(rows)
+        np.testing.assert_allclose(found.reshape(len(x), -1)[:, -1], expected.reshape(len(x), -1)[:, -1], atol=1e-4)
+
+
+def test_a_classifier_with_labels_in_words_is_optimised(tmp_path: Path, repository: ModelRepository) -> None:
+    pytest.importorskip("skl2onnx")
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = np.random.default_rng(0).standard_normal((200, 5)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    pipeline = make_pipeline(StandardScaler(), MLPClassifier((16,), max_iter=2000, random_state=0)).fit(x, np.array(["genuine", "fraud"])[y])
+    rt.import_model(pipeline, "words", example={"rows": x[:4]}, repository=repository)
+    model = rt.load("words", repository=repository)
+    rows = [{"rows": row[None]} for row in x]
+    made = rt.optimize(
+        model, calibration=rows, budget_s=30, precisions=["int8"], device="cpu", threads=1, store=VariantStore(tmp_path / "v")
+    )
+    assert "int8-onnxruntime" in made.variants
+    targets = [np.array([1 - label]) for label in y]  # the classes in their order: fraud, genuine
+    outputs = [run(made, row, tmp_path) for row in rows[:50]]
+    assert rt.metrics.top1(outputs, targets[:50]) > 0.9, "scores are found behind the labels"
 
 
 def test_xgboost_with_its_booster_for_bulk_rows(tmp_path: Path, repository: ModelRepository) -> None:
@@ -309,6 +369,7 @@ from pathlib import Path
 
 import shared_runtime as rt
 from shared_runtime.repository.store import ModelRepository
+from shared_runtime.variants import VariantStore
 
 for _ in range(5):
     rt.import_model(Path(sys.argv[1]), "shared", repository=ModelRepository((Path(sys.argv[2]),)))
