@@ -26,6 +26,10 @@ TENSORRT = "TensorrtExecutionProvider"
 LEAN = "lean"
 """Without memory patterns, for which a second block as large as all activations is held from the second run on."""
 
+SPINNING = "spinning"
+"""As ONNX Runtime is installed: idle threads spin for tens of milliseconds after a run, so that they need not be woken for the
+next. It pays for runs below a millisecond or so, and takes the cores of whatever else runs meanwhile."""
+
 
 class _Bound:
     """Buffers bound to a session once: a call copies into them and out of them and saves ONNX Runtime's own conversions."""
@@ -136,7 +140,7 @@ class OnnxRuntimeBackend:
 
     def modes(self, device: str) -> tuple[str, ...]:
         if device == "cpu":
-            return ("", LEAN)
+            return ("", SPINNING, LEAN)
         built = TENSORRT in ort.get_available_providers()
         return ("", "tensorrt") if built and ctypes.util.find_library("nvinfer") else ("",)
 
@@ -157,7 +161,7 @@ def _options(threads: int, mode: str = "") -> ort.SessionOptions:
     options.enable_mem_pattern = mode != LEAN
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
-    if threads > 1:  # idle threads would spin for tens of milliseconds after a run and take the cores of whatever runs next
+    if threads > 1 and mode != SPINNING:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 

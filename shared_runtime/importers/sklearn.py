@@ -74,22 +74,23 @@ def _converted(source: Any, inputs: list[tuple[str, Any]]) -> onnx.ModelProto:
     """With probabilities as one array; of a classifier that has none, the values of its decision function."""
     import skl2onnx
 
+    def convert(options: dict[int, dict[str, bool]]) -> onnx.ModelProto:
+        with _missing_as_integer():
+            return skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS)
+
     last = source.steps[-1][1] if hasattr(source, "steps") else source
-    plain = {"zipmap": False}
-    choices: list[dict[int, dict[str, bool]]] = [{}]
-    if hasattr(source, "predict_proba"):
-        choices = [{id(source): plain}]
-    elif hasattr(source, "classes_") and hasattr(source, "decision_function"):
-        choices = [{id(last): {"raw_scores": True, **plain}}, {id(last): {"raw_scores": True}}]  # not every classifier has both options
-    for options in choices:
+    try:
+        if hasattr(source, "predict_proba"):
+            return convert({id(source): {"zipmap": False}})
+        if not hasattr(source, "classes_") or not hasattr(source, "decision_function"):
+            return convert({})
         try:
-            with _missing_as_integer():
-                return skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS)
-        except Exception as error:
-            if options is choices[-1] or "Option" not in str(error):
-                why = " ".join(str(error).split())[:300]
-                raise UnsupportedModelError(f"skl2onnx can't convert this {type(source).__name__}: {why}") from error
-    raise AssertionError("unreachable")
+            return convert({id(last): {"raw_scores": True, "zipmap": False}})
+        except NameError:  # a linear classifier has no such option as zipmap
+            return convert({id(last): {"raw_scores": True}})
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(f"skl2onnx can't convert this {type(source).__name__}: {why}") from error
 
 
 @contextmanager

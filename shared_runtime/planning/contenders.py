@@ -25,6 +25,10 @@ LONG_SECONDS = 0.3
 """From this long a run on, one run tells who is far behind."""
 STREAMS_SECONDS = 0.2
 """Above this for a row, a default budget does not reach the rungs of several rows, for which streams are."""
+SPIN_SECONDS = 2e-3
+"""Above this for a row, waking a thread is nothing beside the run."""
+SPIN_REST = 0.05
+"""How long threads that spin are waited for before another way is timed."""
 SHARED = 5e7
 """Operations above which one thread can't beat several."""
 
@@ -79,7 +83,9 @@ def _ways(
                         continue  # it saves memory and no time
                     if mode == "streams" and (threads == 1 or most_rows < 2):
                         continue
-                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode != "streams" else (threads,)):
+                    if mode == "spinning" and (threads == 1 or not hold):
+                        continue
+                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode not in ("streams", "spinning") else (threads,)):
                         yield backend, kind, mode, count, variant
 
 
@@ -102,6 +108,8 @@ def find_contenders(
             why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
         if mode == "streams" and min((c.first for c in contenders), default=0.0) > STREAMS_SECONDS:
             why = why or "one row takes so long that several are not measured"
+        if mode == "spinning" and min((c.first for c in contenders), default=0.0) > SPIN_SECONDS:
+            why = why or "one row takes so long that threads need not spin until the next"
         if why:
             lost.append(msgspec.structs.replace(candidate, lost=why))
             continue
@@ -113,6 +121,8 @@ def find_contenders(
             begin = time.perf_counter()
             outputs = executable.run(probe)
             first = time.perf_counter() - begin
+            if mode == "spinning":
+                time.sleep(SPIN_REST)
         except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as failure:
             if executable is not None:
                 executable.close()

@@ -16,11 +16,12 @@ SETTLE_SECONDS = 0.05
 
 @dataclass
 class Timed:
-    """What is timed, and its times [s]. `out` says why it was given up before the others."""
+    """What is timed, and its times [s]. `out` says why it was given up before the others, `rest` is quiet after its turn [s]."""
 
     call: Callable[[], object]
     times: list[float] = field(default_factory=list)
     out: str = ""
+    rest: float = 0.0
 
     @property
     def median(self) -> float:
@@ -58,6 +59,8 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
             for _ in range(count):
                 timed.call()
             timed.times.append((time.perf_counter() - begin) / count)
+            if timed.rest and len(racing) > 1:
+                time.sleep(timed.rest)
             if round_ == 0:
                 repeats[id(timed)] = max(1, min(200, int(1e-3 / max(timed.times[0], 1e-7))))
         if round_ == 1:

@@ -27,7 +27,7 @@ from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.planning.apart import plan_apart
-from shared_runtime.planning.contenders import Contender, backend_of, find_contenders
+from shared_runtime.planning.contenders import SPIN_REST, Contender, backend_of, find_contenders
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Candidate, Plan, Rung
@@ -208,7 +208,8 @@ def _measure(contenders: Sequence[Contender], probe: Tensors, ladder: Sequence[i
                 continue
             specialise(contender.executable, inputs)
             contender.executable.run(inputs)
-            contender.timed[rows] = Timed(partial(contender.executable.run, inputs))
+            rest = SPIN_REST if contender.candidate.mode == "spinning" else 0.0
+            contender.timed[rows] = Timed(partial(contender.executable.run, inputs), rest=rest)
             racing.append(contender.timed[rows])
         if racing:
             interleave(racing, budget / (2 if rows == min(ladder) else 4))

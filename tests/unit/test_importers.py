@@ -149,7 +149,9 @@ def test_a_classifier_with_labels_in_words_is_optimised(tmp_path: Path, reposito
 
     x = np.random.default_rng(0).standard_normal((200, 5)).astype(np.float32)
     y = (x[:, 0] > 0).astype(int)
-    pipeline = make_pipeline(StandardScaler(), MLPClassifier((16,), max_iter=2000, random_state=0)).fit(x, np.array(["genuine", "fraud"])[y])
+    pipeline = make_pipeline(StandardScaler(), MLPClassifier((16,), max_iter=2000, random_state=0)).fit(
+        x, np.array(["genuine", "fraud"])[y]
+    )
     rt.import_model(pipeline, "words", example={"rows": x[:4]}, repository=repository)
     model = rt.load("words", repository=repository)
     rows = [{"rows": row[None]} for row in x]

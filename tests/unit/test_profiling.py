@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,23 @@ def test_the_last_rung_may_be_another_engine(tmp_path: Path) -> None:
         again = rt.Session(model, threads=1, plans=tmp_path, ladder=(1, 20_000), budget_s=2.0)
         assert again.plan == plan
         again.close()
+
+
+def test_threads_rest_when_a_run_ends_and_spin_only_where_that_was_measured_to_pay(tmp_path: Path) -> None:
+    model = rt.load("texture-features")
+    inputs = model.signature.random()
+    executable = backends()["onnxruntime"].compile(model, "cpu", 2)
+    idle = []
+    for _ in range(5):
+        executable.run(inputs)
+        before = time.process_time()
+        time.sleep(0.1)
+        idle.append(time.process_time() - before)
+    executable.close()
+    assert sorted(idle)[2] < 0.01, "of the 40 ms that ONNX Runtime's threads spin by themselves"
+    with rt.Session(rt.load("hippocampus-t1"), threads=2, plans=tmp_path / "slow", ladder=(1,), budget_s=0.5) as session:
+        spinning = [c for c in session.plan.candidates if c.mode == "spinning"]
+        assert [c.lost for c in spinning] == ["one row takes so long that threads need not spin until the next"]
+    small = rt.load(classifier(tmp_path / "c.onnx", False))
+    with rt.Session(small, threads=2, plans=tmp_path / "fast", ladder=(1,), budget_s=0.5) as session:
+        assert any(c.mode == "spinning" and c.timings for c in session.plan.candidates)
