@@ -105,8 +105,9 @@ def pipeline_topics(
     present = log.topics()
     log.close()
     rows = [{"topic": n, "partitions": present.get(n, 0), "present": n in present} for t in TOPICS for n in (t.name, t.dead_letters)]
+    out = answers(json)
     for row in rows:
-        answers(json).print(f"{row['topic']:28} {'partitions ' + str(row['partitions']) if row['present'] else 'missing'}")
+        out.print(f"{row['topic']:28} {'partitions ' + str(row['partitions']) if row['present'] else 'missing'}")
     write_json({"topics": rows}, json)
 
 

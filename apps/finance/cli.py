@@ -10,7 +10,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from apps.common.command_line import console, progress, stop_on_signals, write_json
+from apps.common.command_line import answers, console, progress, stop_on_signals, write_json
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
 from shared_runtime.host import host, usable_cores
@@ -39,12 +39,12 @@ def score(
     write_table(scores, target)
     best = scores.sort("score", descending=True).head(5)
     for row in best.iter_rows(named=True):
-        console.print(f"{row['TRANSACTION_ID']!s:>14} {row['score']:.3f}  {row['reasons']}")
+        answers(json).print(f"{row['TRANSACTION_ID']!s:>14} {row['score']:.3f}  {row['reasons']}")
     console.print(f"{len(scores)} transactions scored; {target}")
     write_json({"transactions": len(scores), "out": str(target), "model": scorer.name, "highest": best.to_dicts()}, json)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], json: str | None) -> None:
     table = Table("model", "AUC ROC", "average precision", "CP@100", "ceiling", "Brier", "AP amount / terminal / customer")
     for name, row in result["table"].items():
         scenarios = row.get("average_precision_by_scenario", {})
@@ -52,7 +52,7 @@ def _show(result: dict[str, Any]) -> None:
         low, high = row["intervals"]["average_precision"]
         cells = [f"{row['auc_roc']:.3f}", f"{row['average_precision']:.3f} ({low:.3f}-{high:.3f})", f"{row['card_precision_at_100']:.3f}"]
         table.add_row(name, *cells, f"{row['card_precision_at_100_ceiling']:.3f}", f"{row['brier']:.5f}", kinds)
-    console.print(table)
+    answers(json).print(table)
 
 
 def _evaluate(transactions: Path, start: date, folds: int, train_days: int) -> tuple[dict[str, Any], Any]:
@@ -89,7 +89,7 @@ def evaluate(
     from apps.finance.transactions.table import write_table
 
     result, scored = _evaluate(transactions, _date(train_start), folds, train_days)
-    _show(result)
+    _show(result, json)
     if scores is not None:
         write_table(scored, scores)
     about = {"train_start": train_start, "folds": folds, "train_days": train_days, "transactions": transactions.name}
@@ -113,7 +113,7 @@ def train(
     result = train_and_write(
         transactions, out, days=days, folds=folds, about={"name": name, "source": source}, evaluate=_evaluate, cores=usable_cores()
     )
-    _show(result)
+    _show(result, json)
     console.print(f"models in {out}; copy them to TRISCOPE_HOME/models to use them by name")
     write_json({**result, "host": msgspec.to_builtins(host())}, json)
 

@@ -14,7 +14,7 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from apps.common.command_line import console, progress, stop_on_signals, write_json
+from apps.common.command_line import answers, console, progress, stop_on_signals, write_json
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
 from apps.industrial.errors import InputError
@@ -122,7 +122,7 @@ def inspect(
     paths = image_files(input) if input.is_dir() else [input]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    found, refused = [], []
+    found, refused, results = [], [], answers(json)
     with open_session(settings, loaded.model) as session:
         inspector = Inspector(loaded, session)
         for path in progress(paths, "inspecting", len(paths)):
@@ -141,7 +141,7 @@ def inspect(
                 (out / picture).write_bytes(png(overlay(image, result)))
             entry = {"path": path.name, "verdict": result.verdict, "score": round(result.score, 5), "reasons": list(result.reasons)}
             found.append(entry | {"boxes": msgspec.to_builtins(result.boxes), "kind": result.kind, "picture": picture})
-            console.print(f"{path.name:40} {result.verdict.upper():7} {result.score:7.2f}  {result.kind} {'; '.join(result.reasons)}")
+            results.print(f"{path.name:40} {result.verdict.upper():7} {result.score:7.2f}  {result.kind} {'; '.join(result.reasons)}")
     write_json({"recipe": recipe, "images": found, "refused": refused}, json)
 
 
@@ -180,7 +180,7 @@ def evaluate(
     result = metrics(judged)
     names = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "ms_per_image")
     for name in names:
-        console.print(f"{name:20} {result[name]}")
+        answers(json).print(f"{name:20} {result[name]}")
     if scores is not None:
         scores.parent.mkdir(parents=True, exist_ok=True)
         with scores.open("w", newline="") as stream:
@@ -298,7 +298,7 @@ def recipes(json: Json = None) -> None:
     book = open_recipes(load_settings().settings)
     facts = [book.facts(name) for name in book.names()]
     for f in facts:
-        console.print(f"{f.name:30} {f.good} good, {f.defects} defects, taught {f.taught[:19]}")
+        answers(json).print(f"{f.name:30} {f.good} good, {f.defects} defects, taught {f.taught[:19]}")
     write_json({"recipes": msgspec.to_builtins(facts)}, json)
 
 
@@ -314,8 +314,8 @@ def compare(
 
     result = run(grey(read_image(template)), grey(read_image(tested)))
     for box in result.boxes:
-        console.print(f"{box.kind:8} at {box.x}, {box.y}: {box.width} x {box.height} pixels, area {box.area}")
-    console.print(f"{len(result.boxes)} differences; shift {result.shift[0]:.1f}, {result.shift[1]:.1f} pixels")
+        answers(json).print(f"{box.kind:8} at {box.x}, {box.y}: {box.width} x {box.height} pixels, area {box.area}")
+    answers(json).print(f"{len(result.boxes)} differences; shift {result.shift[0]:.1f}, {result.shift[1]:.1f} pixels")
     write_json({"boxes": msgspec.to_builtins(result.boxes), "shift": result.shift}, json)
 
 

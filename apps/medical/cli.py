@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import msgspec
 import typer
 
-from apps.common.command_line import console, progress, stop_on_signals, write_json
+from apps.common.command_line import answers, console, progress, stop_on_signals, write_json
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
 from apps.medical.segmentation.hippocampus import MODEL
@@ -36,10 +36,11 @@ def segment(
 
     with open_session(load_settings().settings, model) as session:
         report = segment_file(input, session, out, series)
+    results = answers(json)
     for name, volume in report["volumes_ml"].items():
-        console.print(f"{name:32} {volume:7.3f} mL")
+        results.print(f"{name:32} {volume:7.3f} mL")
     for flag in report["flags"]:
-        console.print(f"[yellow]check:[/yellow] {flag}")
+        results.print(f"[yellow]check:[/yellow] {flag}")
     console.print(f"results in {out}, {report['seconds']['total']:.1f} s; {report['plan']['backend']} on {report['plan']['device']}")
     write_json(report, json)
 
@@ -65,10 +66,10 @@ def evaluate(
         name = {"name": session.model.name, "version": session.model.version, "sha256": session.model.sha256}
     metrics = summarise(cases)
     means = metrics["dice"]
-    console.print(
+    answers(json).print(
         f"{len(cases)} cases: Dice mean {means['mean']:.4f}, anterior {means['anterior']:.4f}, posterior {means['posterior']:.4f}"
     )
-    console.print(f"HD95 mean {metrics['hd95_mm']['mean']} mm, volume error mean {metrics['volume_error_percent']['mean']} %")
+    answers(json).print(f"HD95 mean {metrics['hd95_mm']['mean']} mm, volume error mean {metrics['volume_error_percent']['mean']} %")
     write_json({"metrics": metrics, "cases": cases, "model": name, "plan": plan, "host": msgspec.to_builtins(host())}, json)
 
 
@@ -153,7 +154,7 @@ def train(
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder with images/ and labels/ (NIfTI, equal names).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model, the folds and their scores.")],
     folds: Annotated[int, typer.Option(min=0, help="Folds of the cross-validation; 0 for none.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run; 8,000 take 220 s on one NVIDIA H100 alone.")] = 8000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run; 8,000 take 245 s on one NVIDIA H100.")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
 ) -> None:
     """Train hippocampus-t1 and cross-validate it. Needs the extra 'train'."""

@@ -147,6 +147,11 @@ def _toml(value: Any) -> str:
     return json.dumps(value if isinstance(value, str) else json.dumps(value))
 
 
+def input_name(example: Mapping[str, Any] | None) -> str:
+    """What the one input of an estimator of rows is called: as in the example, or `features`."""
+    return next(iter(example), "features") if example else "features"
+
+
 def needs(package: str, what: str) -> Any:
     """Import an optional package. Raises UnsupportedModelError naming what to install."""
     import importlib

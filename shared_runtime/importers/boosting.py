@@ -14,7 +14,7 @@ import onnx
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.passes.simplify import DeadCode
 from shared_runtime.graph.passes.trees import TreeRegressor
-from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.base import Imported, input_name, needs
 from shared_runtime.importers.sklearn import name_batch
 from shared_runtime.signature import Tensors
 
@@ -44,7 +44,7 @@ class XgboostImporter:
         objective = config["objective"]["name"]
         width = int(booster.num_features())
         booster.feature_names = None
-        name = _input(example)
+        name = input_name(example)
         proto = _convert("convert_xgboost", booster, name, width, "an XGBoost model")
         classes = objective.startswith(("binary:", "multi:"))
         proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary:"))
@@ -75,7 +75,7 @@ class LightgbmImporter:
         lightgbm = needs("lightgbm", "a LightGBM model")
         booster = lightgbm.Booster(model_file=str(source)) if isinstance(source, Path) else getattr(source, "booster_", source)
         objective = str(booster.dump_model().get("objective", "regression")).split()[0]
-        name = _input(example)
+        name = input_name(example)
         proto = _convert("convert_lightgbm", booster, name, booster.num_feature(), "a LightGBM model")
         classes = objective.startswith(("binary", "multiclass"))
         proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary"))
@@ -88,13 +88,8 @@ class LightgbmImporter:
         return Imported(proto, origin, f"lightgbm {objective}", _given(example))
 
 
-def _input(example: Mapping[str, Any] | None) -> str:
-    """The input's name: the example's, or the field's usual one."""
-    return next(iter(example), "features") if example else "features"
-
-
 def _given(example: Mapping[str, Any] | None) -> Tensors | None:
-    return None if not example else {_input(example): np.asarray(next(iter(example.values())), np.float32)}
+    return None if not example else {input_name(example): np.asarray(next(iter(example.values())), np.float32)}
 
 
 def _convert(function: str, booster: Any, name: str, width: int, what: str) -> onnx.ModelProto:

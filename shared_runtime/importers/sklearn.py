@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.base import Imported, input_name, needs
 from shared_runtime.signature import Tensors
 
 TYPES = {
@@ -40,7 +40,7 @@ class SklearnImporter:
         width = getattr(source, "n_features_in_", None)
         if width is None:
             raise UnsupportedModelError(f"this {type(source).__name__} is not fitted (it has no n_features_in_); fit it first")
-        name = next(iter(example), "features") if example else "features"
+        name = input_name(example)
         proto = _converted(source, [(name, FloatTensorType([None, width]))])
         _name_types(proto)
         name_batch(proto)

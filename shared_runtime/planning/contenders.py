@@ -23,10 +23,13 @@ TOLERANCE = 1e-3
 """Largest allowed norm of the difference from the reference, over the norm of the reference."""
 LONG_SECONDS = 0.3
 """From this long a run on, one run tells who is far behind."""
-STREAMS_SECONDS = 0.2
-"""Above this for a row, a default budget does not reach the rungs of several rows, for which streams are."""
-SPIN_SECONDS = 2e-3
-"""Above this for a row, waking a thread is nothing beside the run."""
+TOO_LONG = {
+    "streams": (0.2, "one row takes so long that several are not measured"),
+    "spinning": (2e-3, "one row takes so long that threads need not spin until the next"),
+}
+"""Modes that are not tried where a row takes longer than so many seconds, and why."""
+TOGETHER = ("streams", "spinning")
+"""Modes of several threads."""
 SPIN_REST = 0.05
 """How long threads that spin are waited for before another way is timed."""
 SHARED = 5e7
@@ -81,11 +84,9 @@ def _ways(
                         continue
                     if mode == "lean" and hold:
                         continue  # it saves memory and no time
-                    if mode == "streams" and (threads == 1 or most_rows < 2):
+                    if (mode in TOGETHER and threads == 1) or (mode == "streams" and most_rows < 2) or (mode == "spinning" and not hold):
                         continue
-                    if mode == "spinning" and (threads == 1 or not hold):
-                        continue
-                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode not in ("streams", "spinning") else (threads,)):
+                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode not in TOGETHER else (threads,)):
                         yield backend, kind, mode, count, variant
 
 
@@ -106,10 +107,9 @@ def find_contenders(
         why = f"lacks {state.lacks}" if state.lacks is not None else _hopeless(candidate, cost, threads, contenders)
         if most_rows < fewest_rows(backend):
             why = why or f"for bulk rows: no rung has {fewest_rows(backend)} rows"
-        if mode == "streams" and min((c.first for c in contenders), default=0.0) > STREAMS_SECONDS:
-            why = why or "one row takes so long that several are not measured"
-        if mode == "spinning" and min((c.first for c in contenders), default=0.0) > SPIN_SECONDS:
-            why = why or "one row takes so long that threads need not spin until the next"
+        longest, reason = TOO_LONG.get(mode, (float("inf"), ""))
+        if min((c.first for c in contenders), default=0.0) > longest:
+            why = why or reason
         if why:
             lost.append(msgspec.structs.replace(candidate, lost=why))
             continue

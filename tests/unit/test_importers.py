@@ -371,7 +371,6 @@ from pathlib import Path
 
 import shared_runtime as rt
 from shared_runtime.repository.store import ModelRepository
-from shared_runtime.variants import VariantStore
 
 for _ in range(5):
     rt.import_model(Path(sys.argv[1]), "shared", repository=ModelRepository((Path(sys.argv[2]),)))
