@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import shared_runtime as rt
 from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
@@ -26,7 +27,7 @@ from apps.industrial.evaluation.evaluate import Judged, judge, metrics
 from apps.industrial.evaluation.metrics import auroc
 from apps.industrial.features import BRIGHTNESS, CONTRAST, FINE, FLAT, MAP, MODEL, prepared
 from apps.industrial.images import grey, read_image
-from apps.industrial.inspection.inspector import Inspector, combined, features, learned_scores
+from apps.industrial.inspection.inspector import Inspector, combined, features, learned_scores, lifted
 from apps.industrial.inspection.recipe import RecipeBook
 from apps.industrial.inspection.template import compare
 from apps.industrial.synthesis.textures import TEXTURES
@@ -139,23 +140,27 @@ def methods() -> dict[str, Any]:
             sets[texture] = Path(folder) / texture
             write_dataset(sets[texture], texture, good=40, each=5)
         for name, place in sets.items():
-            good = features(session, [sample.read() for sample in good_samples(place / "train" / "good")])
+            good_images = [sample.read() for sample in good_samples(place / "train" / "good")]
+            good = features(session, good_images)
             tests = labelled_samples(place)
             images = [sample.read() for sample in tests]
             seen, truth = features(session, images), [sample.defective for sample in tests]
             cells = [sample.cells(image.shape) for sample, image in zip(tests, images, strict=True)]
             parts, _, _ = GoodParts.fit(good["fine"], good["whole"])
+            regions, _ = Regions.fit(good_images, good, lambda some: features(session, some))
+            scores, places, inside = parts.scores(seen["fine"], seen["whole"]), parts.maps(seen["fine"]), regions.maps(seen)
             raw = parts._raw(seen["fine"], seen["whole"])
             bank, bank_maps = _memory_bank(good, seen)
             rows: dict[str, tuple[Array, Array | None]] = {
                 "memory bank of patches, coreset (as PatchCore)": (bank, bank_maps),
-                "Gaussians of places (as PaDiM)": (raw[:, 1], None),
+                "Gaussians of places (as PaDiM)": (raw[:, 1], places),
+                "regions learned from patched good parts": (np.sort(inside.reshape(len(inside), -1), axis=1)[:, -400:].mean(1), inside),
                 "Mahalanobis of the whole image": (raw[:, 0], None),
                 "segmenter of synthetic defects": (learned_scores(seen), seen["map"]),
-                "whole image and places together": (parts.scores(seen["fine"], seen["whole"]), parts.maps(seen["fine"])),
+                "whole image and places together; in the map places and regions": (scores, lifted(places + inside, scores)),
                 "the same, with what stands far out in the segmenter (shipped)": (
-                    combined(parts.scores(seen["fine"], seen["whole"]), learned_scores(seen), 0.0, scale_of(learned_scores(good))),
-                    combined(parts.maps(seen["fine"]), seen["map"], 0.0, scale_of(good["map"])),
+                    combined(scores, learned_scores(seen), 0.0, scale_of(learned_scores(good))),
+                    combined(lifted(places + inside, scores), seen["map"], 0.0, scale_of(good["map"])),
                 ),
             }
             found[name] = {

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 MODEL = "texture-features"
 SIZE = 256
 """The network sees SIZE x SIZE pixels, whatever the part's own size and shape."""
-MAP, FINE_SIDE = SIZE // 4, SIZE // 8
+MAP, FINE_SIDE, COARSE_SIDE = SIZE // 4, SIZE // 8, SIZE // 16
 FINE, COARSE, EMBEDDING = 48, 96, 576 * 3
 WHOLE = 2 * COARSE
 BRIGHTNESS, CONTRAST, FLAT = 110.0, 40.0, 8.0

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import shared_runtime as rt
+from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.calibration import calibrate
 from apps.industrial.anomaly.statistics import GoodParts, outliers
 from apps.industrial.classification.kinds import KindClassifier
@@ -21,7 +22,7 @@ from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels, sharpness, unusable
-from apps.industrial.inspection.inspector import combined, features, learned_scores
+from apps.industrial.inspection.inspector import combined, features, learned_scores, lifted
 from apps.industrial.inspection.recipe import Facts, Recipe
 from pipelines.messages import now_rfc3339
 
@@ -81,11 +82,14 @@ def teach(
         network = session.model.sha256
         seen = _with_progress(session, images, report)
         bad_seen = features(session, bad_images) if bad_samples else {}
-    parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
+        parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
+        found = _regions(session, images, seen, report)
+    if found:
+        maps += found[1]
     weight, scale = learned_weight(bad_samples), scale_of(learned_scores(seen)[unseen])
     map_scale = scale if bad_samples else scale_of(seen["map"])
+    peaks = combined(lifted(maps, scores), seen["map"], weight, map_scale)[unseen].max(axis=(1, 2))
     scores = combined(scores, learned_scores(seen), weight, scale)[unseen]
-    peaks = combined(maps, seen["map"], weight, map_scale)[unseen].max(axis=(1, 2))
     apart = [kept[i].path.name for i in outliers(scores.tolist())] if not bad_samples else []
     kinds = _kinds(bad_samples, bad_seen)
     facts = Facts(
@@ -106,7 +110,7 @@ def teach(
         warnings=tuple(_warnings(images, apart)),
     )
     times["fit"] = time.monotonic() - begin
-    return Taught(Recipe(facts, parts, kinds, model), apart, skipped + bad_skipped, times, folder)
+    return Taught(Recipe(facts, parts, found[0] if found else None, kinds, model), apart, skipped + bad_skipped, times, folder)
 
 
 def _warnings(images: Sequence[Pixels], apart: Sequence[str]) -> Iterator[str]:
@@ -181,6 +185,23 @@ def _with_progress(session: rt.Session, images: Sequence[Pixels], report: Report
         parts.append(features(session, images[start : start + 16]))
         report("looking", min(1.0, (start + 16) / len(images)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _regions(
+    session: rt.Session, images: Sequence[Pixels], seen: dict[str, np.ndarray], report: Report
+) -> tuple[regions.Regions, np.ndarray] | None:
+    """What can be learned of regions from good images, and their maps; None where there are too few."""
+    if len(images) < regions.FEWEST:
+        return None
+    looked, expected = 0, min(regions.EACH * len(images), 2 * regions.PATCHED)
+
+    def look(some: Sequence[Pixels]) -> dict[str, np.ndarray]:
+        nonlocal looked
+        looked += len(some)
+        report("patching", looked / expected)
+        return features(session, some)
+
+    return regions.Regions.fit(images, seen, look)
 
 
 def _aspect(images: Sequence[Pixels]) -> tuple[float, float]:

@@ -6,8 +6,10 @@ import io
 import struct
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import msgspec
 import numpy as np
 import pytest
@@ -17,18 +19,20 @@ from apps.common.settings import Settings
 from apps.industrial.acquisition.base import Frame, FrameBuffer
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.anomaly.calibration import calibrate
+from apps.industrial.anomaly.regions import GRID, LAYERS, Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
-from apps.industrial.images import decode_image, png, unusable
+from apps.industrial.images import Pixels, decode_image, png, unusable
 from apps.industrial.inspection.inspector import Inspector
 from apps.industrial.inspection.recipe import Recipe, checked_name
 from apps.industrial.inspection.template import compare
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.spc import p_chart, western_electric
 from apps.industrial.synthesis.defects import DEFECTS, add_defect
+from apps.industrial.synthesis.patches import patched
 from apps.industrial.synthesis.textures import TEXTURES, good_part
 from apps.industrial.teaching import advice, learned_weight
 from apps.industrial.worker import run_worker
@@ -94,6 +98,52 @@ def test_good_parts_are_near_and_others_far() -> None:
     np.testing.assert_array_equal(again.scores(fine, whole), parts.scores(fine, whole))
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_patched_part_is_changed_inside_the_outline(colour: bool) -> None:
+    rng = np.random.default_rng(5)
+    part, other = good_part("brushed", rng), good_part("brushed", rng)
+    if colour:
+        part = np.repeat(part[:, :, None], 3, axis=2)
+    for seed in range(12):
+        image, outline = patched(np.random.default_rng(seed), part, other)
+        plain, _ = patched(np.random.default_rng(seed), part, part)
+        assert image.shape == ((256, 256, 3) if colour else (256, 256))
+        assert image.dtype == np.uint8
+        assert 0 < outline.mean() < 0.6
+        outside = cv2.dilate(outline, np.ones((41, 41))) == 0
+        np.testing.assert_array_equal(image[outside], plain[outside])
+
+
+def test_a_region_that_does_not_belong_is_found_by_what_good_parts_taught() -> None:
+    def look(images: Sequence[Pixels]) -> dict[str, np.ndarray]:
+        """Brightness and roughness of places, as a network would describe them."""
+        found = {}
+        for name, side in zip(LAYERS, (32, 16, 8), strict=True):
+            small = np.stack([cv2.resize(image, (side * 4, side * 4), interpolation=cv2.INTER_AREA) for image in images])
+            cells = small.reshape(len(images), side, 4, side, 4).astype(np.float32) / 40
+            found[name] = np.stack((cells.mean(axis=(2, 4)), cells.std(axis=(2, 4))), axis=1)
+        return found
+
+    rng = np.random.default_rng(2)
+    good = [good_part("leather", rng) for _ in range(24)]
+    regions, unseen = Regions.fit(good, look(good), look)
+    assert unseen.shape == (24, 64, 64)
+    assert abs(np.median(unseen)) < 1
+    inside, outside = [], []
+    for _ in range(20):
+        image, outline = patched(rng, good_part("leather", rng), good_part("granite", rng))
+        (found,) = regions.maps(look([image]))
+        small = cv2.resize(outline, (64, 64), interpolation=cv2.INTER_AREA)
+        inside.append(found[small > 0.9].mean())
+        outside.append(found[small < 0.1].mean())
+    assert np.mean(np.array(inside) > np.array(outside)) > 0.7
+    again = Regions.from_arrays(regions.arrays())
+    assert again is not None
+    np.testing.assert_array_equal(again.maps(look(good)), regions.maps(look(good)))
+    assert Regions.from_arrays({}) is None
+    assert all(mean.shape[1:] == (GRID, GRID) for mean in regions.mean)
+
+
 def test_thresholds_state_the_rate_that_they_hold() -> None:
     rng = np.random.default_rng(1)
     rates = []
@@ -153,6 +203,7 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     service, log = open_industrial(settings)
     taught = service.teach("cast", good_samples(tmp_path / "train" / "good"))
     assert taught.recipe.facts.good == 30
+    assert taught.recipe.regions is not None
     with pytest.raises(RecipeNotFoundError, match="did you mean 'cast'"):
         service.recipes.folder("casd")
     sent = {service.submit(sample.path.read_bytes(), "cast"): sample.kind for sample in labelled_samples(tmp_path)}
@@ -176,7 +227,7 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     recipe = service.recipes.load("cast")
     facts = msgspec.structs.replace(recipe.facts, network="0" * 64)
     with pytest.raises(InputError, match=r"was taught with another network \(0000.*teach it again"):
-        Inspector(Recipe(facts, recipe.good, recipe.kinds, recipe.model), service.inspector("cast").session)
+        Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.kinds, recipe.model), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
     service.close()

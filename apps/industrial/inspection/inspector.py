@@ -24,6 +24,8 @@ BATCH = 8
 """Images that the network sees at once."""
 LARGEST_BOXES = 20
 FAINT = 0.25
+LIFT, LIFTED = 0.25, (-2.0, 8.0)
+"""How much of its image's score, within limits, a place is given: on an unusual part every place is a little more suspect."""
 SURPRISE = 2.0
 """Deviations from good parts beyond which the network that knows synthetic defects alone is heard."""
 
@@ -77,6 +79,11 @@ def combined(good: Array, learned: Array, weight: float, scale: tuple[float, flo
     return np.asarray((1 - weight) * good + weight * standard, np.float32)
 
 
+def lifted(maps: Array, scores: Array) -> Array:
+    """Maps (N, MAP, MAP) of how far places are from good parts, raised by the `scores` (N,) of their images."""
+    return np.asarray(maps + LIFT * np.clip(scores, *LIFTED)[:, None, None], np.float32)
+
+
 class Inspector:
     """A recipe with its network, ready to judge. Threads may share it."""
 
@@ -97,8 +104,12 @@ class Inspector:
         """The same for several images, which share the network's batches."""
         seen = features(self.session, images)
         good, facts = self.recipe.good, self.recipe.facts
-        scores = combined(good.scores(seen["fine"], seen["whole"]), learned_scores(seen), facts.learned_weight, facts.learned_scale)
-        maps = combined(good.maps(seen["fine"]), seen["map"], facts.learned_weight, facts.map_scale)
+        unlike = good.scores(seen["fine"], seen["whole"])
+        places = good.maps(seen["fine"])
+        if self.recipe.regions:
+            places += self.recipe.regions.maps(seen)
+        scores = combined(unlike, learned_scores(seen), facts.learned_weight, facts.learned_scale)
+        maps = combined(lifted(places, unlike), seen["map"], facts.learned_weight, facts.map_scale)
         kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
         return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]
 

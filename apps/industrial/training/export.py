@@ -13,20 +13,22 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from apps.industrial.features import EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
+from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
 from apps.industrial.training.network import TextureNetwork
 from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
-VERSION = "1.1.0"
-OUTPUTS = ("map", "image", "fine", "whole", "embedding")
+VERSION = "1.2.0"
+OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
     (
         TensorSpec("map", ("batch", MAP, MAP), "float32", "logit of a defect at a place"),
         TensorSpec("image", ("batch",), "float32", "logit of a defect in the image"),
         TensorSpec("fine", ("batch", FINE, FINE_SIDE, FINE_SIDE), "float32", "features of places, stride 8"),
-        TensorSpec("whole", ("batch", WHOLE), "float32", "the image at half its size: mean and deviation of the coarse features"),
+        TensorSpec("coarse", ("batch", COARSE, COARSE_SIDE, COARSE_SIDE), "float32", "features of places, stride 16"),
+        TensorSpec("half", ("batch", COARSE, COARSE_SIDE // 2, COARSE_SIDE // 2), "float32", "the same of the image at half its size"),
+        TensorSpec("whole", ("batch", WHOLE), "float32", "mean and deviation of `half`"),
         TensorSpec("embedding", ("batch", EMBEDDING), "float32", "mean, deviation and peak of the deep features"),
     ),
 )
@@ -41,7 +43,7 @@ class _Outputs(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See TextureNetwork."""
-        out = self.network(pixels) | {"whole": self.network.whole_image(pixels)}
+        out = self.network(pixels) | self.network.at_half(pixels)
         return tuple(out[name] for name in OUTPUTS)
 
 

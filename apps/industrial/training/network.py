@@ -158,13 +158,14 @@ class TextureNetwork(nn.Module):  # type: ignore[misc]
             "sixteenth": sixteenth,
         }
 
-    def whole_image(self, image: Tensor) -> Tensor:
-        """(N, WHOLE): mean and deviation of the coarse features of the image at half its size, where shading and shape show best."""
+    def at_half(self, image: Tensor) -> dict[str, Tensor]:
+        """The image at half its size, where shading and shape show best: `half`, its coarse features, and `whole` (N, WHOLE), their
+        mean and deviation."""
         seen = self.trunk.run(functional.avg_pool2d(image, 2) * 2 - 1, 0, LAYERS - 1)
         coarse = self.coarse(seen[LAYERS - 1])
         mean = coarse.mean(dim=(2, 3))
         spread = (coarse.square().mean(dim=(2, 3)) - mean.square()).clamp(min=0).sqrt()
-        return torch.cat((mean, spread), dim=1)
+        return {"half": coarse, "whole": torch.cat((mean, spread), dim=1)}
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """All outputs."""

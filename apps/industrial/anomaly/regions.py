@@ -1,0 +1,173 @@
+"""Regions that do not belong: small networks that learn from the part's own good images where a surface changes.
+
+The statistics of good parts judge each place against the same place of other parts. A region whose surface is usual elsewhere, or
+lies within the spread of all parts, shows only against the rest of its own image: that is what is learned here, on
+good parts with patches (`synthesis.patches`). What it gives on magnetic tiles: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neural_network import MLPClassifier
+
+from apps.industrial.features import MAP
+from apps.industrial.images import Pixels
+from apps.industrial.synthesis.patches import patched
+
+Array = NDArray[np.float32]
+GRID = 16
+LAYERS = {"fine": 0.25, "coarse": 0.5, "half": 0.25}
+"""Outputs of `texture-features`, each judged by a network of its own, and what each has to say."""
+FEWEST = 16
+"""Good images below which nothing is learned."""
+EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 450, 1024
+"""Patched images for each good one of a half, but at most PATCHED; places of each that are learned from; steps of learning."""
+HIDDEN, PENALTY, RATE = 64, 10.0, 2e-3
+CLIP, SOFT, WEIGHT = 6.0, 2.5, 3.0
+"""`SOFT`: sigma in cells that the map is smoothed by; `WEIGHT`: its say beside the statistics of places."""
+Look = Callable[[Sequence[Pixels]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A network of one hidden layer, and the median and deviation of its logits on good parts that it did not see."""
+
+    first: Array
+    first_bias: Array
+    second: Array
+    second_bias: Array
+    usual: Array
+
+    def logits(self, described: Array) -> Array:
+        """(N, GRID, GRID, D) -> (N, GRID, GRID)."""
+        hidden = np.maximum(described @ self.first + self.first_bias, 0)
+        return np.asarray((hidden @ self.second + self.second_bias)[..., 0], np.float32)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What was learned from one part's good images. `mean`, `deviation`: of each layer, (C, GRID, GRID)."""
+
+    mean: tuple[Array, ...]
+    deviation: tuple[Array, ...]
+    heads: tuple[tuple[_Head, ...], ...]
+    """Two for each layer; each learned from one half of the good images."""
+
+    @classmethod
+    def fit(cls, images: Sequence[Pixels], seen: Mapping[str, Array], look: Look, seed: int = 0) -> tuple[Regions, Array]:
+        """Learn from N good `images`, FEWEST at least, of which the network said `seen`; `look` asks it about others.
+
+        Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught.
+        """
+        layers = [_on_grid(seen[name]) for name in LAYERS]
+        mean = tuple(layer.mean(axis=0) for layer in layers)
+        spread = [layer.std(axis=(0, 2, 3))[:, None, None] for layer in layers]
+        deviation = tuple(np.asarray(layer.std(axis=0) + 0.1 * s + 1e-4, np.float32) for layer, s in zip(layers, spread, strict=True))
+        plain, halves = cls(mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
+        heads, maps = [], np.zeros((len(images), MAP, MAP), np.float32)
+        for own, rest in (halves, halves[::-1]):
+            patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]))
+            learned = []
+            for level, name in enumerate(LAYERS):
+                unseen = plain._described(level, seen[name][rest])
+                learned.append(_learned(plain._described(level, patches[name]), patches["outline"], unseen, seed))
+            heads.append(learned)
+            alone = cls(mean, deviation, tuple((head,) for head in learned))
+            maps[rest] = alone.maps({name: seen[name][rest] for name in LAYERS})
+        return cls(mean, deviation, tuple(zip(*heads, strict=True))), maps
+
+    def maps(self, seen: Mapping[str, Array]) -> Array:
+        """(N, MAP, MAP) how much each place looks like a region that does not belong; 0 is usual for good parts."""
+        total = np.zeros((len(seen["fine"]), GRID, GRID), np.float32)
+        for level, (name, heads) in enumerate(zip(LAYERS, self.heads, strict=True)):
+            described = self._described(level, seen[name])
+            for head in heads:
+                total += (head.logits(described) - head.usual[0]) / head.usual[1] * (LAYERS[name] / len(heads))
+        smooth = [cv2.resize(cv2.GaussianBlur(one, (0, 0), SOFT), (MAP, MAP), interpolation=cv2.INTER_LINEAR) for one in total]
+        return np.asarray(smooth, np.float32).reshape(-1, MAP, MAP) * WEIGHT
+
+    def _described(self, level: int, layer: Array) -> Array:
+        """(N, C, ...) -> (N, GRID, GRID, D): each place against its image: alone, with its surroundings, its row and column."""
+        standard = np.clip((_on_grid(layer) - self.mean[level]) / self.deviation[level], -CLIP, CLIP)
+        own = np.ascontiguousarray((standard - standard.mean(axis=(2, 3), keepdims=True)).transpose(0, 2, 3, 1))
+        spread = own.std(axis=(1, 2), keepdims=True)
+        around = [own, _around(own, 3), _around(own, 7), spread, own.mean(axis=2, keepdims=True), own.mean(axis=1, keepdims=True)]
+        shape = own.shape
+        place = np.broadcast_to(_PLACES, (*shape[:3], _PLACES.shape[2]))
+        return np.concatenate([*(np.broadcast_to(part, shape) for part in around), place], axis=3)
+
+    def arrays(self) -> dict[str, Array]:
+        """For storage."""
+        found: dict[str, Array] = {}
+        for level, (mean, deviation, heads) in enumerate(zip(self.mean, self.deviation, self.heads, strict=True)):
+            found |= {f"regions{level}_mean": mean, f"regions{level}_deviation": deviation}
+            for number, head in enumerate(heads):
+                found |= {f"regions{level}_{number}_{part}": getattr(head, part) for part in _Head.__dataclass_fields__}
+        return found
+
+    @classmethod
+    def from_arrays(cls, stored: Mapping[str, Array]) -> Regions | None:
+        """From what `arrays` gave; None where nothing was learned."""
+        if "regions0_mean" not in stored:
+            return None
+        levels = range(len(LAYERS))
+        mean, deviation = (tuple(stored[f"regions{level}_{part}"] for level in levels) for part in ("mean", "deviation"))
+
+        def head(level: int, number: int) -> _Head:
+            return _Head(*(stored[f"regions{level}_{number}_{part}"] for part in _Head.__dataclass_fields__))
+
+        return cls(mean, deviation, tuple((head(level, 0), head(level, 1)) for level in levels))
+
+
+def _patches(images: Sequence[Pixels], look: Look, rng: np.random.Generator) -> dict[str, Array]:
+    """What the network says of patched images, on the grid in half precision, and the `outline` of each (N, GRID, GRID)."""
+    parts: dict[str, list[NDArray[np.float16]]] = {name: [] for name in (*LAYERS, "outline")}
+    number = min(EACH * len(images), PATCHED)
+    for start in range(0, number, 32):
+        pairs = rng.integers(len(images), size=(min(32, number - start), 2))
+        made = [patched(rng, images[a], images[b]) for a, b in pairs]
+        seen = look([image for image, _ in made])
+        for name in LAYERS:
+            parts[name].append(_on_grid(seen[name]).astype(np.float16))
+        parts["outline"].append(np.stack([cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for _, m in made]).astype(np.float16))
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _learned(described: Array, outline: Array, unseen: Array, seed: int) -> _Head:
+    """A head from patched images (N, GRID, GRID, D), with what is usual on the good ones `unseen`."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.random((len(described), GRID * GRID)).argsort(axis=1)[:, :CELLS]
+    x = np.take_along_axis(described.reshape(len(described), GRID * GRID, -1), chosen[:, :, None], axis=1).reshape(-1, described.shape[3])
+    y = np.take_along_axis(outline.reshape(len(outline), -1) > 0.5, chosen, axis=1).ravel()
+    network = MLPClassifier((HIDDEN,), batch_size=BATCH, alpha=PENALTY, learning_rate_init=RATE, random_state=seed)
+    for _ in range(max(1, STEPS * BATCH // len(x))):
+        network.partial_fit(x, y, classes=[False, True])
+    (first, second), (first_bias, second_bias) = network.coefs_, network.intercepts_
+    head = _Head(*(np.asarray(v, np.float32) for v in (first, first_bias, second, second_bias, [0, 1])))
+    logits = head.logits(unseen)
+    return replace(head, usual=np.array([np.median(logits), logits.std() + 1e-3], np.float32))
+
+
+def _on_grid(layer: Array) -> Array:
+    """(N, C, side, side) -> (N, C, GRID, GRID) float32: averaged where it is finer, repeated where it is coarser."""
+    n, c, side, _ = layer.shape
+    if side < GRID:
+        return layer.repeat(GRID // side, axis=2).repeat(GRID // side, axis=3).astype(np.float32)
+    return np.asarray(layer.reshape(n, c, GRID, side // GRID, GRID, side // GRID).mean(axis=(3, 5), dtype=np.float32))
+
+
+def _around(places: Array, side: int) -> Array:
+    """Means over `side` x `side` places, as far as they lie inside: (N, GRID, GRID, C) -> the same."""
+    sums = [cv2.blur(one, (side, side), borderType=cv2.BORDER_CONSTANT) for one in places]
+    return np.asarray(np.stack(sums) / _COUNTS[side], np.float32)
+
+
+_AXIS = np.linspace(-1, 1, GRID, dtype=np.float32)
+_ROW, _COLUMN = np.meshgrid(_AXIS, _AXIS, indexing="ij")
+_PLACES = np.stack([_ROW, _COLUMN, _ROW**2, _COLUMN**2], axis=2)
+_COUNTS = {side: cv2.blur(np.ones((GRID, GRID), np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)[:, :, None] for side in (3, 7)}
