@@ -326,7 +326,10 @@ def peers(model: rt.Model, case: Case, inputs: Sample, device: str) -> Iterable[
     if device == "cpu":
         import onnxruntime as ort
 
-        session = ort.InferenceSession(str(model.graph), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+            options.intra_op_num_threads = len(os.sched_getaffinity(0))  # it would leave the cores that this process may use
+        session = ort.InferenceSession(str(model.graph), options, providers=["CPUExecutionProvider"])
         yield "onnxruntime", lambda: session.run(None, inputs)
         try:
             import openvino

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FEWEST, ENOUGH = 8, 30
 HELD_BACK = 5
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
-LEARN_SECONDS = {"cpu": 240.0, "cuda": 45.0}
+LEARN_SECONDS = {"cpu": 225.0, "cuda": 45.0}
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 56.0), (5, 63.0), (20, 73.0), (50, 76.0), (258, 83.0))

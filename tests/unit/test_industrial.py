@@ -203,7 +203,7 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     service, log = open_industrial(settings)
     taught = service.teach("cast", good_samples(tmp_path / "train" / "good"))
     assert taught.recipe.facts.good == 30
-    assert taught.recipe.regions is not None
+    assert taught.recipe.regions is None, "it takes more parts to learn regions"
     with pytest.raises(RecipeNotFoundError, match="did you mean 'cast'"):
         service.recipes.folder("casd")
     sent = {service.submit(sample.path.read_bytes(), "cast"): sample.kind for sample in labelled_samples(tmp_path)}
@@ -230,6 +230,26 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
         Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.kinds, recipe.model), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
+    service.close()
+    log.close()
+
+
+def test_a_recipe_of_many_parts_knows_regions(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.anomaly.regions.EACH", 2)
+    write_dataset(tmp_path, "cast", good=50, each=1)
+    service, log = open_industrial(settings)
+    steps: list[str] = []
+    taught = service.teach("cast", good_samples(tmp_path / "train" / "good"), report=lambda step, share: steps.append(step))
+    assert "patching" in steps
+    assert taught.recipe.regions is not None
+    stored = service.recipes.load("cast")
+    image = labelled_samples(tmp_path)[0].read()
+    session = service.inspector("cast").session
+    before, after = (Inspector(recipe, session).inspect(image) for recipe in (taught.recipe, stored))
+    np.testing.assert_allclose(before.map, after.map, atol=1e-4)
+    plain = Inspector(Recipe(stored.facts, stored.good, None, stored.kinds, stored.model), session).inspect(image)
+    assert plain.score == pytest.approx(after.score, abs=1e-4)
+    assert np.abs(plain.map - after.map).max() > 0.01
     service.close()
     log.close()
 

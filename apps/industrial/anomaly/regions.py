@@ -23,8 +23,8 @@ Array = NDArray[np.float32]
 GRID = 16
 LAYERS = {"fine": 0.25, "coarse": 0.5, "half": 0.25}
 """Outputs of `texture-features`, each judged by a network of its own, and what each has to say."""
-FEWEST = 16
-"""Good images below which nothing is learned."""
+FEWEST = 50
+"""Good images below which nothing is learned: it takes half a minute, and few parts teach too little."""
 EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 450, 1024
 """Patched images for each good one of a half, but at most PATCHED; places of each that are learned from; steps of learning."""
 HIDDEN, PENALTY, RATE = 64, 10.0, 2e-3
