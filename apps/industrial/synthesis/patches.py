@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.industrial.features import BRIGHTNESS, CONTRAST, FLAT, SIZE
-from apps.industrial.images import Pixels
 from apps.industrial.synthesis.textures import Rng
 
 Array = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 LIT = 0.85
 """Share of the images whose light is made uneven."""
 
