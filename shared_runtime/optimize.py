@@ -21,7 +21,7 @@ from shared_runtime.graph.passes.base import opset, passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.planning.planner import first_row
-from shared_runtime.quantization.catalogue import DEFAULT_PRECISIONS, PRECISIONS, FormMaker, forms_for
+from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
 from shared_runtime.quantization.forms import Form
 from shared_runtime.quantization.guard import Guard, Guarded, Report
 from shared_runtime.quantization.judge import Judge, slice_names
@@ -85,7 +85,7 @@ def optimize(
     without it a quarter of the calibration set is held out and `metric` is agreement with the float model.
     `metric(outputs, targets)` over the lists of all outputs and targets, higher is better. `max_drop`: absolute, in
     the metric's unit. `slices`: the slice of each validation item, or a function of (inputs, target).
-    `precisions`: of "int8", "bfloat16", "float16", "float8"; without, the first three where they apply.
+    `precisions`: of "int8", "bfloat16", "float16", "tf32", "float8"; without, all that apply.
 
     A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError.
     """
@@ -149,7 +149,7 @@ def simplified(model: Model, folder: Path, report: Report) -> Model:
 
 def _precisions(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
-        return DEFAULT_PRECISIONS
+        return PRECISIONS
     if unknown := sorted(set(names) - set(PRECISIONS)):
         raise UnsupportedModelError(f"unknown precision {unknown[0]!r}; expected of {', '.join(PRECISIONS)}")
     return tuple(names)

@@ -26,7 +26,7 @@ QUANTIZERS = (
     Tool("bfloat16-openvino", "quantizer", "OpenVINO's own bfloat16, certified instead of by default", "openvino"),
     Tool("float16-torch", "quantizer", "FP16 on a GPU, layers that would overflow kept in float", "torch"),
     Tool("tf32-torch", "quantizer", "TF32 on a GPU, certified instead of by default", "torch"),
-    Tool("float8-torch", "quantizer", "FP8 (e4m3) values and storage on a GPU of Hopper's generation", "torch"),
+    Tool("float8-torch", "quantizer", "FP8 (e4m3) matrix products on a GPU of Hopper's generation, scales of powers of two", "torch"),
     Tool("int8-trained", "quantizer", "quantization-aware training in torch, exported as it was trained (rt.qat)", "torch"),
 )
 ANALYSES = (

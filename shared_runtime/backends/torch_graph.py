@@ -18,6 +18,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from shared_runtime.backends import torch_float8
 from shared_runtime.backends.torch_operators import HOST_INPUTS, OPERATORS, Attributes, UnsupportedOperator, torch_dtype
 from shared_runtime.graph.passes.simplify import ConstantFolding
 
@@ -58,6 +59,7 @@ class GraphProgram:
     def __init__(self, graph: Path, device: str, channels_last: bool = False) -> None:
         proto = onnx.load(str(graph))
         ConstantFolding().apply(proto)
+        torch_float8.fuse(proto)
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):
             raise UnsupportedOperator(f"operators {missing} have no torch form here")
         self.steps = [Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n)) for n in proto.graph.node]
@@ -72,7 +74,23 @@ class GraphProgram:
             if item.name in host or tensor.dtype == torch.int64:
                 self.constants[item.name] = tensor
             self._weights[item.name] = self.laid_out(tensor.to(device))
+        self._make_constants_ready()
         self._last = {name: index for index, step in enumerate(self.steps) for name in step.inputs}
+
+    def _make_constants_ready(self) -> None:
+        """Weights that are stored narrow are given back once, unless a product takes them as they are."""
+        later = []
+        for step in self.steps:
+            if step.kind == "DequantizeLinear" and all(name in self._weights for name in step.inputs if name):
+                given = [self._weights[name] if name else None for name in step.inputs]
+                self._weights[step.outputs[0]] = self.laid_out(step.operator(given, step.attributes))
+            else:
+                later.append(step)
+            if step.kind == torch_float8.KIND:
+                torch_float8.lay_out(step.inputs, step.attributes, self._weights)
+        self.steps = later
+        read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
+        self._weights = {name: value for name, value in self._weights.items() if name in read}
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """The tensor in channels-last memory where that is this program's layout."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from shared_runtime.backends import torch_float8
+
 Attributes = Mapping[str, Any]
 Operator = Callable[[list[Any], Attributes], Tensor]
 
@@ -116,7 +118,7 @@ def _slice(inputs: list[Any], attributes: Attributes) -> Tensor:
             index[axis % x.dim()] = slice(last + 1, first + 1)
             flipped.append(axis)
         else:
-            index[axis % x.dim()] = slice(start, end, step)
+            index[axis % x.dim()] = slice(min(start, x.shape[axis]), min(end, x.shape[axis]), step)
     result = x[tuple(index)]
     return result.flip(flipped) if flipped else result
 
@@ -325,6 +327,8 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Exp": lambda x, a: x[0].exp(),
     "Expand": _expand,
     "Flatten": lambda x, a: x[0].reshape(math.prod(x[0].shape[: a.get("axis", 1)]), -1),
+    torch_float8.KIND: torch_float8.multiply,
+    torch_float8.KIND: torch_float8.multiply,
     "Floor": lambda x, a: x[0].floor(),
     "Gather": _gather,
     "Gelu": lambda x, a: functional.gelu(x[0], approximate=a.get("approximate", "none")),

@@ -111,9 +111,10 @@ def _rapl() -> Any:
 def _nvml() -> Any:
     try:
         import pynvml
+        import torch
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:
         raise BackendUnavailableError(f"energy can't be measured: NVML gives no counter ({error}); pip install nvidia-ml-py") from error

@@ -17,9 +17,7 @@ from shared_runtime.quantization.samples import SampleStore
 if TYPE_CHECKING:
     from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
 
-DEFAULT_PRECISIONS = ("int8", "bfloat16", "float16")
-PRECISIONS = (*DEFAULT_PRECISIONS, "float8")
-"""FP8 is made where it is asked for: it saves memory, and no time yet."""
+PRECISIONS = ("int8", "bfloat16", "float16", "tf32", "float8")
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,12 @@ def _static(model: Model, data: SampleStore) -> Iterator[Form]:
 def _cuda(model: Model) -> list[FormMaker]:
     if "torch" not in backends() or not backends()["torch"].availability("cuda").available:
         return []
-    from shared_runtime.quantization.gpu import Float8, Float16, Tf32
+    from shared_runtime.quantization.gpu import PRODUCTS, Float8, Float16, Tf32
 
     made = [
         FormMaker("float16-torch", "float16", lambda data: one(Float16(model, data))),
-        FormMaker("tf32-torch", "float16", lambda data: one(Tf32(model))),
+        FormMaker("tf32-torch", "tf32", lambda data: one(Tf32(model))),
     ]
-    if Float8.supported():
+    if Float8.supported() and any(node.op_type in PRODUCTS for node in onnx.load(str(model.graph), load_external_data=False).graph.node):
         made.append(FormMaker("float8-torch", "float8", lambda data: one(Float8(model, data))))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -12,15 +13,20 @@ from onnx import TensorProto, helper, numpy_helper
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.lean import lean
-from shared_runtime.graph.passes.base import plain_session, prepared
+from shared_runtime.graph.passes.base import PassRefused, plain_session, prepared
 from shared_runtime.graph.passes.precision import to_float16
+from shared_runtime.graph.passes.simplify import OpsetUpgrade
 from shared_runtime.model import Model
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import Variant, VariantFacts
 
 LARGEST_FLOAT8 = 448.0
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+PRODUCTS = ("Gemm", "MatMul")
+LAYERS = ("Conv", "ConvTranspose", *PRODUCTS)
+MULTIPLE = 16
+"""What both sides of a matrix in FP8 are multiples of, or the hardware does not take it."""
 
 
 class _TorchForm:
@@ -80,24 +86,32 @@ class Float16(_TorchForm):
 
 
 class Float8(_TorchForm):
-    """Weights (a scale a channel) and activations (one scale) of matrix products and convolutions in e4m3, the rest in half
-    precision. torch multiplies what was rounded to FP8 in half precision: the size and the values of FP8, not its speed."""
+    """Products with a constant matrix in FP8 (e4m3, one scale for the matrix and one for what it is multiplied with), which the torch
+    backend gives to the GPU's FP8 units; the rest, convolutions among it, in half precision.
 
-    passes = ("fp8 e4m3",)
+    Scales are powers of two: a floating-point format loses nothing by that, and half precision holds them exactly.
+    """
+
+    passes = ("fp16", "fp8 e4m3")
 
     def __init__(self, model: Model, calibration: SampleStore, device: str = "cuda") -> None:
         super().__init__(model)
         self.facts = VariantFacts("float8-torch", "float8", "torch", device, "model.onnx")
-        self._float = prepared(onnx.load(str(model.graph)))
-        self._peaks = tensor_peaks(self._float, calibration)
-        constant = {item.name for item in self._float.graph.initializer}
-        self.layers = tuple(
-            node.name
-            for node in self._float.graph.node
-            if node.op_type in LAYERS and node.input[1] in constant and node.input[0] in self._peaks
-        )
+        plain = prepared(onnx.load(str(model.graph)))
+        with contextlib.suppress(PassRefused):
+            OpsetUpgrade().apply(plain)  # FP8 in half precision is of operator set 19; the torch backend reads it in older ones too
+        peaks = tensor_peaks(plain, calibration)
+        self._half = to_float16(plain, peaks)
+        constants = {item.name: item for item in self._half.graph.initializer if item.data_type == TensorProto.FLOAT16}
+        sources = {node.name: node.input[0] for node in plain.graph.node if node.op_type in PRODUCTS}
+        self._peaks = {
+            node.name: peaks[sources[node.name]]
+            for node in self._half.graph.node
+            if node.op_type in PRODUCTS and node.input[1] in constants and sources[node.name] in peaks and takes(constants[node.input[1]])
+        }
+        self.layers = tuple(self._peaks)
         if not self.layers:
-            raise UnsupportedModelError(f"{model.name!r} has no layer for FP8 ({', '.join(LAYERS)} with constant weights)")
+            raise UnsupportedModelError(f"{model.name!r} has no product with a constant matrix of sides that are multiples of {MULTIPLE}")
 
     @staticmethod
     def supported() -> bool:
@@ -108,47 +122,47 @@ class Float8(_TorchForm):
 
     def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
         proto = onnx.ModelProto()
-        proto.CopyFrom(self._float)
-        weights = {item.name: item for item in proto.graph.initializer}
+        proto.CopyFrom(self._half)
+        graph = proto.graph
+        weights = {item.name: item for item in graph.initializer}
+        zero = numpy_helper.from_array(np.array(0, _FLOAT8), "float8_zero")
         nodes: list[onnx.NodeProto] = []
         done: set[str] = set()
-        zero = helper.make_tensor("float8_zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
-        for node in proto.graph.node:
-            if node.name in self.layers and node.name not in reverted:
-                source, weight = node.input[0], node.input[1]
-                tag = f"{source}_float8"
-                if tag not in done:
-                    scale = np.float32(max(self._peaks[source], 1e-12) / LARGEST_FLOAT8)
-                    proto.graph.initializer.append(numpy_helper.from_array(np.array(scale), f"{tag}_scale"))
-                    nodes.append(helper.make_node("QuantizeLinear", [source, f"{tag}_scale", zero.name], [tag]))
-                    nodes.append(helper.make_node("DequantizeLinear", [tag, f"{tag}_scale"], [f"{tag}_back"]))
-                    done.add(tag)
+        for node in graph.node:
+            if node.name in self._peaks and node.name not in reverted:
+                source, weight = node.input[:2]
+                if source not in done:
+                    scale = _scale(self._peaks[node.name], f"{source}_scale")
+                    graph.initializer.append(scale)
+                    nodes.append(helper.make_node("QuantizeLinear", [source, scale.name, zero.name], [f"{source}_float8"]))
+                    nodes.append(helper.make_node("DequantizeLinear", [f"{source}_float8", scale.name], [f"{source}_back"]))
                 if weight not in done:
-                    nodes.append(_weight_node(proto, weights[weight], node))
-                    done.add(weight)
-                node.input[0], node.input[1] = f"{tag}_back", f"{weight}_back"
+                    values = numpy_helper.to_array(weights[weight]).astype(np.float32)
+                    scale = _scale(float(np.abs(values).max(initial=0)), f"{weight}_scale")
+                    stored = (values / numpy_helper.to_array(scale).astype(np.float32)).astype(_FLOAT8)
+                    graph.initializer.extend([numpy_helper.from_array(stored, f"{weight}_float8"), scale])
+                    nodes.append(helper.make_node("DequantizeLinear", [f"{weight}_float8", scale.name], [f"{weight}_back"]))
+                done |= {source, weight}
+                node.input[0], node.input[1] = f"{source}_back", f"{weight}_back"
             nodes.append(node)
-        proto.graph.initializer.append(zero)
+        graph.initializer.append(zero)
         used = {name for node in nodes for name in node.input}
-        kept = [item for item in proto.graph.initializer if item.name in used]
-        del proto.graph.node[:], proto.graph.initializer[:]
-        proto.graph.node.extend(nodes)
-        proto.graph.initializer.extend(kept)
+        kept = [item for item in graph.initializer if item.name in used]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(kept)
         return proto
 
 
-def _weight_node(proto: onnx.ModelProto, item: TensorProto, node: onnx.NodeProto) -> onnx.NodeProto:
-    """Store a weight in FP8 with one scale a channel; the node that gives it back."""
-    values = numpy_helper.to_array(item)
-    axis = 0 if node.op_type == "Conv" else 1 if node.op_type == "ConvTranspose" else values.ndim - 1
-    if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
-        axis = 0
-    others = tuple(a for a in range(values.ndim) if a != axis)
-    scale = np.maximum(np.abs(values).max(axis=others) / LARGEST_FLOAT8, 1e-12).astype(np.float32)
-    shape = [-1 if a == axis else 1 for a in range(values.ndim)]
-    stored = helper.make_tensor(f"{item.name}_float8", TensorProto.FLOAT8E4M3FN, values.shape, (values / scale.reshape(shape)).ravel())
-    proto.graph.initializer.extend([stored, numpy_helper.from_array(scale, f"{item.name}_scale")])
-    return helper.make_node("DequantizeLinear", [stored.name, f"{item.name}_scale"], [f"{item.name}_back"], axis=axis)
+def takes(matrix: TensorProto) -> bool:
+    """Whether the FP8 units take a constant."""
+    return len(matrix.dims) == 2 and not any(side % MULTIPLE for side in matrix.dims)
+
+
+def _scale(peak: float, name: str) -> TensorProto:
+    """The power of two that brings `peak` within FP8's range, as a constant in half precision."""
+    exponent = np.ceil(np.log2(max(peak, 1e-12) / LARGEST_FLOAT8))
+    return numpy_helper.from_array(np.array(2.0 ** np.clip(exponent, -24, 15), np.float16), name)
 
 
 def tensor_peaks(proto: onnx.ModelProto, calibration: SampleStore) -> dict[str, float]:

@@ -1,0 +1,82 @@
+"""Matrix products in FP8 (e4m3) as one call each, in place of QuantizeLinear, DequantizeLinear, MatMul or Gemm, and Add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from shared_runtime.graph.passes.base import GraphEditor, attribute
+
+KIND = "Float8MatMul"
+_PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+
+
+def fuse(proto: onnx.ModelProto) -> int:
+    """Write the half-precision products of two FP8 matrices with one scale each as nodes `KIND`; how many there are.
+
+    Such a node reads x (..., K), its scale, the weight (K, N), or (N, K) with `transB`, its scale, and a bias (N,) or nothing.
+    """
+    editor, absorbed, count = GraphEditor(proto), set(), 0
+    for node in proto.graph.node:
+        plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and all(attribute(node, k, v) == v for k, v in _PLAIN.items()))
+        if not plain or (x := _in_float8(editor, node.input[0])) is None or (w := _in_float8(editor, node.input[1])) is None:
+            continue
+        weight, turned = editor.constants.get(w[0]), attribute(node, "transB", 0)
+        if weight is None or len(weight.dims) != 2 or any(side % 16 for side in weight.dims):  # what the hardware takes
+            continue
+        columns = [weight.dims[0 if turned else 1]]
+        bias, result = node.input[2] if len(node.input) > 2 else "", node.output[0]
+        if bias and (bias not in editor.constants or list(editor.constants[bias].dims) != columns):
+            continue
+        if not bias and (reader := editor.only_reader(result)) is not None and reader.op_type == "Add":
+            found = [name for name in reader.input if name in editor.constants and list(editor.constants[name].dims) == columns]
+            if found:
+                bias, result = found[0], reader.output[0]
+                absorbed.add(result)
+        node.CopyFrom(helper.make_node(KIND, [*x, *w, bias], [result], node.name, transB=turned))
+        count += 1
+    read = {name for node in proto.graph.node for name in node.input} | editor.outputs
+    given_back = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    gone = absorbed | (given_back - read)
+    kept = [node for node in proto.graph.node if node.op_type == KIND or not gone & set(node.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    return count
+
+
+def _in_float8(editor: GraphEditor, name: str) -> tuple[str, str] | None:
+    """The FP8 tensor and the half-precision scale of which `name` is the product, or None."""
+    node = editor.maker.get(name)
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    stored, scale = editor.constants.get(node.input[0]), editor.constants.get(node.input[1])
+    if scale is None or scale.data_type != TensorProto.FLOAT16 or scale.dims:
+        return None
+    source = editor.maker.get(node.input[0])
+    if stored is None and source is not None and source.op_type == "QuantizeLinear" and len(source.input) > 2:
+        stored = editor.constants.get(source.input[2])  # the zero point, which says the type
+    if stored is None or stored.data_type != TensorProto.FLOAT8E4M3FN:
+        return None
+    return node.input[0], node.input[1]
+
+
+def lay_out(inputs: tuple[str, ...], attributes: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+    """Bring the constants of a node `KIND` to what the product takes: the weight column by column, scales in float32."""
+    x_scale, name, scale = inputs[1:4]
+    weights[name] = weights[name] if attributes.get("transB") else weights[name].t().contiguous().t()
+    for each in (x_scale, scale):
+        weights[each] = weights[each].float()
+
+
+def multiply(inputs: list[Any], attributes: Mapping[str, Any]) -> Tensor:
+    """x (..., K) and weight (K, N), both e4m3, with their scales (): (..., N) float16."""
+    x, x_scale, weight, scale, bias = inputs
+    weight = weight.t() if attributes.get("transB") else weight
+    rows = x.reshape(-1, x.shape[-1])
+    product = torch._scaled_mm(rows, weight, x_scale, scale, bias=bias, out_dtype=torch.float16, use_fast_accum=True)
+    return product.reshape(*x.shape[:-1], weight.shape[1])
