@@ -41,6 +41,7 @@ SEARCHED = (
     "gelu",
     "attention",
     "tree-regressor",
+    "einsum-to-matmul",
 )
 TRIALS = 24
 

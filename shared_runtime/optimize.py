@@ -46,7 +46,7 @@ SIMPLIFY = (
 """Passes that every reduced form starts from: they change no value that matters to quantization."""
 QUANTIZABLE_OPSET = 13
 """The operator set from which on INT8 has a scale a channel."""
-OURS = ("tree-regressor", "linear-layernorm")
+OURS = ("tree-regressor", "linear-layernorm", "einsum-to-matmul")
 """Exact passes that make a graph faster and that no engine has; what they make is a variant in float32 where it is faster here."""
 
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from shared_runtime.variants import Variant
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SMALL_BYTES, MOST_SHAPES = 1 << 16, 4
+SMALL_GRAPH = 4 << 20
+"""Up to this size a graph is loaded once more for each prepared shape: with its sizes known, nothing is left that computes them."""
 TENSORRT = "TensorrtExecutionProvider"
 LEAN = "lean"
 """Without memory patterns, for which a second block as large as all activations is held from the second run on."""
@@ -29,6 +32,9 @@ LEAN = "lean"
 SPINNING = "spinning"
 """As ONNX Runtime is installed: idle threads spin for tens of milliseconds after a run, so that they need not be woken for the
 next. It pays for runs below a millisecond or so, and takes the cores of whatever else runs meanwhile."""
+
+
+Fixed = Callable[[Mapping[str, int]], ort.InferenceSession]
 
 
 class _Bound:
@@ -70,8 +76,9 @@ class _Bound:
 class OnnxRuntimeExecutable:
     """One inference session; ONNX Runtime lets several threads run it at once."""
 
-    def __init__(self, session: ort.InferenceSession, graph: Path, device: str, precision: str) -> None:
-        self._session, self._graph, self.device, self.precision = session, graph, device, precision
+    def __init__(self, session: ort.InferenceSession, graph: Path, device: str, precision: str, fixed: Fixed | None = None) -> None:
+        """`fixed`: opens the graph once more with named dimensions of one size."""
+        self._session, self._graph, self.device, self.precision, self._fixed = session, graph, device, precision, fixed
         self._outputs = [output.name for output in session.get_outputs()]
         self._run = session._sess.run if device == "cpu" else None
         self._bound: list[_Bound] = []
@@ -84,7 +91,25 @@ class OnnxRuntimeExecutable:
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         plain = all(value.dtype.kind in "fiub" for value in (*inputs.values(), *outputs.values()))
         if plain and sum(value.nbytes for value in outputs.values()) <= SMALL_BYTES and all(v.size for v in inputs.values()):
-            self._bound.append(_Bound(self._session, inputs, outputs))
+            self._bound.append(_Bound(self._session_for(inputs), inputs, outputs))
+
+    def _session_for(self, inputs: Tensors) -> ort.InferenceSession:
+        """A session for exactly these shapes where the graph is small and has named dimensions, else the one for all."""
+        named = {
+            (name, size)
+            for item in self._session.get_inputs()
+            for name, size in zip(item.shape, inputs[item.name].shape, strict=True)
+            if isinstance(name, str)
+        }
+        sizes = dict(named)
+        if self._fixed is None or not sizes or len(sizes) < len(named) or self._graph.stat().st_size > SMALL_GRAPH:
+            return self._session
+        try:
+            session = self._fixed(sizes)
+            session.run(self._outputs, inputs)
+        except Exception:  # a graph may contradict what it says of its dimensions, and run all the same where they are not held to
+            return self._session
+        return session
 
     def run(self, inputs: Tensors) -> Tensors:
         for bound in self._bound:
@@ -153,11 +178,17 @@ class OnnxRuntimeBackend:
 
 def compile_file(name: str, graph: Path, device: str, threads: int, precision: str, mode: str = "") -> OnnxRuntimeExecutable:
     """An ONNX file made ready. Raises UnsupportedModelError, BackendUnavailableError."""
-    return OnnxRuntimeExecutable(_session(name, graph, _options(threads, mode), device, mode), graph, device, precision)
+
+    def fixed(sizes: Mapping[str, int]) -> ort.InferenceSession:
+        return _session(name, graph, _options(threads, mode, sizes), device, mode)
+
+    return OnnxRuntimeExecutable(_session(name, graph, _options(threads, mode), device, mode), graph, device, precision, fixed)
 
 
-def _options(threads: int, mode: str = "") -> ort.SessionOptions:
+def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = None) -> ort.SessionOptions:
     options = ort.SessionOptions()
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     options.enable_mem_pattern = mode != LEAN
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 import shared_runtime as rt
 from shared_runtime.backends.base import HardwareBackend, backends, specialise
+from shared_runtime.backends.onnxruntime import compile_file
 from shared_runtime.variants import Variant, VariantFacts
 
 NAMES = ["onnxruntime", "openvino", "torch"]
@@ -246,3 +247,25 @@ def test_rows_that_depend_on_one_another_are_not_shared_out(kind: str, tmp_path:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     with pytest.raises(rt.UnsupportedModelError, match="rows of 'g'"):
         specialise(backend.compile(rt.load(path), "cpu", 2, mode="streams"), {"x": np.ones((4, 3), np.float32)})
+
+
+def test_onnxruntime_knows_the_sizes_of_a_prepared_shape_and_takes_a_graph_that_contradicts_its_own(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"], axis=0),
+        helper.make_node("Squeeze", ["f"], ["flat"]),
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Reshape", ["flat", "s"], ["r"]),
+        helper.make_node("Add", ["r", "x"], ["y"]),
+    ]
+    both = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in ("x", "y")]
+    path = tmp_path / "square.onnx"
+    graph = helper.make_graph(nodes, "square", both[:1], both[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    executable = compile_file("square", path, "cpu", 1, "float32")
+    square, oblong = (np.arange(rows * 3, dtype=np.float32).reshape(rows, 3) for rows in (3, 2))
+    for inputs in (square, oblong):
+        specialise(executable, {"x": inputs})
+        np.testing.assert_array_equal(executable.run({"x": inputs})["y"], 2 * inputs)
+    assert executable._session_for({"x": square}).get_inputs()[0].shape == [3, 3]
+    assert executable._session_for({"x": oblong}) is executable._session
+    executable.close()

@@ -363,3 +363,40 @@ def test_attention_and_bfloat16_of_a_transformer(tmp_path: Path) -> None:
     half, result = applied(model, "bf16", (2, 6, 32))
     assert 1e-4 < result.difference < 5e-2
     assert any(item.data_type == TensorProto.BFLOAT16 for item in half.graph.initializer)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "expected"),
+    [
+        ("nlh,nh->nl", ((2, 5, 3), (2, 3)), ["Unsqueeze", "MatMul", "Squeeze"]),
+        ("nl,nlh->nh", ((2, 5), (2, 5, 3)), ["Unsqueeze", "MatMul", "Squeeze"]),
+        ("bhqd,bhkd->bhqk", ((2, 3, 4, 5), (2, 3, 6, 5)), ["Transpose", "MatMul"]),
+        ("ij,jk->ki", ((4, 5), (5, 6)), ["MatMul", "Transpose"]),
+        ("bi,bi->b", ((2, 7), (2, 7)), ["Unsqueeze", "Unsqueeze", "MatMul", "Squeeze", "Squeeze"]),
+    ],
+)
+def test_an_einsum_over_one_index_becomes_a_product(tmp_path: Path, equation: str, shapes: Any, expected: list[str]) -> None:
+    graph = [node("Einsum", ["a", "b"], "y", equation=equation)]
+    inputs = {name: ["batch", *shape[1:]] for name, shape in zip("ab", shapes, strict=True)}
+    model = onnx.load(save(tmp_path / "graph.onnx", graph, {}, inputs, {"y": ["rows"] * len(equation.split("->")[1])}))
+    probe = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in zip("ab", shapes, strict=True)}
+    changed, result = run_pass(model, passes()["einsum-to-matmul"], [probe])
+    assert not result.refused
+    assert kinds(changed) == expected
+
+
+@pytest.mark.parametrize("equation", ["ij,kl->ijkl", "bij,bij->b", "i...,i...->...", "ii,ij->j", "ijk,kl->ijl"])
+def test_an_einsum_that_is_no_such_product_is_left(tmp_path: Path, equation: str) -> None:
+    rank = len(equation.split("->")[1].replace("...", ""))
+    ranks = [len(part.replace("...", "x")) for part in equation.split("->")[0].split(",")]
+    inputs = {name: ["n"] * size for name, size in zip("ab", ranks, strict=True)}
+    graph = [node("Einsum", ["a", "b"], "y", equation=equation)]
+    output = helper.make_graph(
+        graph,
+        "test",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"] * max(rank, 1))],
+    )
+    model = helper.make_model(output, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    assert passes()["einsum-to-matmul"].apply(model) == 0
+    assert kinds(model) == ["Einsum"]

@@ -278,3 +278,64 @@ class OpsetUpgrade:
             raise PassRefused(f"onnx's converter can't: {' '.join(str(error).split())[:200]}") from error
         model.CopyFrom(converted)
         return 1
+
+
+class EinsumToMatMul:
+    """A sum of products over one index as a MatMul, which engines have fast code for; between a Transpose, an Unsqueeze and a Squeeze
+    where its operands need them."""
+
+    name, summary, tolerance, engine = "einsum-to-matmul", "write a sum of products over one index as MatMul", EXACT, ""
+
+    def apply(self, model: onnx.ModelProto, **options: Any) -> int:
+        if opset(model) < 13:
+            raise PassRefused(f"the graph has operator set {opset(model)}; 13 is needed")
+        nodes: list[onnx.NodeProto] = []
+        changes = 0
+        for node in model.graph.node:
+            made = self._product(model, node) if node.op_type == "Einsum" and len(node.input) == 2 else []
+            nodes += made or [node]
+            changes += bool(made)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        return changes
+
+    def _product(self, model: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The nodes in place of an Einsum; none where it is no product of two matrices, one pair for each index that all share."""
+        equation = attribute(node, "equation", b"").decode().replace(" ", "")
+        operands, arrow, result = equation.partition("->")
+        first, _, second = operands.partition(",")
+        if not arrow or not f"{first}{second}{result}".isalpha() or any(len(set(part)) < len(part) for part in (first, second, result)):
+            return []
+        shared = [label for label in result if label in first and label in second]
+        summed = [label for label in first if label in second and label not in result]
+        rows, columns = ([label for label in part if label not in shared + summed] for part in (first, second))
+        if len(summed) != 1 or len(rows) > 1 or len(columns) > 1 or sorted(result) != sorted(shared + rows + columns):
+            return []
+        made: list[onnx.NodeProto] = []
+
+        def then(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
+            made.append(onnx.helper.make_node(kind, inputs, [f"{node.output[0]}_{what}"], f"{node.name or node.output[0]}_{what}", **attributes))
+            return made[-1].output[0]
+
+        def axis(at: int, what: str) -> str:
+            item = onnx.numpy_helper.from_array(np.array([at], np.int64), f"{node.output[0]}_{what}_axis")
+            model.graph.initializer.append(item)
+            return item.name
+
+        def operand(name: str, have: str, want: list[str], missing: int | None, what: str) -> str:
+            order = [have.index(label) for label in want]
+            if order != sorted(order):
+                name = then("Transpose", [name], f"{what}_turned", perm=order)
+            return name if missing is None else then("Unsqueeze", [name, axis(missing, what)], what)
+
+        at = len(shared)
+        a = operand(node.input[0], first, [*shared, *rows, *summed], None if rows else at, "rows")
+        b = operand(node.input[1], second, [*shared, *summed, *columns], None if columns else at + 1, "columns")
+        value, labels = then("MatMul", [a, b], "product"), [*shared, *rows, *columns]
+        for kept, place, what in ((columns, at + 1, "column"), (rows, at, "row")):
+            if not kept:
+                value = then("Squeeze", [value, axis(place, what)], f"without_{what}")
+        if labels != list(result):
+            then("Transpose", [value], "ordered", perm=[labels.index(label) for label in result])
+        made[-1].output[0] = node.output[0]
+        return made
