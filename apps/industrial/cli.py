@@ -90,14 +90,14 @@ def teach(
     for warning in facts.warnings:
         console.print(f"[yellow]check:[/yellow] {warning}")
     console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {sum(taught.seconds.values()):.1f} s")
-    console.print(f"{advice(facts.defects)} (--defects DIR)")
+    console.print(f"{advice(facts.good, facts.defects)} (--defects DIR)")
     write_json(
         {
             "recipe": msgspec.to_builtins(facts),
             "outliers": taught.outliers,
             "skipped": taught.skipped,
             "seconds": {k: round(v, 2) for k, v in taught.seconds.items()},
-            "advice": advice(facts.defects),
+            "advice": advice(facts.good, facts.defects),
         },
         json,
     )

@@ -96,7 +96,8 @@ class IndustrialService:
 
     def advice(self, name: str) -> str:
         """What ten more labelled defects would bring the recipe. Raises RecipeNotFoundError."""
-        return advice(self.recipes.facts(name).defects)
+        facts = self.recipes.facts(name)
+        return advice(facts.good, facts.defects)
 
     def submit(self, content: bytes, recipe: str, station: str = "station-1", serial: str = "", lot: str = "", event_time: str = "") -> str:
         """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here."""

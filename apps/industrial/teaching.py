@@ -137,8 +137,15 @@ def found_of_hundred(defects: int) -> float:
     return float(np.interp(np.log1p(defects), np.log1p(numbers), found))
 
 
-def advice(defects: int) -> str:
-    """What ten more labelled defects would bring, for the operator."""
+def advice(good: int, defects: int) -> str:
+    """What more good parts and ten more labelled defects would bring, for the operator."""
+    if good < regions.FEWEST:
+        more = f"from {regions.FEWEST} good parts on ({good} now) the defect map also learns what a foreign region looks like"
+        return f"{more}; {_advice(defects)}"
+    return _advice(defects)
+
+
+def _advice(defects: int) -> str:
     more = found_of_hundred(defects + 10) - found_of_hundred(defects)
     known = f"{defects} labelled defects are known" if defects else "no labelled defect is known"
     if more < 1:
@@ -193,15 +200,7 @@ def _regions(
     """What can be learned of regions from good images, and their maps; None where there are too few."""
     if len(images) < regions.FEWEST:
         return None
-    looked, expected = 0, min(regions.EACH * len(images), 2 * regions.PATCHED)
-
-    def look(some: Sequence[Pixels]) -> dict[str, np.ndarray]:
-        nonlocal looked
-        looked += len(some)
-        report("patching", looked / expected)
-        return features(session, some)
-
-    return regions.Regions.fit(images, seen, look)
+    return regions.Regions.fit(images, seen, lambda some: features(session, some), report=lambda share: report("patching", share))
 
 
 def _aspect(images: Sequence[Pixels]) -> tuple[float, float]:

@@ -262,8 +262,10 @@ def test_more_outlined_defects_have_more_say() -> None:
     assert weights == sorted(weights)
     assert weights[-1] < 1
     assert learned_weight(labelled * 40) < learned_weight(outlined * 40)
-    assert "ten more held about" in advice(0)
-    assert "brought little" in advice(500)
+    assert "ten more held about" in advice(200, 0)
+    assert "brought little" in advice(200, 500)
+    assert "from 50 good parts on (48 now)" in advice(48, 0)
+    assert "from 50 good parts on" not in advice(50, 0)
 
 
 def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ good parts with patches (`synthesis.patches`). What it gives on magnetic tiles: 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 from apps.industrial.features import MAP
@@ -25,9 +27,9 @@ LAYERS = {"fine": 0.25, "coarse": 0.5, "half": 0.25}
 """Outputs of `texture-features`, each judged by a network of its own, and what each has to say."""
 FEWEST = 50
 """Good images below which nothing is learned: it takes half a minute, and few parts teach too little."""
-EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 450, 1024
+EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 900, 1024
 """Patched images for each good one of a half, but at most PATCHED; places of each that are learned from; steps of learning."""
-HIDDEN, PENALTY, RATE = 64, 10.0, 2e-3
+HIDDEN, PENALTY, RATE = 32, 10.0, 2e-3
 CLIP, SOFT, WEIGHT = 6.0, 2.5, 3.0
 """`SOFT`: sigma in cells that the map is smoothed by; `WEIGHT`: its say beside the statistics of places."""
 Look = Callable[[Sequence[Pixels]], Mapping[str, Array]]
@@ -59,8 +61,16 @@ class Regions:
     """Two for each layer; each learned from one half of the good images."""
 
     @classmethod
-    def fit(cls, images: Sequence[Pixels], seen: Mapping[str, Array], look: Look, seed: int = 0) -> tuple[Regions, Array]:
-        """Learn from N good `images`, FEWEST at least, of which the network said `seen`; `look` asks it about others.
+    def fit(
+        cls,
+        images: Sequence[Pixels],
+        seen: Mapping[str, Array],
+        look: Look,
+        seed: int = 0,
+        report: Callable[[float], None] = lambda share: None,
+    ) -> tuple[Regions, Array]:
+        """Learn from N good `images`, FEWEST at least, of which the network said `seen`; `look` asks it about others, and
+        `report` gets the share of them that is done.
 
         Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught.
         """
@@ -70,8 +80,12 @@ class Regions:
         deviation = tuple(np.asarray(layer.std(axis=0) + 0.1 * s + 1e-4, np.float32) for layer, s in zip(layers, spread, strict=True))
         plain, halves = cls(mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
         heads, maps = [], np.zeros((len(images), MAP, MAP), np.float32)
-        for own, rest in (halves, halves[::-1]):
-            patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]))
+        for half, (own, rest) in enumerate((halves, halves[::-1])):
+
+            def of_half(share: float, half: int = half) -> None:
+                report((half + share) / 2)
+
+            patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]), of_half)
             learned = []
             for level, name in enumerate(LAYERS):
                 unseen = plain._described(level, seen[name][rest])
@@ -124,7 +138,7 @@ class Regions:
         return cls(mean, deviation, tuple((head(level, 0), head(level, 1)) for level in levels))
 
 
-def _patches(images: Sequence[Pixels], look: Look, rng: np.random.Generator) -> dict[str, Array]:
+def _patches(images: Sequence[Pixels], look: Look, rng: np.random.Generator, report: Callable[[float], None]) -> dict[str, Array]:
     """What the network says of patched images, on the grid in half precision, and the `outline` of each (N, GRID, GRID)."""
     parts: dict[str, list[NDArray[np.float16]]] = {name: [] for name in (*LAYERS, "outline")}
     number = min(EACH * len(images), PATCHED)
@@ -135,6 +149,7 @@ def _patches(images: Sequence[Pixels], look: Look, rng: np.random.Generator) -> 
         for name in LAYERS:
             parts[name].append(_on_grid(seen[name]).astype(np.float16))
         parts["outline"].append(np.stack([cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for _, m in made]).astype(np.float16))
+        report(min(1.0, (start + 32) / number))
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
@@ -144,9 +159,13 @@ def _learned(described: Array, outline: Array, unseen: Array, seed: int) -> _Hea
     chosen = rng.random((len(described), GRID * GRID)).argsort(axis=1)[:, :CELLS]
     x = np.take_along_axis(described.reshape(len(described), GRID * GRID, -1), chosen[:, :, None], axis=1).reshape(-1, described.shape[3])
     y = np.take_along_axis(outline.reshape(len(outline), -1) > 0.5, chosen, axis=1).ravel()
-    network = MLPClassifier((HIDDEN,), batch_size=BATCH, alpha=PENALTY, learning_rate_init=RATE, random_state=seed)
-    for _ in range(max(1, STEPS * BATCH // len(x))):
-        network.partial_fit(x, y, classes=[False, True])
+    order = np.random.RandomState(seed)
+    network = MLPClassifier((HIDDEN,), batch_size=BATCH, alpha=PENALTY, max_iter=1, warm_start=True, random_state=order)
+    passes = max(1, STEPS * BATCH // len(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # each pass is a fit of its own, at a rate that falls
+        for done in range(passes):
+            network.set_params(learning_rate_init=RATE * (1 - done / passes)).fit(x, y)
     (first, second), (first_bias, second_bias) = network.coefs_, network.intercepts_
     head = _Head(*(np.asarray(v, np.float32) for v in (first, first_bias, second, second_bias, [0, 1])))
     logits = head.logits(unseen)

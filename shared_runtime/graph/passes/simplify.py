@@ -314,8 +314,9 @@ class EinsumToMatMul:
         made: list[onnx.NodeProto] = []
 
         def then(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
-            made.append(onnx.helper.make_node(kind, inputs, [f"{node.output[0]}_{what}"], f"{node.name or node.output[0]}_{what}", **attributes))
-            return made[-1].output[0]
+            name = f"{node.output[0]}_{what}"
+            made.append(onnx.helper.make_node(kind, inputs, [name], name, **attributes))
+            return name
 
         def axis(at: int, what: str) -> str:
             item = onnx.numpy_helper.from_array(np.array([at], np.int64), f"{node.output[0]}_{what}_axis")
