@@ -376,25 +376,32 @@ def _torch_peers(model: rt.Model, module: Any, inputs: Sample, device: str) -> I
 def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], str]) -> list[str]:
     """The page's part on the optimiser."""
     lines: list[str] = []
-    for file, title in (("optimise", "The optimiser on a CPU"), ("optimise_gpu", "The optimiser on a GPU")):
+    for file, title in (
+        ("optimise", "The optimiser on a CPU"),
+        ("optimise_amx", "The optimiser on a CPU with AMX"),
+        ("optimise_gpu", "The optimiser on a GPU"),
+    ):
         if not (found := load(file)):
             continue
         r = found["result"]
-        place = where(found) if file == "optimise" else f"{found['host']['gpus'][0]['name']}, torch 2.11"
+        on_gpu = file == "optimise_gpu"
+        place = where(found) if not on_gpu else f"{found['host']['gpus'][0]['name']}, torch 2.11"
         lines += [
             f"## {title}",
             "",
             f"`triscope bench optimise`, {place}; each model's contenders in one interleaved run, numpy arrays in and out.",
         ]
         lines += ["Ratios are medians of paired rounds with 95 % intervals, above 1 where Triscope is faster. Peers as installed.", ""]
-        lines += ["| model | rows | runs in | best peer | peer / Triscope | ONNX Runtime / Triscope |", "|---|---|---|---|---|---|"]
+        last = "median [ms]" if on_gpu else "ONNX Runtime / Triscope"
+        lines += [f"| model | rows | runs in | best peer | peer / Triscope | {last} |", "|---|---|---|---|---|---|"]
         for name, model in r["models"].items():
             for rows, speed in model["speed"].items():
                 low, high = speed["interval_best"]
                 precision = model["precision"].get(rows, next(iter(model["precision"].values())))
                 ort = speed["ratio_onnxruntime"]
                 ratio = f"{speed['ratio_best']:.2f} ({low:.2f} to {high:.2f})"
-                lines.append(f"| {name} | {rows} | {precision} | {speed['best_peer']} | {ratio} | {'' if ort is None else f'{ort:.2f}'} |")
+                own = f"{speed['ms']:.2f}" if on_gpu else "" if ort is None else f"{ort:.2f}"
+                lines.append(f"| {name} | {rows} | {precision} | {speed['best_peer']} | {ratio} | {own} |")
         lines += ["", *([r["note"], ""] if r.get("note") else [])]
         if r.get("geometric_mean_single"):
             lines += [
