@@ -1,7 +1,7 @@
 """Peak memory and time of a 3-D U-Net of nnU-Net's size over a volume of 512 x 512 x 256 voxels, a process a contender.
 
 Contenders see the same windows (no overlap unless TRISCOPE_BENCH_OVERLAP says so) and end with labels: ONNX Runtime as
-installed in MONAI's sliding window, ONNX Runtime in rt.SlidingWindow, and Triscope's plan for memory.
+installed in MONAI's sliding window, ONNX Runtime in rt.SlidingWindow, and Triscope's plan for memory with and without reduced forms.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def _timed(session: Any, image: Any) -> Result:
     return labels, time.perf_counter() - begin
 
 
-def _triscope(model: rt.Model, image: Any) -> Result:
+def _triscope(model: rt.Model, image: Any, variant: str | None = None) -> Result:
     probe = {"image": np.zeros((1, 1, *(SIDE,) * 3), np.float32)}
     plans = Path(sys.argv[4]).parent / "plans"
-    with rt.Session(model, "cpu", objective="memory", plans=plans, probe=probe, ladder=(1,), budget_s=30) as session:
+    with rt.Session(model, "cpu", variant=variant, objective="memory", plans=plans, probe=probe, ladder=(1,), budget_s=30) as session:
         begin = time.perf_counter()
         session.prepare()
         print(f"  planned in {time.perf_counter() - begin:.0f} s: {session.plan.describe()}", flush=True)
@@ -119,10 +119,11 @@ CONTENDERS: dict[str, Callable[[rt.Model, Any], Result]] = {
     "ONNX Runtime, MONAI's window": _monai,
     "ONNX Runtime, rt.SlidingWindow": _plain,
     "Triscope, planned for memory": _triscope,
+    "the same in float32 alone": lambda model, image: _triscope(model, image, "float32"),
 }
 
 
-IMPORTS = dict(zip(CONTENDERS, (("onnxruntime", "monai.inferers"), ("onnxruntime",), ("openvino",)), strict=True))
+IMPORTS = dict(zip(CONTENDERS, (("onnxruntime", "monai.inferers"), ("onnxruntime",), ("openvino",), ("openvino",)), strict=True))
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ class RecipeBook:
         if checked_name(name) in self.names():
             return self.root / name
         near = difflib.get_close_matches(name, self.names(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names()) or 'none yet'}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names()) or 'none yet'}."
         raise RecipeNotFoundError(f"no recipe {name!r}; {hint} Teach one with 'triscope industrial teach --good DIR --recipe {name}'")
 
     def facts(self, name: str) -> Facts:
