@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,8 @@ class SlidingWindow:
 
     def slabs(self, volume: Array) -> Iterator[tuple[tuple[slice, ...], Array]]:
         """The scores of `volume` ((C, *spatial), an array or a memory map) slab by slab: where each lies in the volume, and
-        its scores (classes, *slab) float32, valid until the next is asked for. Slabs come in order and cover the volume once.
+        its scores (classes, *slab) float32, valid until the next is asked for. Slabs come in order and cover the volume once;
+        where no windows overlap, each is one window.
 
         Raises InputError where the volume does not fit the window, ModelError where the model's output is not one of windows.
         """
@@ -61,6 +62,9 @@ class SlidingWindow:
         size = volume.shape[1:]
         axis = max(range(rank), key=lambda a: size[a] / self._window[a])
         starts = [_starts(size[a], self._window[a], self._overlap) for a in range(rank)]
+        if all(after - before >= w for along, w in zip(starts, self._window, strict=True) for before, after in pairwise(along)):
+            yield from self._apart(volume, list(product(*starts)))
+            return
         sums = [_sum(starts[a], self._weights[a], size[a]) for a in range(rank)]
         grid = list(product(*(starts[a] for a in range(rank) if a != axis)))
         buffer: Array | None = None
@@ -68,7 +72,7 @@ class SlidingWindow:
             corners = [(*rest[:axis], start, *rest[axis:]) for rest in grid]
             for first in range(0, len(corners), self._rows):
                 some = corners[first : first + self._rows]
-                scores = self._scores(volume, some)
+                scores = self._weighted(volume, some)
                 if buffer is None:
                     spans = [max(size[a], self._window[a]) if a != axis else self._window[a] for a in range(rank)]
                     buffer = np.zeros((scores.shape[1], *spans), np.float32)
@@ -108,8 +112,25 @@ class SlidingWindow:
         assert labels is not None
         return labels
 
+    def _apart(self, volume: Array, corners: list[tuple[int, ...]]) -> Iterator[tuple[tuple[slice, ...], Array]]:
+        """As `slabs`, of windows that do not overlap."""
+        for first in range(0, len(corners), self._rows):
+            some = corners[first : first + self._rows]
+            for one, corner in zip(self._scores(volume, some), some, strict=True):
+                where = tuple(slice(c, min(c + w, n)) for c, w, n in zip(corner, self._window, volume.shape[1:], strict=True))
+                yield where, one[(slice(None), *(slice(0, part.stop - part.start) for part in where))]
+
+    def _weighted(self, volume: Array, corners: list[tuple[int, ...]]) -> Array:
+        """`_scores`, the more the nearer to the middle of a window."""
+        scores = self._scores(volume, corners)
+        if not scores.flags.writeable:
+            scores = scores.copy()
+        for axis, weights in enumerate(self._weights):
+            scores *= _along(weights, axis, len(self._window))
+        return scores
+
     def _scores(self, volume: Array, corners: list[tuple[int, ...]]) -> Array:
-        """Weighted scores (windows, classes, *window) of the windows at `corners`; what lies outside the volume is zero."""
+        """Scores (windows, classes, *window) float32 of the windows at `corners`; what lies outside the volume is zero."""
         inputs = np.zeros((len(corners), volume.shape[0], *self._window), self._input.dtype)
         for row, corner in zip(inputs, corners, strict=True):
             part = volume[(slice(None), *(slice(c, c + w) for c, w in zip(corner, self._window, strict=True)))]
@@ -120,12 +141,7 @@ class SlidingWindow:
                 f"{self._session.model.name!r} gives {self._output!r} of shape {list(scores.shape)} for a window of {list(self._window)}; "
                 "a sliding window needs scores (batch, classes, *window)"
             )
-        scores = np.ascontiguousarray(scores, np.float32)
-        if not scores.flags.writeable:
-            scores = scores.copy()
-        for axis, weights in enumerate(self._weights):
-            scores *= _along(weights, axis, len(self._window))
-        return scores
+        return np.ascontiguousarray(scores, np.float32)
 
 
 def _weights(size: int) -> Array:

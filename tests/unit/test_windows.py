@@ -65,6 +65,23 @@ def test_the_blend_is_the_weighted_mean_of_its_windows(tmp_path: Path) -> None:
         np.testing.assert_allclose(rt.SlidingWindow(ready, (8, 8), overlap=0.25).scores(image), total / weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (24, 5), (3, 8)])
+def test_windows_that_do_not_overlap_are_handed_on_one_by_one(shape: tuple[int, int], tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    kernel = generator.standard_normal((2, 1, 3, 3)).astype(np.float32)
+    image = generator.standard_normal((1, *shape)).astype(np.float32)
+    padded = np.pad(image, ((0, 0), *((0, -n % 8) for n in shape)))
+    expected = np.zeros((2, *padded.shape[1:]), np.float32)
+    with session(network(tmp_path / "m.onnx", kernel), tmp_path) as ready:
+        for y, x in product(range(0, padded.shape[1], 8), range(0, padded.shape[2], 8)):
+            expected[:, y : y + 8, x : x + 8] = ready.run({"image": padded[None, :, y : y + 8, x : x + 8]})["scores"][0]
+        windows = rt.SlidingWindow(ready, (8, 8), overlap=0.0, rows=2)
+        np.testing.assert_allclose(windows.scores(image), expected[:, : shape[0], : shape[1]], rtol=1e-5, atol=1e-6)
+        slabs = [slab.shape[1:] for _, slab in windows.slabs(image)]
+    assert len(slabs) == padded.size // 64
+    assert max(size for slab in slabs for size in slab) <= 8
+
+
 def test_a_volume_on_disk_is_read_window_by_window(tmp_path: Path) -> None:
     path = tmp_path / "volume.raw"
     volume = np.random.default_rng(2).integers(-5, 5, (1, 40, 12, 12)).astype(np.int16)
