@@ -60,7 +60,12 @@ class TorchExecutable:
                 return self._replay(capture, inputs)
             given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
             call = self._ready.get(_shapes(inputs), self._program)
-            return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in call(given).items()}
+            try:
+                outputs = call(given)
+            except RuntimeError as error:
+                shapes = {name: list(value.shape) for name, value in inputs.items()}
+                raise UnsupportedModelError(f"torch failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
+            return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
 
     def specialise(self, inputs: Tensors) -> None:
         """Compile or capture for exactly these shapes."""

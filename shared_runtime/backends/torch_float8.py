@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -22,6 +23,7 @@ def fuse(proto: onnx.ModelProto) -> int:
     Such a node reads x (..., K), its scale, the weight (K, N), or (N, K) with `transB`, its scale, and a bias (N,) or nothing.
     """
     editor, absorbed, count = GraphEditor(proto), set(), 0
+    layout: dict[str, int] = {}
     for node in proto.graph.node:
         plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and all(attribute(node, k, v) == v for k, v in _PLAIN.items()))
         if not plain or (x := _in_float8(editor, node.input[0])) is None or (w := _in_float8(editor, node.input[1])) is None:
@@ -29,6 +31,8 @@ def fuse(proto: onnx.ModelProto) -> int:
         weight, turned = editor.constants.get(w[0]), attribute(node, "transB", 0)
         if weight is None or len(weight.dims) != 2 or any(side % 16 for side in weight.dims):  # what the hardware takes
             continue
+        if layout.setdefault(w[0], turned) != turned:
+            continue  # a weight lies one way in memory
         columns = [weight.dims[0 if turned else 1]]
         bias, result = node.input[2] if len(node.input) > 2 else "", node.output[0]
         if bias and (bias not in editor.constants or list(editor.constants[bias].dims) != columns):
@@ -38,7 +42,8 @@ def fuse(proto: onnx.ModelProto) -> int:
             if found:
                 bias, result = found[0], reader.output[0]
                 absorbed.add(result)
-        node.CopyFrom(helper.make_node(KIND, [*x, *w, bias], [result], node.name, transB=turned))
+        scales = [_wide(editor, scale) for scale in (x[1], w[1])]
+        node.CopyFrom(helper.make_node(KIND, [x[0], scales[0], w[0], scales[1], bias], [result], node.name, transB=turned))
         count += 1
     read = {name for node in proto.graph.node for name in node.input} | editor.outputs
     given_back = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
@@ -65,12 +70,18 @@ def _in_float8(editor: GraphEditor, name: str) -> tuple[str, str] | None:
     return node.input[0], node.input[1]
 
 
+def _wide(editor: GraphEditor, scale: str) -> str:
+    """The name of a scale in float32, as the product takes it; others may still read it in half precision."""
+    name = f"{scale}_float32"
+    if name not in editor.constants:
+        editor.set_value(name, np.asarray(editor.value(scale), np.float32))
+    return name
+
+
 def lay_out(inputs: tuple[str, ...], attributes: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
-    """Bring the constants of a node `KIND` to what the product takes: the weight column by column, scales in float32."""
-    x_scale, name, scale = inputs[1:4]
+    """Bring the weight of a node `KIND` to how the product takes it: column by column."""
+    name = inputs[2]
     weights[name] = weights[name] if attributes.get("transB") else weights[name].t().contiguous().t()
-    for each in (x_scale, scale):
-        weights[each] = weights[each].float()
 
 
 def multiply(inputs: list[Any], attributes: Mapping[str, Any]) -> Tensor:

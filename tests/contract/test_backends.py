@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 import shared_runtime as rt
 from shared_runtime.backends.base import HardwareBackend, backends, specialise
 from shared_runtime.backends.onnxruntime import compile_file
+from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.variants import Variant, VariantFacts
 
 NAMES = ["onnxruntime", "openvino", "torch"]
@@ -269,3 +270,21 @@ def test_onnxruntime_knows_the_sizes_of_a_prepared_shape_and_takes_a_graph_that_
     assert executable._session_for({"x": square}).get_inputs()[0].shape == [3, 3]
     assert executable._session_for({"x": oblong}) is executable._session
     executable.close()
+
+
+def test_what_an_engine_can_not_run_is_named_with_its_shapes(tmp_path: Path) -> None:
+    """Sizes that only show at run time to be wrong."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "sum",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "m"])],
+        [helper.make_tensor("w", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])],
+    )
+    path = tmp_path / "sum.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    for name in ("onnxruntime", "torch"):
+        executable = backends()[name].compile(rt.load(path), "cpu", 1)
+        with pytest.raises(UnsupportedModelError, match=r"\[2, 5\]"):
+            executable.run({"x": np.zeros((2, 5), np.float32)})
+        executable.close()

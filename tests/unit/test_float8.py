@@ -104,3 +104,33 @@ def test_a_layer_that_would_overflow_is_not_offered(tmp_path: Path) -> None:
     samples = [{"x": generator.standard_normal((4, 32)).astype(np.float32)} for _ in range(8)]
     with pytest.raises(UnsupportedModelError, match="multiples of 16"):
         Float8(model, read_calibration(samples, model.signature, model.name), "cpu")
+
+
+def test_a_weight_that_is_used_both_ways_lies_one_way(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "a"], ["h"], "plain"),
+        helper.make_node("Gemm", ["h", "a"], ["y"], "turned", transB=1),
+    ]
+    model = rt.load(save(tmp_path / "twice.onnx", nodes, {"a": matrix(32, 32)}, {"x": ["batch", 32]}, {"y": ["batch", 32]}))
+    samples = [{"x": generator.standard_normal((4, 32)).astype(np.float32)} for _ in range(8)]
+    seen = read_calibration(samples, model.signature, model.name)
+    executable, exact = Float8(model, seen, "cpu").compile(frozenset(), 1), Float16(model, seen, "cpu").compile(frozenset(), 1)
+    assert kinds(executable).count(PRODUCT) == 1
+    reduced, expected = (np.ravel(one.run(samples[0])["y"]) for one in (executable, exact))
+    assert np.corrcoef(reduced, expected)[0, 1] > 0.99
+
+
+def test_what_a_product_reads_may_be_read_by_another_kind_of_product(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "plain"),
+        helper.make_node("Gemm", ["x", "b"], ["g"], "halved", alpha=0.5),
+        helper.make_node("Add", ["h", "g"], ["y"], "sum"),
+    ]
+    weights = {"a": matrix(32, 48), "b": matrix(32, 48)}
+    model = rt.load(save(tmp_path / "mixed.onnx", nodes, weights, {"x": ["batch", 32]}, {"y": ["batch", 48]}))
+    samples = [{"x": generator.standard_normal((4, 32)).astype(np.float32)} for _ in range(8)]
+    seen = read_calibration(samples, model.signature, model.name)
+    executable, exact = Float8(model, seen, "cpu").compile(frozenset(), 1), Float16(model, seen, "cpu").compile(frozenset(), 1)
+    assert kinds(executable).count(PRODUCT) == 1
+    reduced, expected = (np.ravel(one.run(samples[0])["y"]) for one in (executable, exact))
+    assert np.corrcoef(reduced, expected)[0, 1] > 0.99
