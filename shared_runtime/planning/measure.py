@@ -11,7 +11,7 @@ import numpy as np
 
 FEWEST, MOST = 5, 400
 ENOUGH_ROUNDS, ENOUGH_SECONDS = 40, 1.0
-SETTLE_SECONDS = 0.05
+SETTLE_SECONDS, WARM_SECONDS = 0.05, 5e-3
 
 
 @dataclass
@@ -54,7 +54,8 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
             if rest:
                 time.sleep(rest)
             if timed.times and timed.times[0] < SETTLE_SECONDS and len(racing) > 1:
-                timed.call()  # the threads of the engine before this one may still spin
+                # The threads of the engine before this one may still spin, and a core that has slept is slow at first.
+                _warm(timed, WARM_SECONDS if rest else 0.0)
             begin = time.perf_counter()
             for _ in range(count):
                 timed.call()
@@ -74,6 +75,13 @@ def interleave(contenders: Sequence[Timed], budget: float, hopeless: float = 2.0
             return
         if len(racing) == 1 and round_ >= FEWEST - 1:
             return
+
+
+def _warm(timed: Timed, seconds: float) -> None:
+    begin = time.perf_counter()
+    timed.call()
+    while time.perf_counter() - begin < seconds:
+        timed.call()
 
 
 def paired_ratio(slow: Sequence[float], fast: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
