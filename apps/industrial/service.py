@@ -95,7 +95,7 @@ class IndustrialService:
         return taught
 
     def advice(self, name: str) -> str:
-        """What ten more labelled defects would bring the recipe. Raises RecipeNotFoundError."""
+        """What more good parts and labelled defects would bring the recipe. Raises RecipeNotFoundError."""
         facts = self.recipes.facts(name)
         return advice(facts.good, facts.defects)
 

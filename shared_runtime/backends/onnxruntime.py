@@ -102,7 +102,7 @@ class OnnxRuntimeExecutable:
             if isinstance(name, str)
         }
         sizes = dict(named)
-        if self._fixed is None or not sizes or len(sizes) < len(named) or self._graph.stat().st_size > SMALL_GRAPH:
+        if self._fixed is None or not sizes or len(sizes) < len(named) or not _small(self._graph):
             return self._session
         try:
             session = self._fixed(sizes)
@@ -144,6 +144,16 @@ class OnnxRuntimeExecutable:
         self._run = None
         self._bound.clear()
         del self._session
+
+
+def _small(graph: Path) -> bool:
+    """Whether a graph with all its weights, which may lie in files beside it, is up to SMALL_GRAPH large."""
+    if graph.stat().st_size > SMALL_GRAPH:
+        return False
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    return not any(uses_external_data(item) for item in onnx.load(str(graph), load_external_data=False).graph.initializer)
 
 
 class OnnxRuntimeBackend:

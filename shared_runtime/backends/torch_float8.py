@@ -14,6 +14,8 @@ from torch import Tensor
 from shared_runtime.graph.passes.base import GraphEditor, attribute
 
 KIND = "Float8MatMul"
+MULTIPLE = 16
+"""What both sides of a matrix in FP8 are multiples of, or the hardware does not take it."""
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
@@ -29,7 +31,7 @@ def fuse(proto: onnx.ModelProto) -> int:
         if not plain or (x := _in_float8(editor, node.input[0])) is None or (w := _in_float8(editor, node.input[1])) is None:
             continue
         weight, turned = editor.constants.get(w[0]), attribute(node, "transB", 0)
-        if weight is None or len(weight.dims) != 2 or any(side % 16 for side in weight.dims):  # what the hardware takes
+        if weight is None or not takes(weight):
             continue
         if layout.setdefault(w[0], turned) != turned:
             continue  # a weight lies one way in memory
@@ -52,6 +54,11 @@ def fuse(proto: onnx.ModelProto) -> int:
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
     return count
+
+
+def takes(matrix: TensorProto) -> bool:
+    """Whether the FP8 units take a constant."""
+    return len(matrix.dims) == 2 and not any(side % MULTIPLE for side in matrix.dims)
 
 
 def _in_float8(editor: GraphEditor, name: str) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from shared_runtime.backends.base import Executable, backends
+from shared_runtime.backends.torch_float8 import MULTIPLE, takes
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import PassRefused, plain_session, prepared
@@ -25,8 +26,6 @@ LARGEST_FLOAT8 = 448.0
 _FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 PRODUCTS = ("Gemm", "MatMul")
 LAYERS = ("Conv", "ConvTranspose", *PRODUCTS)
-MULTIPLE = 16
-"""What both sides of a matrix in FP8 are multiples of, or the hardware does not take it."""
 
 
 class _TorchForm:
@@ -152,11 +151,6 @@ class Float8(_TorchForm):
         graph.node.extend(nodes)
         graph.initializer.extend(kept)
         return proto
-
-
-def takes(matrix: TensorProto) -> bool:
-    """Whether the FP8 units take a constant."""
-    return len(matrix.dims) == 2 and not any(side % MULTIPLE for side in matrix.dims)
 
 
 def _scale(peak: float, name: str) -> TensorProto:

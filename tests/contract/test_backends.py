@@ -288,3 +288,15 @@ def test_what_an_engine_can_not_run_is_named_with_its_shapes(tmp_path: Path) -> 
         with pytest.raises(UnsupportedModelError, match=r"\[2, 5\]"):
             executable.run({"x": np.zeros((2, 5), np.float32)})
         executable.close()
+
+
+def test_onnxruntime_does_not_load_weights_beside_the_graph_again_for_each_shape(convolutions: rt.Model, tmp_path: Path) -> None:
+    inputs = {"x": np.zeros((1, 2, 8, 8), np.float32)}
+    for outside in (False, True):
+        path, proto = tmp_path / f"{outside}.onnx", onnx.load(str(convolutions.graph))
+        for item in proto.graph.initializer:  # only raw bytes may lie outside
+            item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item), item.name))
+        onnx.save(proto, path, save_as_external_data=outside, location=f"{outside}.data", size_threshold=0)
+        executable = compile_file("beside", path, "cpu", 1, "float32")
+        assert (executable._session_for(inputs) is executable._session) == outside
+        executable.close()
