@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 and nothing else; both make the environment first.
+# `make demo` and `make test` need Python 3.11; both make the environment first. With a C compiler, kernels of our own are compiled.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

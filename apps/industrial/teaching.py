@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 FEWEST, ENOUGH = 8, 30
 HELD_BACK = 5
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
-LEARN_SECONDS = {"cpu": 225.0, "cuda": 45.0}
+LEARN_SECONDS = {"cpu": 215.0, "cuda": 45.0}
+"""How long the network may learn from defects, less SECONDS_AN_IMAGE for each good one, which costs time afterwards; but no
+less than LEAST_SECONDS. The whole then ends within five minutes on two cores."""
+SECONDS_AN_IMAGE, LEAST_SECONDS = 0.1, 60.0
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 56.0), (5, 63.0), (20, 73.0), (50, 76.0), (258, 83.0))
@@ -238,6 +241,8 @@ def _learn(
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if seconds is None:
+        seconds = LEARN_SECONDS[place] if place == "cuda" else max(LEAST_SECONDS, LEARN_SECONDS[place] - SECONDS_AN_IMAGE * len(images))
     good = [image for image, row in zip(images, rows, strict=True) if row]
     cells = [sample.cells(image.shape) for sample, image in zip(bad, bad_images, strict=True)]
     nothing = np.zeros((MAP, MAP), np.float32)
@@ -253,7 +258,7 @@ def _learn(
     network = adapt(
         network_from(base.graph),
         examples,
-        seconds or LEARN_SECONDS[place],
+        seconds,
         torch.device(place),
         report=lambda share: report("learning", share),
     )
@@ -262,7 +267,7 @@ def _learn(
         network,
         Path(folder.name) / "model",
         f"texture-features-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}",
-        {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds or LEARN_SECONDS[place]}},
+        {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds}},
     )
     logger.info("learned from defects", extra={"defects": len(bad), "device": place, "model": digest[:12]})
     return folder

@@ -1,0 +1,220 @@
+"""Reads an ensemble of trees, and what follows it, from an ONNX graph into the arrays that the kernel walks.
+
+Operators: `TreeEnsembleRegressor` and `TreeEnsembleClassifier` of ai.onnx.ml (onnx.ai/onnx/operators/onnx_aionnxml_*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.passes.base import GraphEditor
+
+NODE = np.dtype([("threshold", np.float32), ("feature", np.int32), ("left", np.int32), ("missing", np.int32)])
+"""A node: right where x >= threshold, else `left`; right is the next after left. A leaf is its own left, its threshold infinite.
+NaN goes right where `missing` is 1."""
+NONE, LOGISTIC, SOFTMAX, PAIR = range(4)
+"""What is made of the sums: nothing, a sigmoid each, a softmax, or a sigmoid and what it lacks to 1 before it."""
+BLOCK_TREES = 64
+MOST_WEIGHTS = 1 << 26
+ORDERS = {b"BRANCH_LT": (False, False), b"BRANCH_LEQ": (False, True), b"BRANCH_GTE": (True, False), b"BRANCH_GT": (True, True)}
+"""Modes as `x < t` after exchanging the branches (first) and with the next larger threshold (second)."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Trees in the kernel's layout.
+
+    `nodes` (N,) NODE, `weights` (N, K) float32 (zero but in leaves), `roots` (T,) int32 by blocks of trees of like
+    depth, `blocks` (B, 2) int32 of number and depth, `base` (K,) float64, `features` of a row. A row's sums are
+    `scale` * weights of its leaves + base, then `post`. `output`: the tensor of scores, `label`: that of the most
+    probable class and `classes` its values, where the graph gives it.
+    """
+
+    nodes: NDArray[Any]
+    weights: NDArray[np.float32]
+    roots: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    base: NDArray[np.float64]
+    features: int
+    post: int
+    scale: float
+    output: str
+    label: str = ""
+    classes: NDArray[np.int64] | None = None
+
+    @property
+    def columns(self) -> int:
+        """Scores of a row."""
+        return 2 if self.post == PAIR else len(self.base)
+
+
+def read_ensemble(proto: onnx.ModelProto, features: int) -> Ensemble:
+    """The ensemble of a graph that is nothing else but its scores. Raises UnsupportedModelError with the reason."""
+    graph = GraphEditor(proto)
+    found = [n for n in proto.graph.node if n.op_type in ("TreeEnsembleRegressor", "TreeEnsembleClassifier")]
+    if len(found) != 1 or len(proto.graph.input) != 1 or found[0].input[0] != proto.graph.input[0].name:
+        raise UnsupportedModelError("the graph does not begin with one ensemble of trees that reads its only input")
+    tree, given = found[0], {item.name: helper.get_attribute_value(item) for item in found[0].attribute}
+    classifier = tree.op_type == "TreeEnsembleClassifier"
+    if given.get("aggregate_function", b"SUM") not in (b"SUM", b"AVERAGE"):
+        raise UnsupportedModelError(f"trees are joined by {given['aggregate_function'].decode()}; the kernel sums or averages")
+    if strange := [name for name in given if name.endswith("_as_tensor")]:
+        raise UnsupportedModelError(f"the trees are in double precision ({strange[0]})")
+    post, ids = _post(given, classifier), "class_ids" if classifier else "target_ids"
+    targets = int(given.get("n_targets", 1))
+    if classifier:
+        classes = list(given.get("classlabels_int64s", []))
+        targets = 1 if post == PAIR else len(classes)
+    output, post = _tail(graph, tree.output[1 if classifier else 0], post, targets)
+    label = tree.output[0] if classifier and tree.output[0] in graph.outputs else ""
+    if label and not classes:
+        raise UnsupportedModelError("the classes have no whole numbers as names")
+    if sorted(graph.outputs) != sorted({output, label} - {""}):
+        raise UnsupportedModelError(f"outputs {sorted(graph.outputs)} are not all made by the ensemble")
+    nodes, weights, roots, depths = _layout(given, ids.split("_")[0], ids, targets, single=post == PAIR)
+    if nodes["feature"].max(initial=0) >= features:
+        raise UnsupportedModelError(f"a tree reads feature {nodes['feature'].max()}, the input has {features}")
+    order = np.argsort(depths, kind="stable")
+    cut = [order[start : start + BLOCK_TREES] for start in range(0, len(order), BLOCK_TREES)]
+    base = np.zeros(targets) if not given.get("base_values") else np.asarray(given["base_values"], np.float64)
+    if len(base) != targets:
+        raise UnsupportedModelError(f"{len(base)} base values for {targets} scores")
+    return Ensemble(
+        nodes=nodes,
+        weights=weights,
+        roots=roots[order],
+        blocks=np.array([(len(some), depths[some].max()) for some in cut], np.int32).reshape(-1, 2),
+        base=base,
+        features=features,
+        post=post,
+        scale=1 / len(roots) if given.get("aggregate_function") == b"AVERAGE" else 1.0,
+        output=output,
+        label=label,
+        classes=np.asarray(classes, np.int64) if label else None,
+    )
+
+
+def _post(given: Mapping[str, Any], classifier: bool) -> int:
+    """The transform of an operator; a classifier of two classes that sums one score gives both probabilities."""
+    name = given.get("post_transform", b"NONE")
+    known = {b"NONE": NONE, b"LOGISTIC": LOGISTIC, b"SOFTMAX": SOFTMAX}
+    if name not in known:
+        raise UnsupportedModelError(f"the kernel has no transform {name.decode()}")
+    if classifier and len(given.get("classlabels_int64s", given.get("classlabels_strings", []))) == 2 and len(set(given["class_ids"])) == 1:
+        if name != b"LOGISTIC":
+            raise UnsupportedModelError(f"two classes by one score with the transform {name.decode()}")
+        return PAIR
+    return known[name]
+
+
+def _tail(graph: GraphEditor, scores: str, post: int, targets: int) -> tuple[str, int]:
+    """What follows the ensemble: the output at the end of a chain, and the transform with what the chain adds to it.
+
+    Each step is Identity, a sigmoid, a softmax over the columns, or the choice of the second of two probabilities.
+    """
+    while scores not in graph.outputs:
+        readers = graph.readers.get(scores, [])
+        if len(readers) != 1:
+            raise UnsupportedModelError(f"{len(readers)} operators read {scores!r}; the kernel knows one chain behind the trees")
+        node = readers[0]
+        if node.op_type == "Sigmoid" and post == NONE:
+            post = LOGISTIC
+        elif node.op_type == "Softmax" and post == NONE and _axis(node) in (1, -1):
+            post = SOFTMAX
+        elif post == PAIR and _second(graph, node):
+            post = LOGISTIC
+        elif not (node.op_type == "Identity" or _times_one(graph, node)):
+            raise UnsupportedModelError(f"the kernel does not know {node.op_type} behind the trees")
+        scores = node.output[0]
+    return scores, post
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((item.i for item in node.attribute if item.name == "axis"), -1)
+
+
+def _times_one(graph: GraphEditor, node: onnx.NodeProto) -> bool:
+    values = [graph.value(name) for name in node.input] if node.op_type == "Mul" else []
+    return any(value is not None and value.size == 1 and value.ravel()[0] == 1 for value in values)
+
+
+def _second(graph: GraphEditor, node: onnx.NodeProto) -> bool:
+    """Whether a node is `scores[:, 1:2]`."""
+    if node.op_type != "Slice" or len(node.input) < 4:
+        return False
+    values = [graph.value(name) for name in node.input[1:]]
+    known = [[int(v) for v in value.ravel()] for value in values if value is not None]
+    if len(known) < len(values):
+        return False
+    start, end, axes, *step = known
+    return start in ([1], [-1]) and axes in ([1], [-1]) and end[0] >= 2 and step in ([], [[1]])
+
+
+def _layout(
+    given: Mapping[str, Any], part: str, ids: str, targets: int, *, single: bool
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    """Nodes, weights, roots and depths; the trees one after another, each level by level, both branches side by side."""
+    keys = list(zip(given["nodes_treeids"], given["nodes_nodeids"], strict=True))
+    index = {key: i for i, key in enumerate(keys)}
+    trees = len(set(given["nodes_treeids"]))
+    if len(keys) * targets > MOST_WEIGHTS:
+        raise UnsupportedModelError(f"{len(keys)} nodes with {targets} scores each are too many for the kernel's table")
+    modes, thresholds = given["nodes_modes"], np.asarray(given["nodes_values"], np.float32)
+    if unknown := set(modes) - set(ORDERS) - {b"LEAF"}:
+        raise UnsupportedModelError(f"the kernel does not know branches of the kind {sorted(unknown)[0].decode()}")
+    tracks = given.get("nodes_missing_value_tracks_true") or [0] * len(keys)
+    summed = np.zeros((len(keys), targets), np.float32)
+    leaf_keys = zip(given[f"{part}_treeids"], given[f"{part}_nodeids"], strict=True)
+    for key, target, weight in zip(leaf_keys, given[ids], given[f"{part}_weights"], strict=True):
+        summed[index[key], 0 if single or targets == 1 else target] += weight
+    try:
+        children = {
+            i: (index[tree, given["nodes_truenodeids"][i]], index[tree, given["nodes_falsenodeids"][i]])
+            for i, (tree, _) in enumerate(keys)
+            if modes[i] != b"LEAF"
+        }
+    except KeyError as error:
+        raise UnsupportedModelError(f"a branch leads to tree and node {error}, which is not there") from None
+    inner = {child for pair in children.values() for child in pair}
+    starts = [i for i in range(len(keys)) if i not in inner]
+    if len(index) < len(keys) or len(starts) != trees:
+        raise UnsupportedModelError(
+            f"{trees} trees have {len(starts)} nodes that no branch leads to, expected one each, and each node once"
+        )
+    nodes, weights = np.zeros(len(keys), NODE), np.zeros((len(keys), targets), np.float32)
+    roots, depths, placed = [], [], 0
+    for start in starts:
+        roots.append(placed)
+        level, depth, free = [start], 0, placed + 1
+        while level:
+            below: list[int] = []
+            for offset, i in enumerate(level):
+                here = placed + offset
+                weights[here] = summed[i]
+                if i not in children:
+                    nodes[here] = (np.inf, 0, here, 0)
+                    continue
+                swapped, next_up = ORDERS[modes[i]]
+                limit = np.nextafter(thresholds[i], np.float32(np.inf)) if next_up else thresholds[i]
+                if not np.isfinite(limit):
+                    raise UnsupportedModelError(f"a branch compares with {thresholds[i]}")
+                to_false = not tracks[i]
+                nodes[here] = (limit, given["nodes_featureids"][i], free, to_false != swapped)
+                below += children[i][::-1] if swapped else children[i]
+                free += 2
+            placed += len(level)
+            level, depth = below, depth + bool(below)
+            if placed + len(level) > len(keys):
+                raise UnsupportedModelError("a node has two parents; that is no tree")
+        depths.append(depth)
+    if placed < len(keys):
+        raise UnsupportedModelError(f"{len(keys) - placed} nodes belong to no tree")
+    return nodes, weights, np.asarray(roots, np.int32), np.asarray(depths, np.int32)
