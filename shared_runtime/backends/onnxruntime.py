@@ -27,7 +27,8 @@ SMALL_GRAPH = 4 << 20
 """Up to this size a graph is loaded once more for each prepared shape: with its sizes known, nothing is left that computes them."""
 TENSORRT = "TensorrtExecutionProvider"
 LEAN = "lean"
-"""Without memory patterns, for which a second block as large as all activations is held from the second run on."""
+"""Without memory patterns, for which a second block as large as all activations is held from the second run on; and outputs leave
+the engine's arena at once, which would otherwise grow around one that the caller still holds when the next run begins."""
 
 SPINNING = "spinning"
 """As ONNX Runtime is installed: idle threads spin for tens of milliseconds after a run, so that they need not be woken for the
@@ -76,9 +77,12 @@ class _Bound:
 class OnnxRuntimeExecutable:
     """One inference session; ONNX Runtime lets several threads run it at once."""
 
-    def __init__(self, session: ort.InferenceSession, graph: Path, device: str, precision: str, fixed: Fixed | None = None) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, graph: Path, device: str, precision: str, fixed: Fixed | None = None, *, lean: bool = False
+    ) -> None:
         """`fixed`: opens the graph once more with named dimensions of one size."""
         self._session, self._graph, self.device, self.precision, self._fixed = session, graph, device, precision, fixed
+        self._lean = lean
         self._outputs = [output.name for output in session.get_outputs()]
         self._run = session._sess.run if device == "cpu" else None
         self._bound: list[_Bound] = []
@@ -125,7 +129,10 @@ class OnnxRuntimeExecutable:
 
     def _through(self, inputs: Tensors) -> Tensors:
         if self._run is not None:
-            return dict(zip(self._outputs, self._run(self._outputs, inputs, None), strict=True))
+            outputs = self._run(self._outputs, inputs, None)
+            if self._lean:
+                outputs = [value.copy() for value in outputs]
+            return dict(zip(self._outputs, outputs, strict=True))
         # Inputs and outputs are bound, so that each crosses to the GPU and back once.
         binding = self._session.io_binding()
         for name, value in inputs.items():
@@ -192,7 +199,8 @@ def compile_file(name: str, graph: Path, device: str, threads: int, precision: s
     def fixed(sizes: Mapping[str, int]) -> ort.InferenceSession:
         return _session(name, graph, _options(threads, mode, sizes), device, mode)
 
-    return OnnxRuntimeExecutable(_session(name, graph, _options(threads, mode), device, mode), graph, device, precision, fixed)
+    session = _session(name, graph, _options(threads, mode), device, mode)
+    return OnnxRuntimeExecutable(session, graph, device, precision, fixed, lean=mode == LEAN)
 
 
 def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = None) -> ort.SessionOptions:
