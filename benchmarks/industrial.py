@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import statistics
@@ -23,7 +22,7 @@ from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
-from apps.industrial.evaluation.evaluate import Judged, judge, metrics
+from apps.industrial.evaluation.evaluate import judge, metrics
 from apps.industrial.evaluation.metrics import auroc
 from apps.industrial.features import BRIGHTNESS, CONTRAST, FINE, FLAT, MAP, MODEL, prepared
 from apps.industrial.images import grey, read_image
@@ -32,37 +31,27 @@ from apps.industrial.inspection.recipe import RecipeBook
 from apps.industrial.inspection.template import compare
 from apps.industrial.synthesis.textures import TEXTURES
 from apps.industrial.teaching import Taught, scale_of, teach
+from benchmarks.few_shot import few_shot
+from benchmarks.few_shot import report_lines as few_shot_lines
+from benchmarks.tiles import open_session, tile_folder, tile_groups
 
 Array = NDArray[np.float32]
-FOLDS, FOLDS_RUN = 5, int(os.environ.get("FEW_SHOT_FOLDS", "5"))
-NUMBERS: tuple[int | None, ...] = (20, None, 50, 5)
-"""Labelled defects to learn from; None: all that the other folds have."""
-CORE_SECONDS = 480.0
-"""Learning time of one recipe in seconds of a core: 240 s on two."""
 
 
-def _tiles() -> Path:
-    return Path(os.environ["TRISCOPE_DATA_DIR"]) / "magnetic_tile"
-
-
-def _session(model: Path | None = None, threads: int | None = None) -> rt.Session:
-    return rt.Session(rt.load(MODEL if model is None else model), "cpu", threads=threads)
-
-
-def _taught(name: str, good: Sequence[Sample], defects: Sequence[Sample] = (), seconds: float | None = None) -> Taught:
-    return teach(name, good, defects, _session, seconds=seconds, device="cpu")
+def _taught(name: str, good: Sequence[Sample]) -> Taught:
+    return teach(name, good, (), open_session, device="cpu")
 
 
 def inspection() -> dict[str, Any]:
     """Good parts only, on magnetic tiles: accuracy, and the time of an image on one thread, split."""
-    good, tests = good_samples(_tiles() / "train" / "good"), labelled_samples(_tiles())
+    good, tests = good_samples(tile_folder() / "train" / "good"), labelled_samples(tile_folder())
     begin = time.perf_counter()
     taught = _taught("tiles", good)
     seconds = time.perf_counter() - begin
     begin = time.perf_counter()
     _taught("tiles", good[:200])
     seconds_200 = time.perf_counter() - begin
-    with _session(threads=1) as session:
+    with open_session(threads=1) as session:
         inspector = Inspector(taught.recipe, session)
         judged = judge(inspector, tests)
         images = [sample.read() for sample in tests[:40]]
@@ -134,8 +123,8 @@ def _memory_bank(good: dict[str, Array], seen: dict[str, Array], patches: int = 
 def methods() -> dict[str, Any]:
     """Ways to find defects from good parts alone, all on the shipped features: AUROC of images and of pixels."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, _session() as session:
-        sets = {"magnetic tiles": _tiles()}
+    with tempfile.TemporaryDirectory() as folder, open_session() as session:
+        sets = {"magnetic tiles": tile_folder()}
         for texture in TEXTURES:
             sets[texture] = Path(folder) / texture
             write_dataset(sets[texture], texture, good=60, each=5)
@@ -177,7 +166,7 @@ def steps() -> dict[str, Any]:
     from apps.industrial.training.export import network_from
 
     network = network_from(rt.load(MODEL).graph)
-    good, tests = good_samples(_tiles() / "train" / "good"), labelled_samples(_tiles())
+    good, tests = good_samples(tile_folder() / "train" / "good"), labelled_samples(tile_folder())
     images, truth = [s.read() for s in (*good, *tests)], [s.defective for s in tests]
 
     def as_taken(image: NDArray[np.uint8], side: int) -> Array:
@@ -230,62 +219,10 @@ def _pixel(cells: Sequence[Array | None], maps: Array) -> float | None:
     return auroc(np.stack([k for k, _ in known]).ravel(), np.stack([m for _, m in known]).ravel())
 
 
-def _folds(samples: Sequence[Sample], groups: dict[tuple[str, str], str]) -> NDArray[np.int64]:
-    """The fold of each sample: all photographs of one tile are in one."""
-    names = [groups[f"test/{sample.kind}", sample.path.name] for sample in samples]
-    order = {g: i % FOLDS for i, g in enumerate(np.random.default_rng(0).permutation(np.unique(names)))}
-    return np.array([order[name] for name in names])
-
-
-def _groups() -> dict[tuple[str, str], str]:
-    with (_tiles() / "groups.csv").open(newline="") as stream:
-        return {(row["split"], row["file"]): row["tile_group"] for row in csv.DictReader(stream)}
-
-
-def few_shot() -> dict[str, Any]:
-    """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and all good test tiles.
-
-    Ctrl-C ends it with what was measured until then.
-    """
-    import torch
-
-    tests = labelled_samples(_tiles())
-    good, clean = good_samples(_tiles() / "train" / "good"), [s for s in tests if not s.defective]
-    bad = [s for s in tests if s.defective]
-    fold_of = _folds(bad, _groups())
-    seconds = CORE_SECONDS / torch.get_num_threads()
-    rows: list[dict[str, Any]] = []
-    baseline = _taught("tiles", good)
-    with contextlib.suppress(KeyboardInterrupt):
-        for number in (0, *NUMBERS):
-            for fold in range(FOLDS_RUN):
-                pool = np.random.default_rng(100 + fold).permutation(np.flatnonzero(fold_of != fold))[:number]
-                taught = baseline if number == 0 else _taught("tiles", good, [bad[i] for i in pool], seconds)
-                with _session(taught.recipe.model) as session:
-                    held = [bad[i] for i in np.flatnonzero(fold_of == fold)]
-                    result = metrics(_judged_together(Inspector(taught.recipe, session), held + clean))
-                keys = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "image_auroc_by_kind")
-                learned = taught.seconds.get("learn", 0.0)
-                row = {"defects": number, "fold": fold, "learn_seconds": learned, **{key: result[key] for key in keys}}
-                print(row, flush=True)
-                rows.append(row)
-    return {"threads": torch.get_num_threads(), "seconds": seconds, "rows": rows}
-
-
-def _judged_together(inspector: Inspector, samples: Sequence[Sample]) -> list[Judged]:
-    found = []
-    for start in range(0, len(samples), 32):
-        some = samples[start : start + 32]
-        images = [sample.read() for sample in some]
-        for sample, image, result in zip(some, images, inspector.inspect_many(images), strict=True):
-            found.append(Judged(sample, result.score, result.verdict, 0.0, result.map, sample.cells(image.shape)))
-    return found
-
-
 def kinds() -> dict[str, Any]:
     """Naming the kind of a defect from a few samples a kind, on the shipped features: accuracy, mean of ten draws."""
-    groups = _groups()
-    tiles = [s for s in labelled_samples(_tiles()) if s.defective]
+    groups = tile_groups()
+    tiles = [s for s in labelled_samples(tile_folder()) if s.defective]
     steel_folder = Path(os.environ["TRISCOPE_DATA_DIR"]) / "neu_cls"
     steel = [
         Sample(path, folder.name) for folder in sorted(steel_folder.iterdir()) if folder.is_dir() for path in sorted(folder.glob("*.jpg"))
@@ -295,7 +232,7 @@ def kinds() -> dict[str, Any]:
         "NEU steel": (steel, [str(s.path) for s in steel]),
     }
     found: dict[str, Any] = {}
-    with _session() as session:
+    with open_session() as session:
         for name, (samples, units) in sets.items():
             embedding = features(session, [s.read() for s in samples])["embedding"]
             labels, unit = np.array([s.kind for s in samples]), np.array(units)
@@ -421,8 +358,8 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
         lines.append("")
     if found := load("inspection"):
         lines += _inspection_lines(found, where)
-    if found := load("few_shot"):
-        lines += _few_shot_lines(found, load("few_shot_gpu"), where)
+    if load("few_shot") or load("few_shot_gpu"):
+        lines += few_shot_lines(load("few_shot"), load("few_shot_gpu"), where)
     if found := load("kinds"):
         lines += [
             "## The kind of a defect",
@@ -474,43 +411,3 @@ def _inspection_lines(found: dict[str, Any], where: Callable[[dict[str, Any]], s
         f"Changing to a recipe that is not in memory, first verdict included: {r['recipe_change_ms']:.0f} ms.",
         "",
     ]
-
-
-def _few_shot_lines(found: dict[str, Any], gpu: dict[str, Any] | None, where: Callable[[dict[str, Any]], str]) -> list[str]:
-    r = found["result"]
-    lines = [
-        "## A few labelled defects",
-        "",
-        f"Cross-validation by tile on magnetic tiles ({FOLDS} folds; `folds` says how many were run): the recipe learns from n outlined defects of other",
-        f"tiles for {r['seconds']:.0f} s on {r['threads']} thread(s) ({where(found)}), then judges the held-out ones beside all 190 good test tiles. Measured with texture-features 1.0.0.",
-        "",
-        "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [*_few_shot_rows(r["rows"]), ""]
-    if gpu:
-        lines += [
-            f"All folds on a GPU ({gpu['host']['gpu']}), a trial of more steps: {gpu['command']}. The goals are 0.95 at 20, 0.98 at 50 and 0.985 at all: they are",
-            "missed. Three good test tiles carry marks like cracks and head the false alarms.",
-            "",
-            "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",
-            "|---|---|---|---|---|",
-            *_few_shot_rows(gpu["result"]["rows"]),
-            "",
-        ]
-    return lines
-
-
-def _few_shot_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
-    groups = {(row["defects"], row.get("known", "outlines")) for row in rows}
-    for number, known in sorted(groups, key=lambda g: (1e9 if g[0] is None else g[0], g[1] != "outlines", g[1])):
-        own = [row for row in rows if (row["defects"], row.get("known", "outlines")) == (number, known)]
-        image, recall = ([row[key] for row in own] for key in ("image_auroc", "recall_at_fpr_5pct"))
-        pixel = [row["pixel_auroc"] for row in own if "pixel_auroc" in row]
-        label = ("all (about 258)" if number is None else str(number)) + {"boxes": ", boxes", "labels": ", labels alone"}.get(known, "")
-        spread = f"{statistics.mean(image):.3f} ({min(image):.3f}-{max(image):.3f})"
-        lines.append(
-            f"| {label} | {len(own)} | {spread} | {f'{statistics.mean(pixel):.3f}' if pixel else '-'} | {statistics.mean(recall):.3f} |"
-        )
-    return lines
