@@ -172,6 +172,7 @@ def test_threads_may_share_the_trees(tmp_path: Path) -> None:
         ({"nodes_modes": "BRANCH_EQ"}, "BRANCH_EQ"),
         ({"nodes_values": float("nan")}, "compares with nan"),
         ({"nodes_truenodeids": 4711}, "not there"),
+        ({"nodes_nodeids": 1}, "listed twice"),
         ({"nodes_truenodeids": 0}, "belong to no tree"),
     ],
 )
@@ -182,6 +183,32 @@ def test_trees_that_can_not_be_walked_are_refused(tmp_path: Path, change: dict[s
         given[key][place] = value
     with pytest.raises(rt.UnsupportedModelError, match=message):
         read_ensemble(graph_of(given), WIDTH)
+
+
+def test_a_label_beside_one_score_is_refused() -> None:
+    given = {key.replace("target_", "class_"): value for key, value in grown(4, 3, 3, 1, ("BRANCH_LT",)).items()}
+    node = helper.make_node(
+        "TreeEnsembleClassifier",
+        ["x"],
+        ["label", "both"],
+        domain="ai.onnx.ml",
+        classlabels_int64s=[0, 1],
+        post_transform="LOGISTIC",
+        **given,
+    )
+    cut = helper.make_node("Slice", ["both", "one", "two", "one"], ["second"])
+    graph = helper.make_graph(
+        [node, cut],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", WIDTH])],
+        [
+            helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
+            helper.make_tensor_value_info("second", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in (("one", 1), ("two", 2))],
+    )
+    with pytest.raises(rt.UnsupportedModelError, match="beside the score of one"):
+        read_ensemble(helper.make_model(graph), WIDTH)
 
 
 def test_a_graph_of_other_operators_is_refused() -> None:

@@ -81,6 +81,7 @@ class _Learned(nn.Module):  # type: ignore[misc]
 def _captured(learned: _Learned, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Forward and backward as a CUDA graph each: their hundreds of kernels take less time than launching them."""
     sample = torch.zeros(BATCH, 3, WINDOW, WINDOW, device=device).contiguous(memory_format=torch.channels_last)
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the graphs are captured on a stream of their own
     with _reduced(device):
         graphed: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.cuda.make_graphed_callables(learned, (sample,), allow_unused_input=True)
     return graphed

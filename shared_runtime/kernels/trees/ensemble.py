@@ -5,7 +5,7 @@ Operators: `TreeEnsembleRegressor` and `TreeEnsembleClassifier` of ai.onnx.ml (o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,21 +77,22 @@ def read_ensemble(proto: onnx.ModelProto, features: int) -> Ensemble:
     label = tree.output[0] if classifier and tree.output[0] in graph.outputs else ""
     if label and not classes:
         raise UnsupportedModelError("the classes have no whole numbers as names")
+    if label and post == LOGISTIC and len(classes) == 2 and targets == 1:
+        raise UnsupportedModelError("the label of two classes is asked for beside the score of one")
     if sorted(graph.outputs) != sorted({output, label} - {""}):
         raise UnsupportedModelError(f"outputs {sorted(graph.outputs)} are not all made by the ensemble")
     nodes, weights, roots, depths = _layout(given, ids.split("_")[0], ids, targets, single=post == PAIR)
     if nodes["feature"].max(initial=0) >= features:
         raise UnsupportedModelError(f"a tree reads feature {nodes['feature'].max()}, the input has {features}")
-    order = np.argsort(depths, kind="stable")
-    cut = [order[start : start + BLOCK_TREES] for start in range(0, len(order), BLOCK_TREES)]
+    blocks = [depths[start : start + BLOCK_TREES] for start in range(0, len(depths), BLOCK_TREES)]
     base = np.zeros(targets) if not given.get("base_values") else np.asarray(given["base_values"], np.float64)
     if len(base) != targets:
         raise UnsupportedModelError(f"{len(base)} base values for {targets} scores")
     return Ensemble(
         nodes=nodes,
         weights=weights,
-        roots=roots[order],
-        blocks=np.array([(len(some), depths[some].max()) for some in cut], np.int32).reshape(-1, 2),
+        roots=roots,
+        blocks=np.array([(len(some), some.max()) for some in blocks], np.int32),
         base=base,
         features=features,
         post=post,
@@ -161,60 +162,85 @@ def _second(graph: GraphEditor, node: onnx.NodeProto) -> bool:
 def _layout(
     given: Mapping[str, Any], part: str, ids: str, targets: int, *, single: bool
 ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
-    """Nodes, weights, roots and depths; the trees one after another, each level by level, both branches side by side."""
-    keys = list(zip(given["nodes_treeids"], given["nodes_nodeids"], strict=True))
-    index = {key: i for i, key in enumerate(keys)}
-    trees = len(set(given["nodes_treeids"]))
-    if len(keys) * targets > MOST_WEIGHTS:
-        raise UnsupportedModelError(f"{len(keys)} nodes with {targets} scores each are too many for the kernel's table")
-    modes, thresholds = given["nodes_modes"], np.asarray(given["nodes_values"], np.float32)
-    if unknown := set(modes) - set(ORDERS) - {b"LEAF"}:
+    """Nodes level by level with both branches side by side, weights, roots and depths; shallow trees first."""
+    find = _Finder(given["nodes_treeids"], given["nodes_nodeids"])
+    count, tree = len(find.tree), find.tree
+    if count * targets > MOST_WEIGHTS:
+        raise UnsupportedModelError(f"{count} nodes with {targets} scores each are too many for the kernel's table")
+    modes = np.array(given["nodes_modes"])
+    if unknown := set(given["nodes_modes"]) - set(ORDERS) - {b"LEAF"}:
         raise UnsupportedModelError(f"the kernel does not know branches of the kind {sorted(unknown)[0].decode()}")
-    tracks = given.get("nodes_missing_value_tracks_true") or [0] * len(keys)
-    summed = np.zeros((len(keys), targets), np.float32)
-    leaf_keys = zip(given[f"{part}_treeids"], given[f"{part}_nodeids"], strict=True)
-    for key, target, weight in zip(leaf_keys, given[ids], given[f"{part}_weights"], strict=True):
-        summed[index[key], 0 if single or targets == 1 else target] += weight
-    try:
-        children = {
-            i: (index[tree, given["nodes_truenodeids"][i]], index[tree, given["nodes_falsenodeids"][i]])
-            for i, (tree, _) in enumerate(keys)
-            if modes[i] != b"LEAF"
-        }
-    except KeyError as error:
-        raise UnsupportedModelError(f"a branch leads to tree and node {error}, which is not there") from None
-    inner = {child for pair in children.values() for child in pair}
-    starts = [i for i in range(len(keys)) if i not in inner]
-    if len(index) < len(keys) or len(starts) != trees:
+    inner = np.flatnonzero(modes != b"LEAF")
+    swapped, next_up = (np.isin(modes[inner], [mode for mode, order in ORDERS.items() if order[side]]) for side in (0, 1))
+    true, false = (find.nodes(tree[inner], np.asarray(given[f"nodes_{side}nodeids"])[inner]) for side in ("true", "false"))
+    children = np.full((count, 2), -1)
+    children[inner] = np.stack((np.where(swapped, false, true), np.where(swapped, true, false)), axis=1)
+    parents = np.bincount(children[inner].ravel(), minlength=count)
+    roots = np.flatnonzero(parents == 0)
+    if parents.max() > 1 or len(roots) != tree.max() + 1:
         raise UnsupportedModelError(
-            f"{trees} trees have {len(starts)} nodes that no branch leads to, expected one each, and each node once"
+            f"{tree.max() + 1} trees have {len(roots)} nodes that no branch leads to, expected one each; a node has one parent"
         )
-    nodes, weights = np.zeros(len(keys), NODE), np.zeros((len(keys), targets), np.float32)
-    roots, depths, placed = [], [], 0
-    for start in starts:
-        roots.append(placed)
-        level, depth, free = [start], 0, placed + 1
-        while level:
-            below: list[int] = []
-            for offset, i in enumerate(level):
-                here = placed + offset
-                weights[here] = summed[i]
-                if i not in children:
-                    nodes[here] = (np.inf, 0, here, 0)
-                    continue
-                swapped, next_up = ORDERS[modes[i]]
-                limit = np.nextafter(thresholds[i], np.float32(np.inf)) if next_up else thresholds[i]
-                if not np.isfinite(limit):
-                    raise UnsupportedModelError(f"a branch compares with {thresholds[i]}")
-                to_false = not tracks[i]
-                nodes[here] = (limit, given["nodes_featureids"][i], free, to_false != swapped)
-                below += children[i][::-1] if swapped else children[i]
-                free += 2
-            placed += len(level)
-            level, depth = below, depth + bool(below)
-            if placed + len(level) > len(keys):
-                raise UnsupportedModelError("a node has two parents; that is no tree")
-        depths.append(depth)
-    if placed < len(keys):
-        raise UnsupportedModelError(f"{len(keys) - placed} nodes belong to no tree")
-    return nodes, weights, np.asarray(roots, np.int32), np.asarray(depths, np.int32)
+    depths = np.zeros(len(roots), np.int32)
+    for depth, level in enumerate(_levels(roots, children)):
+        depths[tree[level]] = depth
+    roots = roots[np.argsort(depths[tree[roots]], kind="stable")]
+    order = np.concatenate(list(_levels(roots, children)))
+    if len(order) < count:
+        raise UnsupportedModelError(f"{count - len(order)} nodes belong to no tree")
+    place = np.empty(count, np.int32)
+    place[order] = np.arange(count)
+    limits = np.asarray(given["nodes_values"], np.float32)[inner]
+    limits = np.where(next_up, np.nextafter(limits, np.float32(np.inf)), limits)
+    if not np.isfinite(limits).all():
+        raise UnsupportedModelError(f"a branch compares with {limits[~np.isfinite(limits)][0]}")
+    nodes = np.zeros(count, NODE)
+    nodes["left"], nodes["threshold"] = np.arange(count), np.inf
+    here, tracks = place[inner], np.asarray(given.get("nodes_missing_value_tracks_true") or np.zeros(count), bool)
+    nodes["threshold"][here] = limits
+    nodes["feature"][here] = np.asarray(given["nodes_featureids"])[inner]
+    nodes["left"][here] = place[children[inner, 0]]
+    nodes["missing"][here] = tracks[inner] == swapped
+    weights = np.zeros((count, targets), np.float32)
+    leaves = place[find.nodes(find.trees(given[f"{part}_treeids"]), np.asarray(given[f"{part}_nodeids"]))]
+    columns = np.zeros(len(leaves), int) if single or targets == 1 else np.asarray(given[ids])
+    np.add.at(weights, (leaves, columns), np.asarray(given[f"{part}_weights"], np.float32))
+    return nodes, weights, place[roots], depths[tree[roots]]
+
+
+def _levels(roots: NDArray[np.int64], children: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The nodes of all trees, a level at a time."""
+    level = roots
+    while len(level):
+        yield level
+        below = children[level].ravel()
+        level = below[below >= 0]
+
+
+class _Finder:
+    """Where a node of a tree is listed. `tree`: the tree of each node, counted from 0."""
+
+    def __init__(self, trees: Sequence[int], nodes: Sequence[int]) -> None:
+        self._trees, self.tree = np.unique(trees, return_inverse=True)
+        self._names, number = np.unique(nodes, return_inverse=True)
+        keys = self.tree * len(self._names) + number
+        self._order = np.argsort(keys)
+        self._keys = keys[self._order]
+        if (np.diff(self._keys) == 0).any():
+            raise UnsupportedModelError("a node is listed twice")
+
+    def trees(self, names: Sequence[int]) -> NDArray[np.int64]:
+        """Trees by the graph's names for them."""
+        return _places(self._trees, np.asarray(names))
+
+    def nodes(self, trees: NDArray[np.int64], names: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Nodes by their trees and the graph's names for them."""
+        return self._order[_places(self._keys, trees * len(self._names) + _places(self._names, names))]
+
+
+def _places(known: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of `wanted` is in `known`, which is sorted."""
+    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    if (known[places] != wanted).any():
+        raise UnsupportedModelError("a branch or a leaf names a node that is not there")
+    return places
