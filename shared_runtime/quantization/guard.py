@@ -138,7 +138,7 @@ class Guard:
         harm: dict[str, float] = {}
         start = time.monotonic()
         room = (self._end - start) / 2
-        for layer in sorted(self._form.layers, key=lambda name: name != BETWEEN):  # many operators at once: first, should time run out
+        for layer in _from_both_ends(self._form.layers):
             executable = self._form.compile(frozenset((layer,)), self._threads)
             try:
                 left = [_error(executable.run(self._judge.samples[i]), self._judge.reference[i]) for i in worst]
@@ -192,6 +192,14 @@ class Guard:
             return found
         self._report(f"{self._form.facts.name}: {len(more)} layers are slower here than in float and go back to it")
         return Guarded(verdict, (*found.reverted, *(Reversion(k, "speed", round(v, 3)) for k, v in more.items())), speedup)
+
+
+def _from_both_ends(layers: Sequence[str]) -> list[str]:
+    """The order of ranking, should time run out: what lies between layers, then those nearest to the outputs and the inputs, which
+    most often do the harm."""
+    rest = [layer for layer in layers if layer != BETWEEN]
+    ends = [layer for pair in zip(reversed(rest), rest, strict=True) for layer in pair]
+    return [*(layer for layer in layers if layer == BETWEEN), *ends[: len(rest)]]
 
 
 def _reversions(layers: Sequence[str], harm: dict[str, float]) -> tuple[Reversion, ...]:
