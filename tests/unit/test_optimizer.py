@@ -200,10 +200,13 @@ def test_a_faster_float_graph_is_a_variant(tmp_path: Path) -> None:
     assert certificate.speedup > 1.02
     assert certificate.probe_error < 1e-5
     x = model.signature.random(5)
-    with rt.Session(made, threads=1, plans=tmp_path / "plans", budget_s=1, ladder=(1,)) as session:
+    asked: dict[str, Any] = {"plans": tmp_path / "plans", "budget_s": 1, "ladder": (1,)}
+    with rt.Session(made, threads=1, **asked) as session:
+        assert "rewritten-onnxruntime" in {candidate.variant for candidate in session.plan.candidates if candidate.timings}
+    with rt.Session(made, threads=1, variant="rewritten-onnxruntime", **asked) as session:
         assert (session.plan.variant, session.plan.precision) == ("rewritten-onnxruntime", "float32")
         found = session.run(x)["probability"]
-    with rt.Session(model, threads=1, plans=tmp_path / "plans", budget_s=1, ladder=(1,)) as session:
+    with rt.Session(model, threads=1, **asked) as session:
         np.testing.assert_allclose(found, session.run(x)["probability"], atol=1e-6)
 
 
