@@ -32,7 +32,7 @@ HELD_BACK = 5
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
 LEARN_SECONDS = {"cpu": 215.0, "cuda": 25.0}
 """How long the network may learn from defects, less SECONDS_AN_IMAGE for each good one, which costs time afterwards; but no
-less than LEAST_SECONDS. The whole then ends within five minutes on two cores. On a GPU all steps take some 15 s."""
+less than LEAST_SECONDS. The whole then ends within five minutes on two cores. On a GPU it seldom takes all of its time."""
 SECONDS_AN_IMAGE, LEAST_SECONDS = 0.1, 60.0
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995

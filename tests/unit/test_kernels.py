@@ -124,7 +124,9 @@ def test_onnx_itself_agrees_on_values_at_the_thresholds(tmp_path: Path) -> None:
         np.testing.assert_allclose(backends()["trees"].compile(model, "cpu", 1).run({"x": x})["y"], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["forest", "boosting", "boosting of three", "histograms", "lightgbm", "xgboost of three"])
+@pytest.mark.parametrize(
+    "kind", ["forest", "boosting", "boosting of three", "histograms", "lightgbm", "lightgbm of two", "xgboost of three"]
+)
 def test_the_trees_of_other_libraries(kind: str) -> None:
     ensembles, boosters, lightgbm = pytest.importorskip("sklearn.ensemble"), pytest.importorskip("xgboost"), pytest.importorskip("lightgbm")
     pytest.importorskip("skl2onnx")
@@ -138,6 +140,7 @@ def test_the_trees_of_other_libraries(kind: str) -> None:
         "boosting of three": (ensembles.GradientBoostingClassifier(n_estimators=15, random_state=0), three),
         "histograms": (ensembles.HistGradientBoostingClassifier(max_iter=15, random_state=0), two),
         "lightgbm": (lightgbm.LGBMRegressor(n_estimators=15, verbose=-1), x[:, 0]),
+        "lightgbm of two": (lightgbm.LGBMClassifier(n_estimators=15, verbose=-1), two),
         "xgboost of three": (boosters.XGBClassifier(n_estimators=15), three),
     }[kind]
     model = rt.load(estimator.fit(x, y))

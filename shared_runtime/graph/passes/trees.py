@@ -35,6 +35,8 @@ def _rewrite(graph: GraphEditor, node: onnx.NodeProto) -> bool:
         return False
     if attribute(node, "post_transform", b"NONE") != b"LOGISTIC" or len(attribute(node, "base_values", [])) > 1:
         return False
+    while neutral := [r for r in graph.readers.get(scores, []) if hands_on(graph, r) and r.output[0] not in graph.outputs]:
+        graph.bypass(neutral[0])
     kept = {item.name: helper.get_attribute_value(item) for item in node.attribute if item.name.startswith(("nodes_", "base_values"))}
     targets = {f"target_{part}": attribute(node, f"class_{part}") for part in ("nodeids", "treeids", "weights")}
     second = f"{scores}_second"
@@ -55,7 +57,7 @@ def _rewrite(graph: GraphEditor, node: onnx.NodeProto) -> bool:
         helper.make_node("Sigmoid", [f"{scores}_raw"], [second]),
     ]
     for reader in list(graph.readers.get(scores, [])):
-        if _takes_second(graph, reader):
+        if takes_second(graph, reader):
             made.append(helper.make_node("Identity", [second], [reader.output[0]]))
             graph.graph.node.remove(reader)
     graph.refresh()
@@ -75,7 +77,18 @@ def _rewrite(graph: GraphEditor, node: onnx.NodeProto) -> bool:
     return True
 
 
-def _takes_second(graph: GraphEditor, reader: onnx.NodeProto) -> bool:
+def hands_on(graph: GraphEditor, node: onnx.NodeProto) -> bool:
+    """Whether a node gives its first input unchanged."""
+    return node.op_type == "Identity" or _times_one(graph, node)
+
+
+def _times_one(graph: GraphEditor, node: onnx.NodeProto) -> bool:
+    """Whether a node multiplies its first input by 1."""
+    factor = graph.value(node.input[1]) if node.op_type == "Mul" else None
+    return factor is not None and factor.size == 1 and factor.ndim < 2 and bool(factor.ravel()[0] == 1)
+
+
+def takes_second(graph: GraphEditor, reader: onnx.NodeProto) -> bool:
     """Whether a node is `scores[:, 1:2]`."""
     if reader.op_type != "Slice" or len(reader.input) < 4:
         return False

@@ -16,6 +16,7 @@ from onnx import helper
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.passes.base import GraphEditor
+from shared_runtime.graph.passes.trees import hands_on, takes_second
 
 NODE = np.dtype([("threshold", np.float32), ("feature", np.int32), ("left", np.int32), ("missing", np.int32)])
 """A node: right where x >= threshold, else `left`; right is the next after left. A leaf is its own left, its threshold infinite.
@@ -130,9 +131,9 @@ def _tail(graph: GraphEditor, scores: str, post: int, targets: int) -> tuple[str
             post = LOGISTIC
         elif node.op_type == "Softmax" and post == NONE and _axis(node) in (1, -1):
             post = SOFTMAX
-        elif post == PAIR and _second(graph, node):
+        elif post == PAIR and takes_second(graph, node):
             post = LOGISTIC
-        elif not (node.op_type == "Identity" or _times_one(graph, node)):
+        elif not hands_on(graph, node):
             raise UnsupportedModelError(f"the kernel does not know {node.op_type} behind the trees")
         scores = node.output[0]
     return scores, post
@@ -140,23 +141,6 @@ def _tail(graph: GraphEditor, scores: str, post: int, targets: int) -> tuple[str
 
 def _axis(node: onnx.NodeProto) -> int:
     return next((item.i for item in node.attribute if item.name == "axis"), -1)
-
-
-def _times_one(graph: GraphEditor, node: onnx.NodeProto) -> bool:
-    values = [graph.value(name) for name in node.input] if node.op_type == "Mul" else []
-    return any(value is not None and value.size == 1 and value.ravel()[0] == 1 for value in values)
-
-
-def _second(graph: GraphEditor, node: onnx.NodeProto) -> bool:
-    """Whether a node is `scores[:, 1:2]`."""
-    if node.op_type != "Slice" or len(node.input) < 4:
-        return False
-    values = [graph.value(name) for name in node.input[1:]]
-    known = [[int(v) for v in value.ravel()] for value in values if value is not None]
-    if len(known) < len(values):
-        return False
-    start, end, axes, *step = known
-    return start in ([1], [-1]) and axes in ([1], [-1]) and end[0] >= 2 and step in ([], [[1]])
 
 
 def _layout(
