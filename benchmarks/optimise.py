@@ -340,6 +340,13 @@ def peers(model: rt.Model, case: Case, inputs: Sample, device: str) -> Iterable[
             yield "openvino" if chosen == "f32" else f"openvino ({chosen} by default)", lambda: request.infer(inputs)
         except (ImportError, RuntimeError):
             pass
+    elif backends()["onnxruntime"].availability("cuda").available:
+        import onnxruntime as ort
+
+        ort.preload_dlls()
+        on_gpu = ort.InferenceSession(str(model.graph), providers=["CUDAExecutionProvider"])
+        if on_gpu.get_providers()[0] == "CUDAExecutionProvider":  # it falls back to the CPU where CUDA's libraries are missing
+            yield "onnxruntime", lambda: on_gpu.run(None, inputs)
     if model.name == "fraud-boosting":
         import xgboost
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import onnx
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.passes.simplify import DeadCode
 from shared_runtime.graph.passes.trees import TreeRegressor
-from shared_runtime.importers.base import Imported, input_name, needs
+from shared_runtime.importers.base import TOLERANCE, Imported, input_name, needs, tensors
 from shared_runtime.importers.sklearn import name_batch
+from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Tensors
 
 
@@ -55,10 +57,14 @@ class XgboostImporter:
             values = np.asarray(booster.inplace_predict(inputs[name]), np.float32)
             return {output: values.reshape(len(values), -1)}
 
+        def part(inputs: Tensors) -> str:
+            rounds = int(booster.num_boosted_rounds())
+            return _first_round(proto, rounds, inputs, lambda count: booster.inplace_predict(inputs[name], iteration_range=(0, count)))
+
         content = bytes(booster.save_raw("ubj"))
         native = {"engine": "xgboost", "file": "booster.ubj", "sha256": hashlib.sha256(content).hexdigest()}
         card = {"native": native} if flat or objective == "multi:softprob" else {}
-        return Imported(proto, origin, f"xgboost {objective}", _given(example), None, card, {"booster.ubj": content} if card else {})
+        return Imported(proto, origin, f"xgboost {objective}", _given(example), None, part, card, {"booster.ubj": content} if card else {})
 
 
 class LightgbmImporter:
@@ -85,7 +91,43 @@ class LightgbmImporter:
             values = np.asarray(booster.predict(inputs[name]), np.float32)
             return {output: values.reshape(len(values), -1)}
 
-        return Imported(proto, origin, f"lightgbm {objective}", _given(example))
+        def part(inputs: Tensors) -> str:
+            return _first_round(
+                proto, booster.current_iteration(), inputs, lambda count: booster.predict(inputs[name], num_iteration=count)
+            )
+
+        return Imported(proto, origin, f"lightgbm {objective}", _given(example), part=part)
+
+
+def _first_round(proto: onnx.ModelProto, rounds: int, inputs: Tensors, upto: Callable[[int], Any]) -> str:
+    """The boosting round from which on the graph's trees predict something else than the booster's, or nothing where none is found."""
+    (output,) = proto.graph.output
+
+    def differs(count: int) -> bool:
+        expected = np.asarray(upto(count), np.float32)
+        got = tensors(_first_trees(proto, count / rounds), [output.name], inputs)[output.name]
+        return not relative_difference(got, expected.reshape(got.shape)) <= TOLERANCE
+
+    found = bisect.bisect_left(range(1, rounds + 1), True, key=differs)
+    return f"boosting round {found + 1} of {rounds}" if found < rounds and differs(found + 1) else ""
+
+
+def _first_trees(proto: onnx.ModelProto, share: float) -> onnx.ModelProto:
+    """The graph with the first of its trees alone."""
+    cut = onnx.ModelProto()
+    cut.CopyFrom(proto)
+    for node in cut.graph.node:
+        lists = {item.name: item for item in node.attribute if item.name.startswith(("nodes_", "target_", "class_"))}
+        for key, field in (("nodes_", "nodes_treeids"), ("target_", "target_treeids"), ("class_", "class_treeids")):
+            if field not in lists:
+                continue
+            trees = np.array(lists[field].ints)
+            kept = trees < round(share * (trees.max() + 1))
+            for title, item in lists.items():
+                values = onnx.helper.get_attribute_value(item)
+                if title.startswith(key) and len(values) == len(kept):
+                    item.CopyFrom(onnx.helper.make_attribute(title, [v for v, keep in zip(values, kept, strict=True) if keep]))
+    return cut
 
 
 def _given(example: Mapping[str, Any] | None) -> Tensors | None:

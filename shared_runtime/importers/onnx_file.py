@@ -11,7 +11,7 @@ import onnx
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import check_graph
 from shared_runtime.graph.passes.base import plain_session
-from shared_runtime.importers.base import Imported
+from shared_runtime.importers.base import Imported, tensors
 from shared_runtime.signature import Tensors
 
 LARGEST = 2**31 - 1
@@ -36,5 +36,8 @@ class OnnxImporter:
         def origin(inputs: Tensors) -> Tensors:
             return dict(zip(names, session.run(names, inputs), strict=True))
 
+        def layers(inputs: Tensors) -> Tensors:
+            return tensors(proto, [output for node in proto.graph.node for output in node.output if output], inputs)
+
         given = None if example is None else dict(example)
-        return Imported(proto, origin, "onnx", given)
+        return Imported(proto, origin, "onnx", given, layers)

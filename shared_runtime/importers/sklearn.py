@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.importers.base import Imported, input_name, needs
+from shared_runtime.importers.base import Imported, input_name, needs, tensors
 from shared_runtime.signature import Tensors
 
 TYPES = {
@@ -41,7 +41,7 @@ class SklearnImporter:
         if width is None:
             raise UnsupportedModelError(f"this {type(source).__name__} is not fitted (it has no n_features_in_); fit it first")
         name = input_name(example)
-        proto = _converted(source, [(name, FloatTensorType([None, width]))])
+        proto, parts = _converted(source, [(name, FloatTensorType([None, width]))])
         _name_types(proto)
         name_batch(proto)
         names = [output.name for output in proto.graph.output]
@@ -66,17 +66,31 @@ class SklearnImporter:
                     found[output] = np.asarray(source.transform(rows), np.float32)
             return found
 
+        def layers(inputs: Tensors) -> Tensors:
+            """What each transformer makes of what the graph gives it."""
+            there = {output for node in proto.graph.node for output in node.output} | {name}
+            chain = [part for part in parts if set(part[1:]) <= there]
+            taken = tensors(proto, [taken for _, taken, _ in chain if taken != name], inputs) | inputs
+            values = {made: estimator.transform(taken[of]) for estimator, of, made in chain}
+            return {made: np.asarray(v.toarray() if hasattr(v, "toarray") else v, np.float32) for made, v in values.items()}
+
         given = None if example is None else {name: np.asarray(next(iter(example.values())), np.float32)}
-        return Imported(proto, origin, f"scikit-learn {type(source).__name__}", given)
+        return Imported(proto, origin, f"scikit-learn {type(source).__name__}", given, layers)
 
 
-def _converted(source: Any, inputs: list[tuple[str, Any]]) -> onnx.ModelProto:
-    """With probabilities as one array; of a classifier that has none, the values of its decision function."""
+Part = tuple[Any, str, str]
+
+
+def _converted(source: Any, inputs: list[tuple[str, Any]]) -> tuple[onnx.ModelProto, list[Part]]:
+    """With probabilities as one array; of a classifier that has none, the values of its decision function. Also its
+    transformers in order, each with the tensor that it takes and the one that it makes."""
     import skl2onnx
 
-    def convert(options: dict[int, dict[str, bool]]) -> onnx.ModelProto:
+    def convert(options: dict[int, dict[str, bool]]) -> tuple[onnx.ModelProto, list[Part]]:
         with _missing_as_integer():
-            return skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS)
+            proto, found = skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS, intermediate=True)
+        operators = [o for o in found.unordered_operator_iterator() if hasattr(o.raw_operator, "transform") and len(o.inputs) == 1]
+        return proto, [(o.raw_operator, o.inputs[0].onnx_name, o.outputs[0].onnx_name) for o in operators]
 
     last = source.steps[-1][1] if hasattr(source, "steps") else source
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.base import Imported, needs, tensors
 from shared_runtime.importers.sklearn import name_batch
+from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Tensors
 
 OPSET = 18
@@ -45,8 +47,23 @@ class TensorflowImporter:
             result = function(**{key: tensorflow.constant(given[graph.name]) for key, graph in zip(inputs, proto.graph.input, strict=True)})
             return {name: np.asarray(result[titles.get(name, name)]) for name in names}
 
+        def layers(given: Tensors) -> Tensors:
+            """The tensors that keep their name on the way to ONNX, in the graph's layout: channels first or last."""
+            from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+            frozen = convert_variables_to_constants_v2(keyed.get_concrete_function(), lower_control_flow=False, aggressive_inlining=True)
+            there = {tensor.name for operation in frozen.graph.get_operations() for tensor in operation.outputs}
+            kept = [output for node in proto.graph.node for output in node.output if output in there]
+            values = frozen.prune(frozen.inputs, kept)(*(tensorflow.constant(given[graph.name]) for graph in proto.graph.input))
+            ours, found = tensors(proto, kept, given), {}
+            for name, value in zip(kept, map(np.asarray, values), strict=True):
+                layouts = [value, *([np.moveaxis(value, -1, 1)] if value.ndim > 2 else [])]
+                if fitting := [layout for layout in layouts if layout.shape == ours[name].shape]:
+                    found[name] = min(fitting, key=lambda layout: relative_difference(ours[name], layout))
+            return found
+
         given = None if example is None else {key: np.asarray(value) for key, value in example.items()}
-        return Imported(proto, origin, f"tensorflow {tensorflow.__version__}", given)
+        return Imported(proto, origin, f"tensorflow {tensorflow.__version__}", given, layers)
 
 
 def _serving(tensorflow: Any, source: Any) -> Any:
@@ -59,8 +76,6 @@ def _serving(tensorflow: Any, source: Any) -> Any:
         return function
     if isinstance(source, Path):
         source = tensorflow.keras.models.load_model(str(source), compile=False, safe_mode=True)
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="triscope-keras-")
-    source.export(folder)
-    return _serving(tensorflow, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="triscope-keras-") as folder:
+        source.export(folder)
+        return _serving(tensorflow, Path(folder))

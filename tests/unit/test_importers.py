@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import shared_runtime as rt
-from shared_runtime.importers import torch_module
+from shared_runtime.importers import IMPORTERS, base, torch_module
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.variants import VariantStore
@@ -63,6 +64,68 @@ def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
     with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is Gemm"):
         write_folder(imported, tmp_path / "models" / "broken", "broken")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_step_of_a_pipeline_that_differs_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("skl2onnx")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+    x = np.random.default_rng(0).standard_normal((300, 4))
+    pipeline = make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), LogisticRegression()).fit(x, x[:, 0] > 0)
+    importer = next(one for one in IMPORTERS if one.name == "scikit-learn")
+    imported = importer.load(pipeline, None)
+    second = [node for node in imported.proto.graph.node if node.op_type == "Scaler"][1]
+    scale = next(item for item in second.attribute if item.name == "scale")
+    scale.floats[:] = [value * 1.1 for value in scale.floats]
+    with pytest.raises(rt.ImportMismatchError, match=rf"first layer to differ is Scaler '?{second.name}"):
+        write_folder(imported, tmp_path / "models" / "broken", "broken")
+
+
+@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+def test_the_boosting_round_that_differs_is_named(library: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxmltools")
+    package = pytest.importorskip(library)
+    x = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    kind = package.XGBRegressor if library == "xgboost" else package.LGBMRegressor
+    estimator = kind(n_estimators=9, max_depth=3, n_jobs=1).fit(x, x[:, 0] + np.abs(x[:, 1]))
+    importer = next(one for one in IMPORTERS if one.name == library)
+    imported = importer.load(estimator, None)
+    trees = next(node for node in imported.proto.graph.node if node.op_type.startswith("TreeEnsemble"))
+    lists = {item.name: item for item in trees.attribute}
+    weights = lists["target_weights"]
+    weights.floats[:] = [v * 3 if tree == 6 else v for v, tree in zip(weights.floats, lists["target_treeids"].ints, strict=True)]
+    with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is boosting round 7 of 9"):
+        write_folder(imported, tmp_path / "models" / "broken", "broken")
+
+
+def test_a_node_that_the_engine_s_optimiser_breaks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes between are only wrong while nobody asks for them, as with a fusion that goes wrong."""
+    weights = [numpy_helper.from_array(np.eye(3, dtype=np.float32), name) for name in ("w1", "w2")]
+    nodes = [helper.make_node("MatMul", ["x", "w1"], ["a"], "first"), helper.make_node("MatMul", ["a", "w2"], ["y"], "second")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "two", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "two.onnx")
+    plain = base.plain_session
+
+    class Broken:
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def run(self, names: Any, inputs: Any) -> Any:
+            asked = names or [output.name for output in self._session.get_outputs()]
+            return [
+                value if len(asked) > 1 or name == "a" else value + 1
+                for name, value in zip(asked, self._session.run(names, inputs), strict=True)
+            ]
+
+        def get_outputs(self) -> Any:
+            return self._session.get_outputs()
+
+    monkeypatch.setattr(base, "plain_session", lambda model, optimised=False: Broken(plain(model)) if optimised else plain(model))
+    with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is MatMul 'second'"):
+        rt.import_model(tmp_path / "two.onnx", "two", repository=ModelRepository((tmp_path / "models",)))
 
 
 def test_scripted_and_pickled_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -410,3 +473,18 @@ def test_tensorflow(kind: str, tmp_path: Path) -> None:
     (output,) = run(model, {model.signature.inputs[0].name: x}, tmp_path).values()
     np.testing.assert_allclose(output, network.predict(x, verbose=0), atol=1e-5)
     assert model.signature.inputs[0].shape[0] == "batch"
+
+
+@pytest.mark.parametrize(("operator", "shape"), [("Conv", (5, 4, 3, 3)), ("MatMul", (240, 7))])
+def test_the_layer_of_a_tensorflow_network_that_differs_is_named(operator: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    pytest.importorskip("tf2onnx")
+    layers = tensorflow.keras.layers
+    convolutions = [layers.Conv2D(4, 3, activation="relu"), layers.Conv2D(5, 3), layers.Flatten()]
+    network = tensorflow.keras.Sequential([layers.Input((12, 10, 3)), *convolutions, layers.Dense(7), layers.Dense(2)])
+    imported = next(one for one in IMPORTERS if one.name == "tensorflow").load(network, None)
+    weight = next(item for item in imported.proto.graph.initializer if tuple(item.dims) == shape)
+    (node,) = [node for node in imported.proto.graph.node if weight.name in node.input]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.1, weight.name))
+    with pytest.raises(rt.ImportMismatchError, match=rf"first layer to differ is {operator} '{re.escape(node.name)}'"):
+        write_folder(imported, tmp_path / "models" / "broken", "broken")

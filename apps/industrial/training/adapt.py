@@ -124,12 +124,11 @@ def adapt(
         chosen = torch.multinomial(chances, BATCH, replacement=True).to(device)
         seen, target, defective = images[chosen], masks[chosen], bad[chosen]
         if len(donors):
-            others = donors[torch.randint(len(donors), (BATCH,), device=device)]
-            onto = (torch.rand(BATCH, device=device) < PASTED) & (defective < 0.5)
-            with_defect, outline = pasted(seen, images[others], masks[others])
-            seen = torch.where(onto[:, None, None, None], with_defect, seen)
-            target = torch.where(onto[:, None, None], outline, target)
-            defective = torch.where(onto, (outline.amax(dim=(1, 2)) > 0.5).float(), defective)
+            onto = torch.nonzero((torch.rand(BATCH, device=device) < PASTED) & (defective < 0.5)).flatten()
+            if len(onto):
+                others = donors[torch.randint(len(donors), (len(onto),), device=device)]
+                seen[onto], target[onto] = pasted(seen[onto], images[others], masks[others])
+                defective[onto] = (target[onto].amax(dim=(1, 2)) > 0.5).float()
         seen, target = turned(seen, target, quarter=False)
         cut = (torch.rand(BATCH, device=device) < 0.7) & (known[chosen] > 0)
         seen, target = _windows(seen, target, cut)

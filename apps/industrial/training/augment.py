@@ -34,10 +34,10 @@ def pasted(good: Tensor, donor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * 0.5)
     outline = functional.interpolate(mask[:, None], size=good.shape[2:], mode="bilinear", align_corners=False)
     patch, core = _sampled(donor, moved, "reflection"), (_sampled(outline, moved, "zeros") > 0.3).float()
-    ring = functional.max_pool2d(core, 17, 1, 8) - core
+    ring = _widest(core, 17) - core
     size = ring.sum(dim=(2, 3), keepdim=True)
     shift = ((good - patch) * ring).sum(dim=(2, 3), keepdim=True) / size.clamp(min=1) * (size > 20)
-    soft = functional.avg_pool2d(functional.max_pool2d(core, 7, 1, 3), 7, 1, 3)
+    soft = _mean(_widest(core, 7), 7)
     share = soft * (torch.rand(n, 1, 1, 1, device=device) * 0.5 + 0.7)
     mixed = (good * (1 - share) + (patch + shift) * share).clamp(0, 1)
     return mixed, functional.adaptive_avg_pool2d(core, mask.shape[1:])[:, 0]
@@ -52,6 +52,17 @@ def turned(image: Tensor, mask: Tensor, *, quarter: bool, zoom: float = 0.08, sh
     scale = torch.exp((torch.rand(n, 2, device=device) * 2 - 1) * zoom)
     moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * shift)
     return _sampled(image, moved, "reflection"), _sampled(mask[:, None], moved, "reflection")[:, 0]
+
+
+def _widest(x: Tensor, side: int) -> Tensor:
+    """The largest value within `side` x `side` pixels, by rows and then by columns: a CPU takes many times longer for both at once."""
+    half = side // 2
+    return functional.max_pool2d(functional.max_pool2d(x, (side, 1), 1, (half, 0)), (1, side), 1, (0, half))
+
+
+def _mean(x: Tensor, side: int) -> Tensor:
+    half = side // 2
+    return functional.avg_pool2d(functional.avg_pool2d(x, (side, 1), 1, (half, 0)), (1, side), 1, (0, half))
 
 
 def _matrices(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
