@@ -26,7 +26,6 @@ from benchmarks.volume import report_lines as volume_lines
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
-from shared_runtime.planning.planner import repeat_rows
 from shared_runtime.variants import VariantStore
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +267,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
     ) as session:
         plan = session.prepare()
         print(f"  {plan.describe()}", flush=True)
-        speed = {str(rows): _speed(session, model, case, repeat_rows(probe, rows), device) for rows in case.rows}
+        speed = {str(rows): _speed(session, model, case, model.signature.repeated(probe, rows), device) for rows in case.rows}
     certificates = {v: made.certificate(v) for v in made.variants}
     return {
         "volume": volume(made, VariantStore(folder / "variants")) if name == "unet" and device == "cpu" else None,

@@ -21,7 +21,7 @@ from shared_runtime.model import Model, load
 from shared_runtime.optimize import MAX_DROP, optimize
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.plan import Plan
-from shared_runtime.planning.planner import first_row, plan_and_compile
+from shared_runtime.planning.planner import plan_and_compile
 from shared_runtime.quantization.guard import Report
 from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import read_calibration
@@ -95,7 +95,7 @@ def auto_optimize(
     data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)
     if data is not None:
         loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
-    probe: Tensors = loaded.random() if data is None else first_row(loaded.signature, data[0])
+    probe: Tensors = loaded.random() if data is None else loaded.signature.first_row(data[0])
     gains = []
     found = loaded
     if device != "cuda":  # torch takes the graph apart by itself

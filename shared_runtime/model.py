@@ -13,7 +13,7 @@ from typing import Any
 
 from shared_runtime.certificate import Certificate
 from shared_runtime.errors import ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
-from shared_runtime.graph.check import check_graph, graph_hash
+from shared_runtime.graph.check import OLDEST, check_graph, graph_hash, opset, read_graph
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import Variant, VariantStore
@@ -93,7 +93,7 @@ def load(
         path = Path(source)
         if path.is_dir() and (path / CARD_FILE).is_file():
             return _from_folder(path, sha256, store)
-        if path.suffix == ".onnx" and path.is_file():
+        if path.suffix == ".onnx" and path.is_file() and opset(read_graph(path)) >= OLDEST:
             return _from_file(path, sha256, name, store)
         if not path.exists():
             if path.suffix or len(path.parts) > 1:

@@ -20,7 +20,6 @@ from shared_runtime.errors import BackendUnavailableError, ModelError, Unsupport
 from shared_runtime.graph.passes.base import opset, passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
-from shared_runtime.planning.planner import first_row
 from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
 from shared_runtime.quantization.forms import Form
 from shared_runtime.quantization.guard import Guard, Guarded, Report
@@ -118,7 +117,7 @@ def optimize(
                 known[variant.name] = variant
                 refused.pop(maker.name, None)
         if precisions is None and device in ("auto", "cpu"):
-            probe = first_row(loaded.signature, data[0])
+            probe = loaded.signature.first_row(data[0])
             if (gained := rewritten(loaded, OURS, "onnxruntime", probe, cores, job.store)) is not None:
                 report(f"{gained.variant.name} certified: {gained.ratio:.2f} times as fast by {', '.join(gained.passes)}")
                 known[gained.variant.name] = gained.variant

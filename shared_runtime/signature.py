@@ -78,7 +78,29 @@ class Signature(msgspec.Struct, frozen=True):
     @property
     def fixed_rows(self) -> int | None:
         """The number of rows where the model was exported for exactly that many; None where the batch is free."""
+        if self._row_names:
+            return None
         return next((spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
+
+    @property
+    def _row_names(self) -> set[str]:
+        """What leading dimensions are called: they count rows, also where a state has them further back, as (layers, batch, width)."""
+        return {spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], str)}
+
+    def first_row(self, inputs: Tensors) -> Tensors:
+        """One row of the inputs; all of them where the model takes a fixed number of rows."""
+        names = self._row_names
+        cuts = {spec.name: tuple(slice(1) if size in names else slice(None) for size in spec.shape) for spec in self.inputs}
+        return {name: value[cuts[name]] for name, value in inputs.items()}
+
+    def repeated(self, one: Tensors, rows: int) -> Tensors:
+        """Inputs of `rows` rows from inputs of one; what has that many, or counts none, is left as it is."""
+        names, made = self._row_names, dict(one)
+        for spec in self.inputs:
+            for axis in (axis for axis, size in enumerate(spec.shape) if size in names):
+                if made[spec.name].shape[axis] != rows:
+                    made[spec.name] = np.ascontiguousarray(np.repeat(made[spec.name], rows, axis=axis))
+        return made
 
     @property
     def has_rows(self) -> bool:
@@ -89,23 +111,21 @@ class Signature(msgspec.Struct, frozen=True):
     def dims_of(self, inputs: Tensors) -> dict[str, int]:
         """The sizes that the named dimensions other than the batch have in `inputs`."""
         found: dict[str, int] = {}
+        rows = self._row_names
         for spec in self.inputs:
             for axis, size in enumerate(spec.shape):
-                if axis and isinstance(size, str) and spec.name in inputs:
+                if isinstance(size, str) and size not in rows and spec.name in inputs:
                     found[size] = int(inputs[spec.name].shape[axis])
         return found
 
     def random(self, rows: int = 1, seed: int = 0, dims: Mapping[str, int] | None = None) -> Tensors:
         """Standard normal inputs (0 or 1 for integers) of `rows`. Other named dimensions have the size in `dims`, or that of
         a small picture (64), a small volume (32) or a short sequence (8)."""
-        generator = np.random.default_rng(seed)
+        generator, names = np.random.default_rng(seed), self._row_names
         made: Tensors = {}
         for spec in self.inputs:
             usual = {4: 64, 5: 32}.get(len(spec.shape), 8)
-            named = [
-                size if isinstance(size, int) else (rows if axis == 0 else (dims or {}).get(size, usual))
-                for axis, size in enumerate(spec.shape)
-            ]
+            named = [size if isinstance(size, int) else (rows if size in names else (dims or {}).get(size, usual)) for size in spec.shape]
             dtype = np.dtype(spec.dtype)
             values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
             made[spec.name] = values.astype(dtype)

@@ -99,8 +99,8 @@ def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
     """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
     if all(value.shape[0] if value.ndim else True for value in inputs.values()):
         return None
-    one = {n: np.zeros((max(1, len(v)), *v.shape[1:]), v.dtype) if v.ndim else v for n, v in inputs.items()}
-    return {name: value[:0] for name, value in executable.run(one).items()}
+    one = {n: np.zeros([max(1, size) for size in v.shape], v.dtype) if v.ndim else v for n, v in inputs.items()}
+    return {name: value[:0] if value.ndim else value for name, value in executable.run(one).items()}
 
 
 def refuse_foreign(engine: str, device: str, variant: Variant | None) -> None:

@@ -11,6 +11,8 @@ from onnx.external_data_helper import uses_external_data
 
 from shared_runtime.errors import ModelIntegrityError, UnsupportedModelError
 
+OLDEST = 7
+"""The oldest standard operators that ONNX Runtime knows."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
 
 
@@ -23,6 +25,11 @@ def read_graph(path: Path) -> onnx.ModelProto:
     if not proto.graph.node and not proto.graph.output:
         raise UnsupportedModelError(f"{path} is not a readable ONNX model: it holds no graph; export it again")
     return proto
+
+
+def opset(proto: onnx.ModelProto) -> int:
+    """The version of the standard operators that a graph uses."""
+    return next((int(item.version) for item in proto.opset_import if item.domain in ("", "ai.onnx")), OLDEST)
 
 
 def external_files(proto: onnx.ModelProto, folder: Path) -> list[Path]:

@@ -11,20 +11,28 @@ from pathlib import Path
 from typing import Any
 
 
-def to_onnx(module: Any, example: Mapping[str, Any], outputs: Sequence[str] = (), *, scopes: bool = False) -> Any:
+def to_onnx(
+    module: Any,
+    example: Mapping[str, Any],
+    outputs: Sequence[str] = (),
+    *,
+    scopes: bool = False,
+    row_axes: Mapping[str, int | None] | None = None,
+) -> Any:
     """An `onnx.ModelProto` of `module` in evaluation mode; the leading dimension of every input is its one dynamic one.
 
     `example`: a tensor of two rows or more an input, by name, in the module's order. `outputs`: names, the
-    exporter's own without. Notes of where each operator came from (folders of this machine) are left out; with `scopes`
-    the result is a pair of the graph and, by path of each sub-module, the tensor in which it ends.
+    exporter's own without. `row_axes`: where an input counts rows on another axis, or None where it counts none.
+    Notes of where each operator came from (folders of this machine) are left out; with `scopes` the result is a pair
+    of the graph and, by path of each sub-module, the tensor in which it ends.
     """
     import onnx
     import torch
 
     logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)  # it tells that torchvision is not installed
-    batch = torch.export.Dim("batch")
+    batch, axes = torch.export.Dim("batch"), [(row_axes or {}).get(name, 0) for name in example]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it deprecates
+        warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on how it takes a recurrent network apart
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
             module.eval(),
@@ -32,7 +40,7 @@ def to_onnx(module: Any, example: Mapping[str, Any], outputs: Sequence[str] = ()
             str(file),
             input_names=list(example),
             output_names=list(outputs) or None,
-            dynamic_shapes=[{0: batch} for _ in example],
+            dynamic_shapes=[{axis: batch} if axis is not None else {} for axis in axes],
             dynamo=True,
             external_data=False,
             verbose=False,

@@ -66,26 +66,44 @@ class Importer(Protocol):
 def compare(imported: Imported, signature: Signature, path: Path, name: str) -> float:
     """The largest relative difference from the origin, on random inputs of one and two rows and on the given ones.
 
-    Raises ImportMismatchError, naming the first layer that differs where the origin can tell its layers.
+    Raises ImportMismatchError, naming the first layer that differs where the origin can tell its layers, and
+    UnsupportedModelError where one of the two fails.
     """
     session = plain_session(path, optimised=True)
     dims = signature.dims_of(imported.given or {})
     probes = [signature.random(1, 1, dims), signature.random(2, 2, dims), *([imported.given] if imported.given else [])]
+    names = [output.name for output in session.get_outputs()]
     worst = 0.0
     for inputs in probes:
-        expected = imported.origin(inputs)
-        names = [output.name for output in session.get_outputs()]
-        got = dict(zip(names, session.run(names, inputs), strict=True))
+        example = inputs is imported.given
+        try:
+            expected = imported.origin(inputs)
+        except Exception as error:
+            if imported.given is not None and not example:
+                continue  # not all numbers are valid inputs: the given ones are
+            way = "" if example else "; where these are no valid inputs, give some as example={'input_name': array}"
+            raise _fails(imported, name, inputs, error, way) from error
+        try:
+            got = dict(zip(names, session.run(names, inputs), strict=True))
+        except Exception as error:
+            raise _fails(imported, name, inputs, error, "; its origin does not") from error
         for output, value in expected.items():
-            error = relative_difference(np.asarray(got[output]), np.asarray(value))
-            worst = max(worst, error)
-            if not error <= imported.tolerance:
+            distance = relative_difference(np.asarray(got[output]), np.asarray(value))
+            worst = max(worst, distance)
+            if not distance <= imported.tolerance:
                 where = _first_layer(imported, inputs, name) or f"output {output!r}"
                 raise ImportMismatchError(
-                    f"{name!r} does not compute what its {imported.source} origin computes: {where} differs by {error:.1e} "
+                    f"{name!r} does not compute what its {imported.source} origin computes: {where} differs by {distance:.1e} "
                     f"(relative), expected at most {imported.tolerance:.0e}; nothing was imported"
                 )
     return worst
+
+
+def _fails(imported: Imported, name: str, inputs: Tensors, error: Exception, more: str) -> UnsupportedModelError:
+    shapes = {key: list(value.shape) for key, value in inputs.items()}
+    kind = "the example" if inputs is imported.given else "random inputs"
+    reason = " ".join(str(error).split())[:300]
+    return UnsupportedModelError(f"{name!r} ({imported.source}) fails on {kind} of shape {shapes}: {reason}{more}")
 
 
 def _first_layer(imported: Imported, inputs: Tensors, model: str) -> str:

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import check_graph
+from shared_runtime.graph.check import OLDEST, check_graph, opset
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.importers.base import Imported, tensors
 from shared_runtime.signature import Tensors
 
 LARGEST = 2**31 - 1
+UPGRADED, IR = 18, 8
+"""What operators older than OLDEST are converted to, and the file format of those."""
 
 
 class OnnxImporter:
@@ -30,6 +33,8 @@ class OnnxImporter:
         proto = onnx.load(str(source))
         if proto.ByteSize() > LARGEST:
             raise UnsupportedModelError(f"{source.name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
+        if (version := opset(proto)) < OLDEST:
+            return _upgraded(proto, version, source.name, example)
         session = plain_session(source)
         names = [output.name for output in session.get_outputs()]
 
@@ -41,3 +46,28 @@ class OnnxImporter:
 
         given = None if example is None else dict(example)
         return Imported(proto, origin, "onnx", given, layers)
+
+
+def _upgraded(proto: onnx.ModelProto, version: int, name: str, example: Mapping[str, Any] | None) -> Imported:
+    """A graph of operators that no engine runs any more: converted, and compared with ONNX's reference implementation of the old ones.
+
+    Raises UnsupportedModelError.
+    """
+    from onnx.reference import ReferenceEvaluator
+    from onnx.version_converter import convert_version
+
+    try:
+        made, reference = convert_version(proto, UPGRADED), ReferenceEvaluator(proto)
+        made.ir_version = max(made.ir_version, IR)  # older ones want every constant among the inputs
+        onnx.checker.check_model(made)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(
+            f"{name} uses the operators of opset {version}, older than {OLDEST}, and can't be converted ({reason}); export it again"
+        ) from error
+    names = [output.name for output in proto.graph.output]
+
+    def origin(inputs: Tensors) -> Tensors:
+        return {output: np.asarray(value) for output, value in zip(names, reference.run(names, inputs), strict=True)}
+
+    return Imported(made, origin, f"onnx (opset {version}, converted to {UPGRADED})", None if example is None else dict(example))

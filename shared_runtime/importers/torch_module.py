@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Imported, needs
 from shared_runtime.signature import Tensors
 
+logger = logging.getLogger(__name__)
+MOST_WAYS = 16
 SCRIPT = "TorchScript holds code that can't be exported: load the original module in Python and pass it to rt.load(module, example=...)"
 PICKLED = "a pickled torch file may hold code: build the module in Python, load its weights with weights_only=True and pass the module"
 
@@ -49,15 +53,23 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     from shared_runtime.graph.export import to_onnx
 
     given = {name: np.asarray(value) for name, value in example.items()}
-    tensors = {name: torch.from_numpy(np.repeat(value[:1], 2, axis=0).copy()) for name, value in given.items()}
     was_training = module.training
     module.eval()
     try:
-        proto, scopes = to_onnx(module, tensors, outputs, scopes=True)
+        axes = _row_axes(module, given)
+        tensors = {name: torch.from_numpy(value) for name, value in _two_rows(given, axes).items()}
+        proto, scopes = to_onnx(module, tensors, outputs, scopes=True, row_axes=axes)
     except Exception as error:
         raise UnsupportedModelError(f"torch can't export this {type(module).__name__}: {_reason(error)}") from error
     finally:
         module.train(was_training)
+    for value in proto.graph.input:
+        axis, shape = axes[value.name], value.type.tensor_type.shape.dim
+        if axis is not None and shape[axis].HasField("dim_value"):
+            raise UnsupportedModelError(
+                f"this {type(module).__name__} can be exported for {shape[axis].dim_value} rows only: it makes a Python number "
+                "of the size of its batch, as len(x) and int(x.shape[0]) do; use x.shape[0] as it is"
+            )
     names = [output.name for output in proto.graph.output]
 
     def origin(inputs: Tensors) -> Tensors:
@@ -88,6 +100,30 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     return Imported(proto, origin, source, given, layers)
 
 
+def _row_axes(module: Any, given: Tensors) -> dict[str, int | None]:
+    """The axis of each input that counts rows: its first where that is as long as the first input's, else, as with the states of a
+    recurrent network (layers, rows, width), another one that is; None for an input without. Where several are, the module is asked."""
+    rows = next((value.shape[0] for value in given.values() if value.ndim), 1)
+    fitting: list[Sequence[int | None]] = [np.flatnonzero(np.array(value.shape) == rows).tolist() or [None] for value in given.values()]
+    ways = [dict(zip(given, way, strict=True)) for way in itertools.islice(itertools.product(*fitting), MOST_WAYS)]
+    for way in ways if len(ways) > 1 else ():
+        try:
+            _run(module, given, _two_rows(given, way))
+        except Exception as error:
+            logger.debug("rows are not on the axes %s: %s", way, error)
+        else:
+            return way
+    return ways[0]
+
+
+def _two_rows(given: Tensors, axes: Mapping[str, int | None]) -> Tensors:
+    made = {}
+    for name, value in given.items():
+        axis = axes[name]
+        made[name] = value.copy() if axis is None else np.repeat(value.take([0], axis=axis), 2, axis=axis)
+    return made
+
+
 def _run(module: Any, given: Mapping[str, Any], inputs: Tensors) -> Any:
     import torch
 
@@ -116,6 +152,7 @@ def _is_script(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # the exporter's own words are about itself
+        error = error.__cause__
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -18,7 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import onnx
 
 from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, prepare_any, specialise
@@ -95,7 +94,7 @@ def plan_and_compile(
         _keep(plan, file)
         return plan, _compile(model, plan, probe)
     hold = objective.kind != "memory"
-    probe = model.random() if probe is None else first_row(model.signature, probe)
+    probe = model.random() if probe is None else model.signature.first_row(probe)
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
@@ -104,7 +103,7 @@ def plan_and_compile(
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
     if hold:
-        _measure(contenders, probe, ladder, budget_s)
+        _measure(contenders, model.signature, probe, ladder, budget_s)
     else:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
@@ -154,31 +153,16 @@ def _cached(file: Path, model: Model) -> Plan | None:
 def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
     """The executables of a cached plan, without measuring."""
     made: dict[int, Executable] = {}
-    one = model.random() if probe is None else first_row(model.signature, probe)
+    one = model.random() if probe is None else model.signature.first_row(probe)
     for rung in plan.ladder:
         c = plan.candidates[rung.candidate]
         if rung.candidate not in made:
             variant = None if c.variant == FLOAT else model.variant(c.variant)
             made[rung.candidate] = backends()[c.backend].compile(model, c.device, c.threads, variant, c.mode)
-        specialise(made[rung.candidate], repeat_rows(one, rung.rows))
+        specialise(made[rung.candidate], model.signature.repeated(one, rung.rows))
     for executable in made.values() if plan.objective != "memory" else ():
         prepare_any(executable)
     return Ladder([(rung.rows, made[rung.candidate]) for rung in plan.ladder])
-
-
-def first_row(signature: Signature, inputs: Tensors) -> Tensors:
-    """One row of the inputs; all of them where the model takes a fixed number of rows."""
-    if signature.fixed_rows is not None:
-        return inputs
-    return {name: value[:1] if value.ndim else value for name, value in inputs.items()}
-
-
-def repeat_rows(one: Tensors, rows: int) -> Tensors:
-    """Inputs of `rows` rows from inputs of one; inputs that have that many are left as they are."""
-    return {
-        name: value if not value.ndim or len(value) == rows else np.ascontiguousarray(np.repeat(value, rows, axis=0))
-        for name, value in one.items()
-    }
 
 
 def _cost(model: Model, probe: Tensors) -> GraphCost:
@@ -189,14 +173,14 @@ def _cost(model: Model, probe: Tensors) -> GraphCost:
         return GraphCost((), ())
 
 
-def _measure(contenders: Sequence[Contender], probe: Tensors, ladder: Sequence[int], budget: float) -> None:
+def _measure(contenders: Sequence[Contender], signature: Signature, probe: Tensors, ladder: Sequence[int], budget: float) -> None:
     """Time the contenders at every rung that the budget allows; those far behind at a rung are left out of it."""
     alone = len(contenders) == 1
     fastest = min(contender.first for contender in contenders)
     for rows in sorted(set(ladder)):
         if rows > min(ladder) and (alone or fastest * rows > budget / 3):
             break
-        inputs = repeat_rows(probe, rows)
+        inputs = signature.repeated(probe, rows)
         racing = []
         for contender in contenders:
             before = contender.timed.get(min(ladder))

@@ -55,6 +55,78 @@ def test_a_torch_module_in_training_mode_is_imported_as_it_predicts(tmp_path: Pa
     assert model.card["import"]["difference"] < 1e-5
 
 
+class Recurrent(torch.nn.Module):
+    """Hands its state in and out, as a stream would: (layers, rows, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = torch.nn.LSTM(5, 6, 2, batch_first=True), torch.nn.Linear(6, 2)
+
+    def forward(self, x: Any, hidden: Any, cell: Any, scale: Any) -> Any:
+        y, (hidden, cell) = self.lstm(x * scale, (hidden, cell))
+        return self.head(y), hidden, cell, y.mean()
+
+
+def test_states_count_rows_on_another_axis(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, generator = Recurrent().eval(), np.random.default_rng(0)
+
+    def rows(n: int) -> dict[str, np.ndarray]:
+        shapes = {"x": (n, 7, 5), "hidden": (2, n, 6), "cell": (2, n, 6), "scale": (5,)}
+        return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    model = rt.load(module, example=rows(1))
+    assert [spec.shape for spec in model.signature.inputs] == [("batch", 7, 5), (2, "batch", 6), (2, "batch", 6), (5,)]
+    assert {name: value.shape for name, value in model.random(4).items()} == {name: value.shape for name, value in rows(4).items()}
+    with rt.Session(model, plans=tmp_path / "plans", ladder=(1, 8), budget_s=0.5) as session:
+        for n in (1, 3, 8):
+            inputs = rows(n)
+            with torch.no_grad():
+                expected = module(*map(torch.from_numpy, inputs.values()))
+            for value, wanted in zip(session.run(inputs).values(), expected, strict=True):
+                np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
+        empty = session.run(rows(0))
+    assert next(iter(empty.values())).shape == (0, 7, 2)
+
+
+def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason() -> None:
+    class Counts(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.cat([torch.zeros(len(x), 1), x], dim=1)
+
+    with pytest.raises(rt.UnsupportedModelError, match=r"makes a Python number of the size of its batch, as len\(x\)"):
+        rt.load(Counts(), example={"x": np.zeros((1, 3), np.float32)})
+
+
+def test_operators_that_no_engine_runs_any_more_are_converted(tmp_path: Path, repository: ModelRepository) -> None:
+    """Opset 6: Add says that it spreads its shorter input."""
+    node = helper.make_node("Add", ["x", "b"], ["y"], broadcast=1)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 4]) for name in ("x", "y")]
+    offset = helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])
+    b = np.arange(4, dtype=np.float32)
+    graph = helper.make_graph([node], "old", [ends[0], offset], ends[1:], [numpy_helper.from_array(b, "b")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 6)], ir_version=3), tmp_path / "old.onnx")
+    rt.import_model(tmp_path / "old.onnx", "old", repository=repository)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    for model in (rt.load(tmp_path / "old.onnx"), rt.load("old", repository=repository)):
+        np.testing.assert_allclose(run(model, {"x": x}, tmp_path)["y"], x + b, rtol=1e-6)
+    assert "opset 6" in model.card["import"]["from"]
+
+
+def test_inputs_that_random_numbers_are_no_example_of(tmp_path: Path, repository: ModelRepository) -> None:
+    """Where an input says how large the output is, most numbers fit nothing."""
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 1]), helper.make_tensor_value_info("shape", TensorProto.INT64, [2])]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "columns"])
+    graph = helper.make_graph([helper.make_node("Expand", ["x", "shape"], ["y"])], "expand", ends, [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "expand.onnx")
+    example = {"x": np.arange(3, dtype=np.float32)[:, None], "shape": np.array([3, 5])}
+    with pytest.raises(rt.UnsupportedModelError, match=r"fails on random inputs .*give some as example="):
+        rt.import_model(tmp_path / "expand.onnx", "expand", repository=repository)
+    rt.import_model(tmp_path / "expand.onnx", "expand", example=example, repository=repository)
+    with rt.Session(rt.load("expand", repository=repository), plans=tmp_path / "plans", probe=example) as session:
+        assert session.run(example)["y"].shape == (3, 5)
+
+
 def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
     module = small_network().eval()
     imported = torch_module.from_module(module, {"image": np.zeros((1, 2, 6, 6), np.float32)}, "torch")
