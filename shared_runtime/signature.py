@@ -128,7 +128,7 @@ class Signature(msgspec.Struct, frozen=True):
             named = [size if isinstance(size, int) else (rows if size in names else (dims or {}).get(size, usual)) for size in spec.shape]
             dtype = np.dtype(spec.dtype)
             values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
-            made[spec.name] = values.astype(dtype)
+            made[spec.name] = values.astype(str if dtype.kind == "O" else dtype).astype(dtype)
         return made
 
 

@@ -99,7 +99,7 @@ def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
     """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
     if all(value.shape[0] if value.ndim else True for value in inputs.values()):
         return None
-    one = {n: np.zeros([max(1, size) for size in v.shape], v.dtype) if v.ndim else v for n, v in inputs.items()}
+    one = {n: np.full([max(1, size) for size in v.shape], "" if v.dtype == object else 0, v.dtype) for n, v in inputs.items()}
     return {name: value[:0] if value.ndim else value for name, value in executable.run(one).items()}
 
 

@@ -92,7 +92,7 @@ class OnnxRuntimeExecutable:
         small = sum(value.nbytes for value in inputs.values()) <= SMALL_BYTES
         if self.device != "cpu" or not small or len(self._bound) >= MOST_SHAPES or any(bound.fits(inputs) for bound in self._bound):
             return
-        outputs = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+        outputs = self.run(inputs)
         plain = all(value.dtype.kind in "fiub" for value in (*inputs.values(), *outputs.values()))
         if plain and sum(value.nbytes for value in outputs.values()) <= SMALL_BYTES and all(v.size for v in inputs.values()):
             self._bound.append(_Bound(self._session_for(inputs), inputs, outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,20 +36,23 @@ class SklearnImporter:
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         needs("skl2onnx", "a scikit-learn estimator")
-        from skl2onnx.common.data_types import FloatTensorType
-
-        width = getattr(source, "n_features_in_", None)
-        if width is None:
-            raise UnsupportedModelError(f"this {type(source).__name__} is not fitted (it has no n_features_in_); fit it first")
-        name = input_name(example)
-        proto, parts = _converted(source, [(name, FloatTensorType([None, width]))])
+        columns = _columns(source, example)
+        name = "" if columns else input_name(example)
+        proto, parts = _converted(source, _types(columns) if columns else _matrix(source, name))
         _name_types(proto)
         name_batch(proto)
         names = [output.name for output in proto.graph.output]
         flat = {output.name: len(output.type.tensor_type.shape.dim) < 2 for output in proto.graph.output}
 
+        def rows_of(inputs: Tensors) -> Any:
+            if not columns:
+                return inputs[name]
+            import pandas
+
+            return pandas.DataFrame({column: inputs[column][:, 0] for column in columns})
+
         def origin(inputs: Tensors) -> Tensors:
-            rows = inputs[name]
+            rows = rows_of(inputs)
             found: Tensors = {}
             for output in names:
                 if "prob" in output and hasattr(source, "predict_proba"):
@@ -60,22 +64,61 @@ class SklearnImporter:
                     if "prob" in output and scores.ndim == 1:
                         scores = np.stack([-scores, scores], axis=1)
                     found[output] = scores.reshape((len(rows),) if flat[output] else (len(rows), -1))
-                elif output == "variable" and hasattr(source, "predict"):
+                elif output in ("variable", "GPmean") and hasattr(source, "predict"):
                     found[output] = np.asarray(source.predict(rows), np.float32).reshape(len(rows), -1)
                 elif hasattr(source, "transform"):
                     found[output] = np.asarray(source.transform(rows), np.float32)
+                else:
+                    raise TypeError(f"there is nothing to compare the output {output!r} with")
             return found
 
         def layers(inputs: Tensors) -> Tensors:
             """What each transformer makes of what the graph gives it."""
-            there = {output for node in proto.graph.node for output in node.output} | {name}
+            there = {output for node in proto.graph.node for output in node.output} | set(inputs)
             chain = [part for part in parts if set(part[1:]) <= there]
-            taken = tensors(proto, [taken for _, taken, _ in chain if taken != name], inputs) | inputs
+            taken = tensors(proto, [taken for _, taken, _ in chain if taken not in inputs], inputs) | inputs
             values = {made: estimator.transform(taken[of]) for estimator, of, made in chain}
             return {made: np.asarray(v.toarray() if hasattr(v, "toarray") else v, np.float32) for made, v in values.items()}
 
-        given = None if example is None else {name: np.asarray(next(iter(example.values())), np.float32)}
+        given = columns or (None if example is None else {name: np.asarray(next(iter(example.values())), np.float32)})
         return Imported(proto, origin, f"scikit-learn {type(source).__name__}", given, layers)
+
+
+def _columns(source: Any, example: Mapping[str, Any] | None) -> Tensors:
+    """The columns (N, 1) of `example` where the estimator learned from a table with names; each becomes an input of its own."""
+    names = [str(name) for name in getattr(source, "feature_names_in_", ())]
+    if not names or not example or not set(names) <= set(example):
+        return {}
+    columns = {name: np.asarray(example[name]).reshape(-1, 1) for name in names}
+    return {name: value.astype(_COLUMN_KINDS.get(value.dtype.kind, np.float32)) for name, value in columns.items()}
+
+
+_COLUMN_KINDS = {"i": np.int64, "u": np.int64, "b": np.int64, "O": np.object_, "U": np.object_}
+
+
+def _types(columns: Tensors) -> list[tuple[str, Any]]:
+    from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
+
+    kinds = {"f": FloatTensorType, "i": Int64TensorType, "O": StringTensorType}
+    return [(name, kinds[value.dtype.kind]([None, 1])) for name, value in columns.items()]
+
+
+def _matrix(source: Any, name: str) -> list[tuple[str, Any]]:
+    """One input of all features. Raises UnsupportedModelError for an estimator that is not fitted or takes no such rows."""
+    from skl2onnx.common.data_types import FloatTensorType
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    title, width = type(source).__name__, getattr(source, "n_features_in_", None)
+    if width is not None:
+        return [(name, FloatTensorType([None, width]))]
+    try:
+        check_is_fitted(source)
+    except NotFittedError as error:
+        raise UnsupportedModelError(f"this {title} is not fitted (it has no n_features_in_); fit it first") from error
+    raise UnsupportedModelError(
+        f"this {title} does not take rows of numbers (it has no n_features_in_), such as text; that is not supported"
+    )
 
 
 Part = tuple[Any, str, str]
@@ -93,9 +136,15 @@ def _converted(source: Any, inputs: list[tuple[str, Any]]) -> tuple[onnx.ModelPr
         return proto, [(o.raw_operator, o.inputs[0].onnx_name, o.outputs[0].onnx_name) for o in operators]
 
     last = source.steps[-1][1] if hasattr(source, "steps") else source
+    if getattr(source, "flatten_transform", False):  # of a VotingClassifier: it concerns `transform` alone, and is not converted
+        source = last = copy.copy(source)
+        source.flatten_transform = False
     try:
         if hasattr(source, "predict_proba"):
-            return convert({id(source): {"zipmap": False}})
+            try:
+                return convert({id(source): {"zipmap": False}})
+            except NameError:  # a mixture has no such option
+                return convert({})
         if not hasattr(source, "classes_") or not hasattr(source, "decision_function"):
             return convert({})
         try:
@@ -104,6 +153,9 @@ def _converted(source: Any, inputs: list[tuple[str, Any]]) -> tuple[onnx.ModelPr
             return convert({id(last): {"raw_scores": True}})
     except Exception as error:
         why = " ".join(str(error).split())[:300]
+        if "column name" in why:
+            names = list(getattr(source, "feature_names_in_", ()))
+            why = f"it selects columns by name; give an example of each, example={{{', '.join(f'{name!r}: array' for name in names)}}}"
         raise UnsupportedModelError(f"skl2onnx can't convert this {type(source).__name__}: {why}") from error
 
 

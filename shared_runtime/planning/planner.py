@@ -94,6 +94,7 @@ def plan_and_compile(
         _keep(plan, file)
         return plan, _compile(model, plan, probe)
     hold = objective.kind != "memory"
+    given = probe is not None
     probe = model.random() if probe is None else model.signature.first_row(probe)
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
@@ -101,7 +102,8 @@ def plan_and_compile(
     contenders, lost = find_contenders(model, device, threads, probe, cost, thorough, variant, max(ladder), hold)
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
-        raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}")
+        way = "" if given else "; should random numbers be no valid inputs of it, give the session some as probe={'input_name': array}"
+        raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}{way}")
     if hold:
         _measure(contenders, model.signature, probe, ladder, budget_s)
     else:

@@ -276,6 +276,33 @@ def test_scikit_learn_estimators_of_other_outputs(kind: str, tmp_path: Path) -> 
         np.testing.assert_allclose(found.reshape(len(x), -1)[:, -1], expected.reshape(len(x), -1)[:, -1], atol=1e-4)
 
 
+def test_a_table_with_named_columns_and_words(tmp_path: Path) -> None:
+    pytest.importorskip("skl2onnx")
+    pandas = pytest.importorskip("pandas")
+    from sklearn.compose import ColumnTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    generator = np.random.default_rng(0)
+    table = pandas.DataFrame({"amount": generator.lognormal(3, 1, 200), "hour": np.arange(200) % 24, "channel": ["web", "shop"] * 100})
+    encoded = ColumnTransformer([("number", StandardScaler(), ["amount", "hour"]), ("word", OneHotEncoder(), ["channel"])])
+    pipeline = make_pipeline(encoded, LogisticRegression()).fit(table, table["amount"] > 20)
+    with pytest.raises(rt.UnsupportedModelError, match=r"selects columns by name; give .*'channel': array"):
+        rt.load(pipeline)
+    model = rt.load(pipeline, example={name: table[name].to_numpy()[:6] for name in table})
+    assert [spec.dtype for spec in model.signature.inputs] == ["float32", "int64", "object"]
+    inputs = {spec.name: table[spec.name].to_numpy()[:, None].astype(spec.dtype) for spec in model.signature.inputs}
+    with rt.Session(model, plans=tmp_path / "plans", probe=inputs) as session:
+        outputs = session.run(inputs)
+    np.testing.assert_allclose(outputs["probabilities"], pipeline.predict_proba(table), atol=1e-5)
+    with (
+        rt.Session(model, plans=tmp_path / "other") as session,
+        pytest.raises(rt.BackendUnavailableError, match=r"give the session some as probe="),
+    ):
+        session.run(inputs)  # it is planned on random words first, and the encoder knows none of them
+
+
 def test_a_classifier_with_labels_in_words_is_optimised(tmp_path: Path, repository: ModelRepository) -> None:
     pytest.importorskip("skl2onnx")
     from sklearn.neural_network import MLPClassifier
