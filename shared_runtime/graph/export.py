@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import tempfile
 import warnings
@@ -40,7 +41,7 @@ def to_onnx(
             str(file),
             input_names=list(example),
             output_names=list(outputs) or None,
-            dynamic_shapes=[{axis: batch} if axis is not None else {} for axis in axes],
+            dynamic_shapes=_as_taken(module, [{axis: batch} if axis is not None else {} for axis in axes]),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -57,3 +58,12 @@ def to_onnx(
     del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
     onnx.checker.check_model(model)
     return (model, ends) if scopes else model
+
+
+def _as_taken(module: Any, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """One entry a parameter of `forward`; what `*inputs` takes is a tuple within."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    own = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:own], tuple(shapes[own:]))

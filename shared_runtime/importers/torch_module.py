@@ -44,7 +44,7 @@ class TorchImporter:
 
 
 def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: tuple[str, ...] = ()) -> Imported:
-    """Export a module whose inputs, in order, are `example`'s; its layers are the values of its sub-modules.
+    """Export a module whose inputs, by name or else in order, are `example`'s; its layers are the values of its sub-modules.
 
     Raises UnsupportedModelError where torch.export can't.
     """
@@ -53,11 +53,13 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     from shared_runtime.graph.export import to_onnx
 
     given = {name: np.asarray(value) for name, value in example.items()}
+    module = _by_name(module, given)
     was_training = module.training
     module.eval()
     try:
         axes = _row_axes(module, given)
         tensors = {name: torch.from_numpy(value) for name, value in _two_rows(given, axes).items()}
+        outputs = outputs or _keys(_run(module, given, given))
         proto, scopes = to_onnx(module, tensors, outputs, scopes=True, row_axes=axes)
     except Exception as error:
         raise UnsupportedModelError(f"torch can't export this {type(module).__name__}: {_reason(error)}") from error
@@ -98,6 +100,36 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
         return dict(sorted(seen.items(), key=lambda item: order.get(item[0], len(order))))
 
     return Imported(proto, origin, source, given, layers)
+
+
+def _by_name(module: Any, given: Tensors) -> Any:
+    """The module, taking its inputs in the order of `given`, where these are names of parameters in another order."""
+    import inspect
+
+    import torch
+
+    known = list(inspect.signature(module.forward).parameters)
+    if list(given) == known[: len(given)] or not set(given) <= set(known):
+        return module
+
+    class Named(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+            self.train(module.training)
+
+        def forward(self, *values: Any) -> Any:
+            return self.module(**dict(zip(given, values, strict=True)))
+
+    return Named()
+
+
+def _keys(result: Any) -> tuple[str, ...]:
+    """What a module that returns a mapping of tensors calls its outputs."""
+    import torch
+
+    named = isinstance(result, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in result.items())
+    return tuple(result) if named else ()
 
 
 def _row_axes(module: Any, given: Tensors) -> dict[str, int | None]:
