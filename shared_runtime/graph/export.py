@@ -30,22 +30,26 @@ def to_onnx(
     import onnx
     import torch
 
-    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)  # it tells that torchvision is not installed
+    for chatty in ("torch.onnx._internal.exporter", "onnxscript"):  # that torchvision is missing, that a constant could not be folded
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     batch, axes = torch.export.Dim("batch"), [(row_axes or {}).get(name, 0) for name in example]
+    options: dict[str, Any] = {
+        "input_names": list(example),
+        "output_names": list(outputs) or None,
+        "dynamic_shapes": _as_taken(module, [{axis: batch} if axis is not None else {} for axis in axes]),
+        "dynamo": True,
+        "external_data": False,
+        "verbose": False,
+    }
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on how it takes a recurrent network apart
         file = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            module.eval(),
-            tuple(example.values()),
-            str(file),
-            input_names=list(example),
-            output_names=list(outputs) or None,
-            dynamic_shapes=_as_taken(module, [{axis: batch} if axis is not None else {} for axis in axes]),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(module.eval(), tuple(example.values()), str(file), **options)
+        except Exception:
+            # Fused attention says how its result lies in memory, which is not how it lies once it is taken apart: views of it fail.
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                torch.onnx.export(module.eval(), tuple(example.values()), str(file), **options)
         model = onnx.load(file)
     ends = {}
     for node in model.graph.node:

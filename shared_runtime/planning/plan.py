@@ -42,7 +42,7 @@ class Candidate(msgspec.Struct, frozen=True):
             *([self.variant] if self.variant != FLOAT else []),
             *([self.mode] if self.mode else []),
         ]
-        return ", ".join([*parts, f"{self.threads} thread{'s' if self.threads != 1 else ''}"])
+        return ", ".join([*parts, threads(self.threads)])
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -71,4 +71,9 @@ class Plan(msgspec.Struct, frozen=True):
 
     def describe(self) -> str:
         """One line: the choice and the reason."""
-        return f"{self.model}: {self.backend} on {self.device}, {self.precision}, {self.threads} threads - {self.why}"
+        return f"{self.model}: {self.backend} on {self.device}, {self.precision}, {threads(self.threads)} - {self.why}"
+
+
+def threads(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread{'s' if count != 1 else ''}"

@@ -89,6 +89,35 @@ def test_states_count_rows_on_another_axis(tmp_path: Path) -> None:
     assert next(iter(empty.values())).shape == (0, 7, 2)
 
 
+class Spread(torch.nn.Module):
+    """Fused attention of windows, whose heads are laid beside each other by reshape; inputs in any number, outputs by name."""
+
+    def forward(self, *inputs: Any) -> Any:
+        queries, keys = (value.reshape(-1, 4, 2, 8).transpose(1, 2) for value in inputs)
+        heads = torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
+        return {"mixed": heads.transpose(1, 2).reshape(-1, 4, 16), "largest": keys.amax((1, 2, 3))}
+
+
+class Swapped(torch.nn.Module):
+    def forward(self, first: Any, unused: Any = None, second: Any = None) -> Any:
+        return first - 2 * second
+
+
+def test_inputs_in_any_number_and_outputs_by_name(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    inputs = {name: generator.standard_normal((3, 16, 4)).astype(np.float32) for name in ("queries", "keys")}
+    outputs = run(rt.load(Spread(), example={name: value[:1] for name, value in inputs.items()}), inputs, tmp_path)
+    expected = Spread()(*map(torch.from_numpy, inputs.values()))
+    for name in ("mixed", "largest"):
+        np.testing.assert_allclose(outputs[name], expected[name].numpy(), atol=1e-5)
+
+
+def test_inputs_are_taken_by_their_names(tmp_path: Path) -> None:
+    inputs = {name: np.full((2, 3), value, np.float32) for name, value in (("second", 5), ("first", 1))}
+    (output,) = run(rt.load(Swapped(), example=inputs), inputs, tmp_path).values()
+    assert (output == -9).all()
+
+
 def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason() -> None:
     class Counts(torch.nn.Module):
         def forward(self, x: Any) -> Any:
