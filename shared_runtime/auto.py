@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from shared_runtime.backends.base import backends, specialise
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import usable_cores
 from shared_runtime.importers.base import needs
@@ -140,7 +141,7 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
     optuna = needs("optuna", "the search over passes")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix="triscope-passes-"))
-    original = onnx.load(str(model.graph))
+    original = read_whole(model.graph)
     probes = [model.random(2, 3), probe]
     engines = [name for name in ("onnxruntime", "openvino") if name in backends() and backends()[name].availability("cpu").available]
     useful = [name for name in SEARCHED if name in passes() and not run_pass(original, passes()[name], probes)[1].refused]

@@ -17,6 +17,7 @@ import onnx
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.certificate import Certificate, Reversion, numerics
 from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import opset, passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
@@ -130,7 +131,7 @@ def optimize(
 
 def simplified(model: Model, folder: Path, report: Report) -> Model:
     """The model on a graph without what is computed for nothing, from which every form is made; each pass verified."""
-    proto = onnx.load(str(model.graph))
+    proto = read_whole(model.graph)
     probes = [model.random(2, 3)]
     if opset(proto) < QUANTIZABLE_OPSET:
         proto, result = run_pass(proto, passes()["opset-upgrade"], probes, version=17)

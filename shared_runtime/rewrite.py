@@ -12,6 +12,7 @@ import onnx
 
 from shared_runtime.certificate import hash_file
 from shared_runtime.errors import ModelError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import PassResult, passes, run_pass
 from shared_runtime.importers.base import NAME, card_text
 from shared_runtime.model import Model, load
@@ -38,7 +39,7 @@ def rewrite(
     options = dict(steps) if isinstance(steps, Mapping) else {step: {} for step in steps}
     if unknown := sorted(set(options) - set(passes())):
         raise ModelError(f"there is no pass {unknown[0]!r}; triscope model passes lists them")
-    proto, probes, results = onnx.load(str(loaded.graph)), [loaded.random(2, 3)], []
+    proto, probes, results = read_whole(loaded.graph), [loaded.random(2, 3)], []
     for step, given in options.items():
         proto, result = run_pass(proto, passes()[step], probes, **given)
         results.append(result)

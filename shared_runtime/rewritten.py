@@ -15,6 +15,7 @@ import onnx
 
 from shared_runtime.backends.base import backends, specialise
 from shared_runtime.certificate import Certificate, numerics
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -46,7 +47,7 @@ def rewritten(model: Model, chosen: Sequence[str], engine: str, probe: Tensors, 
     folder = Path(tempfile.mkdtemp(prefix="triscope-rewritten-"))
     try:
         path = folder / "model.onnx"
-        applied = apply_passes(onnx.load(str(model.graph)), chosen, engine, probes, path)
+        applied = apply_passes(read_whole(model.graph), chosen, engine, probes, path)
         if not applied:
             return None
         plain, better = (backends()[engine].compile(one, "cpu", threads) for one in (model, replace(model, graph=path, sha256="")))

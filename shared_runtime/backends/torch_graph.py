@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared_runtime.backends import torch_float8
 from shared_runtime.backends.torch_operators import HOST_INPUTS, OPERATORS, Attributes, UnsupportedOperator, torch_dtype
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.simplify import ConstantFolding
 
 
@@ -57,7 +58,7 @@ class GraphProgram:
     """The nodes of an ONNX file, ready on a device. Calling it maps named tensors to named tensors."""
 
     def __init__(self, graph: Path, device: str, channels_last: bool = False) -> None:
-        proto = onnx.load(str(graph))
+        proto = read_whole(graph)
         ConstantFolding().apply(proto)
         torch_float8.fuse(proto)
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):

@@ -11,8 +11,14 @@ from onnx.external_data_helper import uses_external_data
 
 from shared_runtime.errors import ModelIntegrityError, UnsupportedModelError
 
-OLDEST = 7
-"""The oldest standard operators that ONNX Runtime knows."""
+OLDEST, IR = 7, 8
+"""The oldest standard operators that ONNX Runtime knows; the file format of what is written anew."""
+_FLOATS = {
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.DOUBLE: "float64",
+}
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
 
 
@@ -25,6 +31,29 @@ def read_graph(path: Path) -> onnx.ModelProto:
     if not proto.graph.node and not proto.graph.output:
         raise UnsupportedModelError(f"{path} is not a readable ONNX model: it holds no graph; export it again")
     return proto
+
+
+def read_whole(path: Path) -> onnx.ModelProto:
+    """The graph with its external weights, none of which is listed among its inputs: older exporters do that, and what takes
+    a constant out would leave an input behind that nobody gives."""
+    proto = onnx.load(str(path))
+    constants = {item.name for item in proto.graph.initializer} | {item.values.name for item in proto.graph.sparse_initializer}
+    kept = [value for value in proto.graph.input if value.name not in constants]
+    if len(kept) < len(proto.graph.input):
+        proto.ir_version = max(proto.ir_version, IR)
+        del proto.graph.input[:]
+        proto.graph.input.extend(kept)
+    return proto
+
+
+def precision(path: Path) -> str:
+    """What the graph itself computes in: "int8" where it quantizes, else its narrowest constants of floats, "float32" as a rule."""
+    proto = read_graph(path)
+    operators = {node.op_type for node in _nodes(proto.graph)}
+    if any("Quantize" in name or name.startswith("QLinear") or name.endswith("Integer") for name in operators):
+        return "int8"
+    kinds = {tensor.data_type for tensor in _tensors(proto.graph) if len(tensor.dims) > 1}
+    return next((name for kind, name in _FLOATS.items() if kind in kinds), "float32")
 
 
 def opset(proto: onnx.ModelProto) -> int:

@@ -11,6 +11,7 @@ import msgspec
 import onnx
 from onnx import NodeProto, TensorProto
 
+from shared_runtime.graph.check import read_whole
 from shared_runtime.signature import Tensors
 
 Shape = tuple[int, ...]
@@ -78,7 +79,7 @@ def tensor_sizes(model: onnx.ModelProto, inputs: Mapping[str, Shape]) -> tuple[d
 
 def graph_cost(graph: Path | onnx.ModelProto, inputs: Tensors) -> GraphCost:
     """The cost of running `graph` once on `inputs` (their shapes count, not their values)."""
-    model = onnx.load(str(graph)) if isinstance(graph, Path) else graph
+    model = read_whole(graph) if isinstance(graph, Path) else graph
     shapes, widths = tensor_sizes(model, {name: tuple(value.shape) for name, value in inputs.items()})
     weights = {item.name for item in model.graph.initializer}
     nodes, unknown = [], set()

@@ -15,6 +15,7 @@ import msgspec
 import onnx
 
 from shared_runtime.errors import MemoryBudgetError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.cost import tensor_sizes
 from shared_runtime.signature import Tensors
 
@@ -60,7 +61,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
 def plan_memory(graph: Path | onnx.ModelProto, inputs: Tensors) -> MemoryPlan:
     """Place every activation of `graph` for inputs of these shapes. Views (Reshape and its like) share their source's place."""
-    model = onnx.load(str(graph)) if isinstance(graph, Path) else graph
+    model = read_whole(graph) if isinstance(graph, Path) else graph
     shapes, widths = tensor_sizes(model, {name: tuple(value.shape) for name, value in inputs.items()})
     size = {name: math.prod(shape) * widths[name] for name, shape in shapes.items()}
     weights = {item.name for item in model.graph.initializer}

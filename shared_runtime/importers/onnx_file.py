@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import OLDEST, check_graph, opset
+from shared_runtime.graph.check import IR, OLDEST, check_graph, opset, read_whole
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.importers.base import Imported, tensors
 from shared_runtime.signature import Tensors
 
 LARGEST = 2**31 - 1
-UPGRADED, IR = 18, 8
-"""What operators older than OLDEST are converted to, and the file format of those."""
+UPGRADED = 18
+"""What operators older than OLDEST are converted to."""
 
 
 class OnnxImporter:
@@ -30,7 +30,7 @@ class OnnxImporter:
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         check_graph(source)
-        proto = onnx.load(str(source))
+        proto = read_whole(source)
         if proto.ByteSize() > LARGEST:
             raise UnsupportedModelError(f"{source.name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
         if (version := opset(proto)) < OLDEST:

@@ -22,6 +22,7 @@ import onnx
 
 from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, prepare_any, specialise
 from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.graph.check import precision as graph_precision
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -241,7 +242,7 @@ def _select(
         host().fingerprint,
         first.backend,
         first.device,
-        first.precision,
+        first.precision if first.precision != FLOAT else graph_precision(model.graph),
         first.variant,
         first.threads,
         why,

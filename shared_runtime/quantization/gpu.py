@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.backends.torch_float8 import MULTIPLE, takes
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import PassRefused, plain_session, prepared
 from shared_runtime.graph.passes.precision import to_float16
@@ -76,7 +77,7 @@ class Float16(_TorchForm):
     def __init__(self, model: Model, calibration: SampleStore, device: str = "cuda") -> None:
         super().__init__(model)
         self.facts = VariantFacts("float16-torch", "float16", "torch", device, "model.onnx")
-        self._float = prepared(onnx.load(str(model.graph)))
+        self._float = prepared(read_whole(model.graph))
         self._peaks = tensor_peaks(self._float, calibration)
         self.layers = tuple(node.name for node in self._float.graph.node if node.op_type in LAYERS)
 
@@ -96,7 +97,7 @@ class Float8(_TorchForm):
     def __init__(self, model: Model, calibration: SampleStore, device: str = "cuda") -> None:
         super().__init__(model)
         self.facts = VariantFacts("float8-torch", "float8", "torch", device, "model.onnx")
-        plain = prepared(onnx.load(str(model.graph)))
+        plain = prepared(read_whole(model.graph))
         with contextlib.suppress(PassRefused):
             OpsetUpgrade().apply(plain)  # FP8 in half precision is of operator set 19; the torch backend reads it in older ones too
         peaks = tensor_peaks(plain, calibration)

@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import opset, prepared
 from shared_runtime.model import Model
@@ -198,7 +199,7 @@ def _weights(node: onnx.NodeProto) -> list[tuple[str, int]]:
 
 def _prepared(model: Model, folder: Path) -> Path:
     """The float graph with shapes inferred and every node named, as the quantizers need it."""
-    proto = prepared(onnx.load(str(model.graph)))
+    proto = prepared(read_whole(model.graph))
     try:
         proto = onnx.shape_inference.infer_shapes(proto)
     except Exception as error:

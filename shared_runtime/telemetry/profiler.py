@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import onnx
 
 from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.cost import NodeCost, graph_cost
 from shared_runtime.planning.ceiling import ceiling, gain
 from shared_runtime.signature import Tensors
@@ -164,7 +164,7 @@ def _costs(graph: Path, inputs: Tensors) -> dict[str, NodeCost]:
     """Costs by node name, and by the tensor that a node makes: engines that lost the names keep those."""
     if graph.suffix != ".onnx":
         return {}
-    proto = onnx.load(str(graph))
+    proto = read_whole(graph)
     nodes = graph_cost(proto, inputs).nodes
     found = {cost.name: cost for cost in nodes}
     for node, cost in zip(proto.graph.node, nodes, strict=True):

@@ -452,3 +452,52 @@ def test_layers_are_ranked_from_both_ends() -> None:
         assert order[0] == BETWEEN
         assert sorted(order) == sorted(layers)
         assert order[1:3] == [f"layer {count - 1}", "layer 0"][: min(count, 2)]
+
+
+def test_constants_that_are_listed_as_inputs(tmp_path: Path) -> None:
+    """As exporters wrote them until 2019: what folds a constant away must not leave an input behind."""
+    generator = np.random.default_rng(0)
+    values = {
+        "flat": generator.standard_normal(8 * 3 * 9).astype(np.float32),
+        "shape": np.array([8, 3, 3, 3]),
+        "scale": np.linspace(0.5, 2, 8, dtype=np.float32),
+        "zero": np.zeros(8, np.float32),
+        "one": np.ones(8, np.float32),
+        "last": generator.standard_normal((8, 4)).astype(np.float32),
+    }
+    weights = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    make = onnx.helper.make_node
+    nodes = [
+        make("Reshape", ["flat", "shape"], ["kernel"]),
+        make("Conv", ["x", "kernel"], ["a"]),
+        make("BatchNormalization", ["a", "scale", "zero", "zero", "one"], ["b"]),
+        make("Relu", ["b"], ["c"]),
+        make("GlobalAveragePool", ["c"], ["d"]),
+        make("Flatten", ["d"], ["e"]),
+        make("MatMul", ["e", "last"], ["y"]),
+    ]
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 3, 16, 16])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 4])
+    listed = [onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)) for item in weights]
+    graph = onnx.helper.make_graph(nodes, "old", [x, *listed], [y], weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 8)], ir_version=3), tmp_path / "old.onnx")
+    model = rt.load(tmp_path / "old.onnx")
+    data = [model.random(1, seed) for seed in range(16)]
+    made = rt.optimize(
+        model, calibration=data, metric=rt.metrics.correlation, max_drop=0.02, budget_s=20, store=VariantStore(tmp_path / "v")
+    )
+    assert {"int8-onnxruntime", "int8-weights"} <= set(made.variants)
+    with rt.Session(made, variant="int8-onnxruntime", plans=tmp_path / "plans") as session, rt.Session(model, variant="float32") as plain:
+        np.testing.assert_allclose(session.run(data[0])["y"], plain.run(data[0])["y"], atol=0.2)
+
+
+def test_a_plan_names_the_precision_that_a_graph_came_in(tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    weight = np.random.default_rng(0).standard_normal((4, 3))
+    for kind, tensor in (("float32", onnx.TensorProto.FLOAT), ("float16", onnx.TensorProto.FLOAT16), ("float64", onnx.TensorProto.DOUBLE)):
+        ends = [onnx.helper.make_tensor_value_info(name, tensor, ["batch", size]) for name, size in (("x", 4), ("y", 3))]
+        weights = [onnx.numpy_helper.from_array(weight.astype(kind), "w")]
+        graph = onnx.helper.make_graph([make("MatMul", ["x", "w"], ["y"])], kind, ends[:1], ends[1:], weights)
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), tmp_path / f"{kind}.onnx")
+        with rt.Session(rt.load(tmp_path / f"{kind}.onnx"), plans=tmp_path / "plans", budget_s=0.2) as session:
+            assert session.plan.precision == kind
