@@ -20,6 +20,19 @@ from shared_runtime.importers.sklearn import name_batch
 from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Tensors
 
+SAME = {"rank": "reg:squarederror", "reg:logistic": "binary:logistic"}
+"""Objectives, or families of them, that onnxmltools does not know, and those that make the same of a sum of leaves."""
+
+
+def _as_it_predicts(estimator: Any) -> Any:
+    """The booster of an estimator up to the round that it predicts with: the best one, where it stopped early."""
+    booster = estimator.get_booster().copy()
+    try:
+        best = int(estimator.best_iteration)
+    except AttributeError:
+        return booster
+    return booster[: best + 1]
+
 
 class XgboostImporter:
     """`xgboost.XGBModel`, `xgboost.Booster`, `.ubj` and XGBoost's `.json`."""
@@ -41,15 +54,18 @@ class XgboostImporter:
             except xgboost.core.XGBoostError as error:
                 raise UnsupportedModelError(f"XGBoost can't read {source.name}: {str(error).splitlines()[0]}") from error
         else:
-            booster = source.get_booster() if hasattr(source, "get_booster") else source
+            booster = _as_it_predicts(source) if hasattr(source, "get_booster") else source.copy()
         config = json.loads(booster.save_config())["learner"]
         objective = config["objective"]["name"]
         width = int(booster.num_features())
         booster.feature_names = None
         name = input_name(example)
-        proto = _convert("convert_xgboost", booster, name, width, "an XGBoost model")
-        classes = objective.startswith(("binary:", "multi:"))
-        proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary:"))
+        same = SAME.get(objective, SAME.get(objective.partition(":")[0], objective))
+        known = booster.copy()
+        known.set_param({"objective": same})
+        proto = _convert("convert_xgboost", known, name, width, f"an XGBoost model of the booster {config['gradient_booster']['name']!r}")
+        classes = same.startswith(("binary:", "multi:"))
+        proto = _one_output(proto, "probability" if classes else "prediction", binary=same.startswith("binary:"))
         output = proto.graph.output[0].name
         flat = not objective.startswith("multi:")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +130,13 @@ def _converted(source: Any, inputs: list[tuple[str, Any]]) -> tuple[onnx.ModelPr
     """With probabilities as one array; of a classifier that has none, the values of its decision function. Also its
     transformers in order, each with the tensor that it takes and the one that it makes."""
     import skl2onnx
+    from sklearn.preprocessing import StandardScaler
 
-    def convert(options: dict[int, dict[str, bool]]) -> tuple[onnx.ModelProto, list[Part]]:
+    _know_boosting()
+
+    def convert(options: dict[Any, dict[str, Any]]) -> tuple[onnx.ModelProto, list[Part]]:
+        # A scaler multiplies by the reciprocal as a rule: a value on the threshold of a tree behind it then falls to the other side.
+        options = {StandardScaler: {"div": "div"}, **options}
         with _missing_as_integer():
             proto, found = skl2onnx.convert_sklearn(source, initial_types=inputs, options=options, target_opset=OPSETS, intermediate=True)
         operators = [o for o in found.unordered_operator_iterator() if hasattr(o.raw_operator, "transform") and len(o.inputs) == 1]
@@ -157,6 +164,32 @@ def _converted(source: Any, inputs: list[tuple[str, Any]]) -> tuple[onnx.ModelPr
             names = list(getattr(source, "feature_names_in_", ()))
             why = f"it selects columns by name; give an example of each, example={{{', '.join(f'{name!r}: array' for name in names)}}}"
         raise UnsupportedModelError(f"skl2onnx can't convert this {type(source).__name__}: {why}") from error
+
+
+@cache
+def _know_boosting() -> None:
+    """Let skl2onnx convert XGBoost's and LightGBM's estimators as steps of a pipeline, where these and onnxmltools are installed."""
+    from skl2onnx import update_registered_converter
+    from skl2onnx.common import shape_calculator as shapes
+
+    try:
+        from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm
+        from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
+    except ImportError:
+        return
+    options = {"nocl": [True, False], "zipmap": [True, False, "columns"]}
+    for package, classifier, regressor, convert in (
+        ("xgboost", "XGBClassifier", "XGBRegressor", convert_xgboost),
+        ("lightgbm", "LGBMClassifier", "LGBMRegressor", convert_lightgbm),
+    ):
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            continue
+        two = ((classifier, shapes.calculate_linear_classifier_output_shapes), (regressor, shapes.calculate_linear_regressor_output_shapes))
+        for name, shape in two:
+            known = {"options": options} if name == classifier else {}
+            update_registered_converter(getattr(module, name), f"Triscope{name}", shape, convert, **known)
 
 
 @contextmanager

@@ -177,10 +177,10 @@ def test_the_step_of_a_pipeline_that_differs_is_named(tmp_path: Path) -> None:
     pipeline = make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), LogisticRegression()).fit(x, x[:, 0] > 0)
     importer = next(one for one in IMPORTERS if one.name == "scikit-learn")
     imported = importer.load(pipeline, None)
-    second = [node for node in imported.proto.graph.node if node.op_type == "Scaler"][1]
-    scale = next(item for item in second.attribute if item.name == "scale")
-    scale.floats[:] = [value * 1.1 for value in scale.floats]
-    with pytest.raises(rt.ImportMismatchError, match=rf"first layer to differ is Scaler '?{second.name}"):
+    second = [node for node in imported.proto.graph.node if node.op_type == "Div"][1]
+    scale = next(item for item in imported.proto.graph.initializer if item.name == second.input[1])
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 1.1, scale.name))
+    with pytest.raises(rt.ImportMismatchError, match=rf"first layer to differ is Div '{second.name}"):
         write_folder(imported, tmp_path / "models" / "broken", "broken")
 
 
@@ -373,6 +373,48 @@ def test_xgboost_with_its_booster_for_bulk_rows(tmp_path: Path, repository: Mode
         np.testing.assert_allclose(output[:, -1], expected[:, -1] if expected.ndim == 2 else expected, atol=1e-4)
     estimator.get_booster().save_model(tmp_path / "trees.ubj")
     assert rt.load(tmp_path / "trees.ubj").signature.inputs[0].shape == ("batch", 6)
+
+
+def test_xgboost_predicts_as_its_estimator_does(tmp_path: Path) -> None:
+    """Up to the best round where it stopped early; ranks and logistic regression too; the estimator stays."""
+    pytest.importorskip("onnxmltools")
+    import xgboost
+
+    x = np.random.default_rng(0).standard_normal((400, 4)).astype(np.float32)
+    noisy = (x[:, 0] + np.random.default_rng(1).standard_normal(400) > 0).astype(int)
+    settings: dict[str, Any] = {"max_depth": 4, "n_jobs": 1}
+    stopped = xgboost.XGBClassifier(n_estimators=80, early_stopping_rounds=2, **settings)
+    stopped.fit(x[:250], noisy[:250], eval_set=[(x[250:], noisy[250:])], verbose=False)
+    assert stopped.best_iteration + 1 < stopped.get_booster().num_boosted_rounds()
+    names = list(stopped.get_booster().feature_names or ())
+    ranker = xgboost.XGBRanker(n_estimators=6, **settings).fit(x, noisy, group=[40] * 10)
+    logistic = xgboost.XGBRegressor(n_estimators=6, objective="reg:logistic", **settings).fit(x, noisy)
+    for estimator, expected in ((stopped, stopped.predict_proba(x)[:, 1]), (ranker, ranker.predict(x)), (logistic, logistic.predict(x))):
+        (output,) = run(rt.load(estimator), {"features": x}, tmp_path).values()
+        np.testing.assert_allclose(output[:, 0], expected, atol=1e-5)
+    assert list(stopped.get_booster().feature_names or ()) == names
+
+
+@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+def test_boosting_as_a_step_of_a_pipeline(library: str, tmp_path: Path) -> None:
+    """Behind a scaler: the cuts of trees are values of the training data, so that these must come out to the last bit."""
+    pytest.importorskip("onnxmltools")
+    pytest.importorskip("skl2onnx")
+    package = pytest.importorskip(library)
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = np.random.default_rng(0).standard_normal((500, 5)).astype(np.float32)
+    settings = {"n_estimators": 10, "max_depth": 3, "n_jobs": 1, **({"verbose": -1} if library == "lightgbm" else {})}
+    classifier, regressor = (
+        (package.XGBClassifier, package.XGBRegressor) if library == "xgboost" else (package.LGBMClassifier, package.LGBMRegressor)
+    )
+    scores = make_pipeline(StandardScaler(), regressor(**settings)).fit(x, x[:, 0] * 3)
+    (output,) = run(rt.load(scores), {"features": x}, tmp_path).values()
+    np.testing.assert_allclose(output[:, 0], scores.predict(x), atol=1e-5)
+    classes = make_pipeline(StandardScaler(), classifier(**settings)).fit(x, x[:, 0] > 0)
+    outputs = run(rt.load(classes), {"features": x}, tmp_path)
+    np.testing.assert_allclose(outputs["probabilities"], classes.predict_proba(x), atol=1e-5)
 
 
 def test_lightgbm(tmp_path: Path) -> None:
