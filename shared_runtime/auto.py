@@ -96,7 +96,7 @@ def auto_optimize(
     data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)
     if data is not None:
         loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
-    probe: Tensors = loaded.random() if data is None else loaded.signature.first_row(data[0])
+    probe: Tensors = loaded.random() if data is None else loaded.signature.row(data[0], 0)
     gains = []
     found = loaded
     if device != "cuda":  # torch takes the graph apart by itself

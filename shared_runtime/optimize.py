@@ -118,7 +118,7 @@ def optimize(
                 known[variant.name] = variant
                 refused.pop(maker.name, None)
         if precisions is None and device in ("auto", "cpu"):
-            probe = loaded.signature.first_row(data[0])
+            probe = loaded.signature.row(data[0], 0)
             if (gained := rewritten(loaded, OURS, "onnxruntime", probe, cores, job.store)) is not None:
                 report(f"{gained.variant.name} certified: {gained.ratio:.2f} times as fast by {', '.join(gained.passes)}")
                 known[gained.variant.name] = gained.variant

@@ -87,10 +87,23 @@ class Signature(msgspec.Struct, frozen=True):
         """What leading dimensions are called: they count rows, also where a state has them further back, as (layers, batch, width)."""
         return {spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], str)}
 
-    def first_row(self, inputs: Tensors) -> Tensors:
-        """One row of the inputs; all of them where the model takes a fixed number of rows."""
+    @property
+    def joins_rows(self) -> bool:
+        """Whether rows of several requests can be laid behind each other and the outputs cut apart again: each tensor counts
+        rows on its first axis, and on no other."""
         names = self._row_names
-        cuts = {spec.name: tuple(slice(1) if size in names else slice(None) for size in spec.shape) for spec in self.inputs}
+        leading = all(spec.shape and isinstance(spec.shape[0], str) for spec in (*self.inputs, *self.outputs))
+        return leading and not any(names & set(map(str, spec.shape[1:])) for spec in (*self.inputs, *self.outputs))
+
+    def rows(self, inputs: Tensors) -> int:
+        """How many rows the inputs have; 1 where the model does not count them."""
+        names = self._row_names
+        return next((inputs[spec.name].shape[axis] for spec in self.inputs for axis, size in enumerate(spec.shape) if size in names), 1)
+
+    def row(self, inputs: Tensors, place: int) -> Tensors:
+        """One row of the inputs, as inputs of one row; all of them where the model takes a fixed number of rows."""
+        names, one = self._row_names, slice(place, place + 1)
+        cuts = {spec.name: tuple(one if size in names else slice(None) for size in spec.shape) for spec in self.inputs}
         return {name: value[cuts[name]] for name, value in inputs.items()}
 
     def repeated(self, one: Tensors, rows: int) -> Tensors:

@@ -96,7 +96,7 @@ def plan_and_compile(
         return plan, _compile(model, plan, probe)
     hold = objective.kind != "memory"
     given = probe is not None
-    probe = model.random() if probe is None else model.signature.first_row(probe)
+    probe = model.random() if probe is None else model.signature.row(probe, 0)
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
@@ -156,7 +156,7 @@ def _cached(file: Path, model: Model) -> Plan | None:
 def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
     """The executables of a cached plan, without measuring."""
     made: dict[int, Executable] = {}
-    one = model.random() if probe is None else model.signature.first_row(probe)
+    one = model.random() if probe is None else model.signature.row(probe, 0)
     for rung in plan.ladder:
         c = plan.candidates[rung.candidate]
         if rung.candidate not in made:

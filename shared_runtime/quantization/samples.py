@@ -42,15 +42,15 @@ class SampleStore:
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 bad = int(np.size(value) - np.isfinite(value).sum())
                 raise CalibrationError(f"{place}: input {name!r} holds {bad} values that are not finite; clean the data first")
-        rows = next((len(value) for value in checked.values() if value.ndim), 1)
+        rows = signature.rows(checked)
         if not rows:
             raise CalibrationError(f"{place} has no rows")
+        checked = {name: value.astype(str) if value.dtype.kind == "O" else value for name, value in checked.items()}
         for row in range(rows):
             digest = hashlib.sha256()
-            for name in sorted(checked):
-                digest.update(name.encode() + str(checked[name].shape[1:]).encode())
-                value = checked[name]
-                digest.update(np.ascontiguousarray(value[row] if value.ndim and len(value) == rows else value).tobytes())
+            for name, value in sorted(signature.row(checked, row).items()):
+                digest.update(name.encode() + str(value.shape).encode())
+                digest.update("\0".join(value.ravel()).encode() if value.dtype.kind == "U" else np.ascontiguousarray(value).tobytes())
             self.row_hashes.add(digest.digest())
             self._digest.update(digest.digest())
         np.savez(self._path(self.items), **checked)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class SampleStore:
 
     def __getitem__(self, index: int) -> Tensors:
         with np.load(self._path(index)) as stored:
-            return {name: stored[name] for name in stored.files}
+            return {name: stored[name].astype(object) if stored[name].dtype.kind == "U" else stored[name] for name in stored.files}
 
     def __iter__(self) -> Iterator[Tensors]:
         return (self[index] for index in range(self.items))
@@ -105,7 +105,7 @@ def hold_out(store: SampleStore, signature: Signature, model: str) -> tuple[Samp
     """Every fourth sample apart, as a validation set without labels. Raises CalibrationError where there is only one row."""
     items: list[Tensors] = list(store) if len(store) == 1 and signature.fixed_rows is None else []
     if items and store.rows > 1:
-        items = [{name: value[row : row + 1] for name, value in items[0].items()} for row in range(store.rows)]
+        items = [signature.row(items[0], row) for row in range(store.rows)]
     if len(store) == 1 and len(items) <= 1:
         raise CalibrationError(f"one calibration sample for {model!r} leaves none to validate on; give two or more, or validation=")
     kept, apart = SampleStore("calibration"), SampleStore("validation")

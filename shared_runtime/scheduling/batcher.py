@@ -59,6 +59,8 @@ class _Part:
 class Batcher:
     """Batches requests for one session on the running event loop; use as `async with`.
 
+    Requests to a model whose tensors do not all count rows on their first axis run one by one.
+
     `max_batch`: most rows in a run. `deadline_ms`: longest wait of a request before its batch is
     released. `max_queue`: most rows waiting; beyond it `submit` raises QueueFullError.
     """
@@ -100,7 +102,8 @@ class Batcher:
             raise BatcherClosedError("the batcher is not running; use it inside 'async with'")
         model = self._session.model
         checked = model.signature.check(inputs, model.name)
-        counts = {len(value) for value in checked.values()}
+        joined = model.signature.joins_rows
+        counts = {len(value) for value in checked.values()} if joined else {1}
         if len(counts) != 1:
             raise InputError(f"model {model.name!r}: inputs have {sorted(counts)} rows; they must have equally many")
         rows = counts.pop()
@@ -108,6 +111,8 @@ class Batcher:
             raise QueueFullError(
                 f"{self._waiting} rows wait and {rows} more exceed the queue's {self._max_queue}; submit again later or slower"
             )
+        if not joined:
+            return await self._run_alone(checked)
         parts = [self._enqueue(checked, start, min(rows, start + self._max_batch)) for start in range(0, max(rows, 1), self._max_batch)]
         self.statistics.requests += 1
         self._wake.set()
@@ -115,6 +120,20 @@ class Batcher:
         if len(answers) == 1:
             return answers[0]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
+    async def _run_alone(self, inputs: Tensors) -> Tensors:
+        """A request of a model whose rows can't be joined with those of others."""
+        self._waiting += 1
+        try:
+            outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._session.run, inputs)
+        finally:
+            self._waiting -= 1
+        counts = self.statistics
+        counts.requests, counts.rows, counts.batches = counts.requests + 1, counts.rows + 1, counts.batches + 1
+        counts.largest = max(counts.largest, 1)
+        counts.released["alone"] += 1
+        batches_released.labels(self._session.model.name, "alone").inc()
+        return outputs
 
     def _enqueue(self, inputs: Tensors, start: int, stop: int) -> _Part:
         part_inputs = {name: value[start:stop] for name, value in inputs.items()}

@@ -167,3 +167,28 @@ def test_wrong_input_is_refused_before_it_waits() -> None:
                 await batcher.submit({"x": np.zeros((1, 3))})
 
     asyncio.run(scenario())
+
+
+def test_requests_whose_rows_can_not_be_joined_run_one_by_one() -> None:
+    """A state counts rows on its second axis, and one output is of the whole request."""
+
+    class Stateful:
+        def __init__(self) -> None:
+            inputs = (rt.TensorSpec("x", ("batch", 3), "float32"), rt.TensorSpec("state", (2, "batch"), "float32"))
+            outputs = (rt.TensorSpec("y", ("batch",), "float32"), rt.TensorSpec("mean", (), "float32"))
+            self.model = rt.Model("stateful", Path("none"), rt.Signature(inputs, outputs), "0" * 64)
+
+        def run(self, inputs: Mapping[str, Any]) -> Tensors:
+            return {"y": inputs["x"].sum(axis=1) + inputs["state"].sum(axis=0), "mean": inputs["x"].mean()}
+
+    async def scenario() -> None:
+        requests = [{"x": np.full((n, 3), n, np.float32), "state": np.full((2, n), 10 * n, np.float32)} for n in (1, 2, 1, 3)]
+        async with rt.Batcher(Stateful(), deadline_ms=50) as batcher:
+            answers = await asyncio.gather(*(batcher.submit(request) for request in requests))
+        for request, answer in zip(requests, answers, strict=True):
+            n = len(request["x"])
+            assert answer["y"].tolist() == [3 * n + 20 * n] * n
+            assert answer["mean"] == n
+        assert batcher.statistics.released == {"alone": 4}
+
+    asyncio.run(scenario())

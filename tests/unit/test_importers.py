@@ -325,6 +325,13 @@ def test_a_table_with_named_columns_and_words(tmp_path: Path) -> None:
     with rt.Session(model, plans=tmp_path / "plans", probe=inputs) as session:
         outputs = session.run(inputs)
     np.testing.assert_allclose(outputs["probabilities"], pipeline.predict_proba(table), atol=1e-5)
+    rows = [{name: value[place : place + 1] for name, value in inputs.items()} for place in range(24)]
+    again = {name: value.copy() for name, value in rows[3].items()}
+    other = {**again, "channel": np.array([["web"]], object)}
+    judged = {"metric": lambda outputs, targets: 1.0, "budget_s": 5}
+    with pytest.raises(rt.CalibrationError, match="share 1 rows"):
+        rt.optimize(model, calibration=rows, validation=[(again, 0)], **judged)
+    rt.optimize(model, calibration=rows, validation=[(other, 0)], store=VariantStore(tmp_path / "variants"), **judged)
     with (
         rt.Session(model, plans=tmp_path / "other") as session,
         pytest.raises(rt.BackendUnavailableError, match=r"give the session some as probe="),
