@@ -39,18 +39,31 @@ class SklearnImporter:
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         needs("skl2onnx", "a scikit-learn estimator")
         columns = _columns(source, example)
+        if columns:
+            try:
+                proto, parts = _converted(source, _types(columns))
+            except UnsupportedModelError:
+                if any(value.dtype.kind == "O" for value in columns.values()):
+                    raise
+                example = {"features": np.concatenate([value.astype(np.float32) for value in columns.values()], axis=1)}
+                columns = {}  # it is no pipeline that begins with columns
         name = "" if columns else input_name(example)
-        proto, parts = _converted(source, _types(columns) if columns else _matrix(source, name))
+        if not columns:
+            proto, parts = _converted(source, _matrix(source, name))
         _name_types(proto)
         name_batch(proto)
         names = [output.name for output in proto.graph.output]
         flat = {output.name: len(output.type.tensor_type.shape.dim) < 2 for output in proto.graph.output}
 
-        def rows_of(inputs: Tensors) -> Any:
-            if not columns:
-                return inputs[name]
-            import pandas
+        titles = getattr(source, "feature_names_in_", None)
 
+        def rows_of(inputs: Tensors) -> Any:
+            if titles is None:
+                return inputs[name]
+            import pandas  # it learned from a table
+
+            if not columns:
+                return pandas.DataFrame(inputs[name], columns=titles)
             return pandas.DataFrame({column: inputs[column][:, 0] for column in columns})
 
         def origin(inputs: Tensors) -> Tensors:

@@ -59,7 +59,7 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     try:
         axes = _row_axes(module, given)
         tensors = {name: torch.from_numpy(value) for name, value in _two_rows(given, axes).items()}
-        outputs = outputs or _keys(_run(module, given, given))
+        outputs = outputs or tuple(f"{key}_out" if key in given else key for key in _keys(_run(module, given, given)))
         proto, scopes = to_onnx(module, tensors, outputs, scopes=True, row_axes=axes)
     except Exception as error:
         raise UnsupportedModelError(f"torch can't export this {type(module).__name__}: {_reason(error)}") from error

@@ -95,7 +95,7 @@ class Spread(torch.nn.Module):
     def forward(self, *inputs: Any) -> Any:
         queries, keys = (value.reshape(-1, 4, 2, 8).transpose(1, 2) for value in inputs)
         heads = torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
-        return {"mixed": heads.transpose(1, 2).reshape(-1, 4, 16), "largest": keys.amax((1, 2, 3))}
+        return {"keys": heads.transpose(1, 2).reshape(-1, 4, 16), "largest": keys.amax((1, 2, 3))}
 
 
 class Swapped(torch.nn.Module):
@@ -108,8 +108,9 @@ def test_inputs_in_any_number_and_outputs_by_name(tmp_path: Path) -> None:
     inputs = {name: generator.standard_normal((3, 16, 4)).astype(np.float32) for name in ("queries", "keys")}
     outputs = run(rt.load(Spread(), example={name: value[:1] for name, value in inputs.items()}), inputs, tmp_path)
     expected = Spread()(*map(torch.from_numpy, inputs.values()))
-    for name in ("mixed", "largest"):
-        np.testing.assert_allclose(outputs[name], expected[name].numpy(), atol=1e-5)
+    assert list(outputs) == ["keys_out", "largest"], "one is called as an input is"
+    for value, wanted in zip(outputs.values(), expected.values(), strict=True):
+        np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
 
 
 def test_inputs_are_taken_by_their_names(tmp_path: Path) -> None:
@@ -337,6 +338,19 @@ def test_a_table_with_named_columns_and_words(tmp_path: Path) -> None:
         pytest.raises(rt.BackendUnavailableError, match=r"give the session some as probe="),
     ):
         session.run(inputs)  # it is planned on random words first, and the encoder knows none of them
+
+
+def test_an_estimator_of_a_table_with_names_takes_rows(tmp_path: Path) -> None:
+    pytest.importorskip("skl2onnx")
+    pandas = pytest.importorskip("pandas")
+    from sklearn.ensemble import RandomForestClassifier
+
+    generator = np.random.default_rng(0)
+    table = pandas.DataFrame({"amount": generator.lognormal(3, 1, 200), "hour": np.arange(200) % 24})
+    forest = RandomForestClassifier(5, random_state=0).fit(table, table["amount"] > 20)
+    for example in (None, {name: table[name].to_numpy()[:6] for name in table}):
+        outputs = run(rt.load(forest, example=example), {"features": table.to_numpy(np.float32)}, tmp_path)
+        np.testing.assert_allclose(outputs["probabilities"], forest.predict_proba(table.astype(np.float32)), atol=1e-5)
 
 
 def test_a_classifier_with_labels_in_words_is_optimised(tmp_path: Path, repository: ModelRepository) -> None:
