@@ -76,7 +76,7 @@ def load(
     source: str | Path | Any,
     *,
     sha256: str | None = None,
-    example: Mapping[str, Any] | None = None,
+    example: Any = None,
     name: str | None = None,
     repository: ModelRepository | None = None,
     variants: VariantStore | None = None,
@@ -85,7 +85,8 @@ def load(
     (a torch module, a scikit-learn, XGBoost or LightGBM estimator, a MONAI bundle, an nnU-Net folder ...).
 
     `sha256` is what the graph file must hash to; a folder's card states it. A torch module needs `example`, named
-    inputs with a leading batch dimension. What was optimised on this host before comes with its certified variants.
+    inputs with a leading batch dimension (an array, or a tuple of them in order, does as well). What was optimised on this
+    host before comes with its certified variants.
     Raises ModelNotFoundError, ModelIntegrityError, UnsupportedModelError, ImportMismatchError.
     """
     store = variants or VariantStore()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Importer, write_folder
@@ -16,6 +19,7 @@ from shared_runtime.importers.sklearn import SklearnImporter
 from shared_runtime.importers.tensorflow import TensorflowImporter
 from shared_runtime.importers.torch_module import TorchImporter
 from shared_runtime.repository.store import ModelRepository
+from shared_runtime.signature import Signature
 
 IMPORTERS: tuple[Importer, ...] = (
     OnnxImporter(),
@@ -29,7 +33,7 @@ IMPORTERS: tuple[Importer, ...] = (
 )
 
 
-def import_to_folder(source: Any, folder: Path, *, name: str | None = None, example: Mapping[str, Any] | None = None) -> Path:
+def import_to_folder(source: Any, folder: Path, *, name: str | None = None, example: Any = None) -> Path:
     """Import `source` as the model folder `folder`; see `import_model`."""
     if isinstance(source, (str, Path)):
         source = Path(source)
@@ -45,14 +49,36 @@ def import_to_folder(source: Any, folder: Path, *, name: str | None = None, exam
             "Python and pass the object)"
         )
     default = source.stem if isinstance(source, Path) else type(source).__name__
-    return write_folder(importer.load(source, example), folder, name or default)
+    return write_folder(importer.load(source, _named(source, example)), folder, name or default)
 
 
-def import_model(source: Any, name: str, *, example: Mapping[str, Any] | None = None, repository: ModelRepository | None = None) -> Path:
+def _named(source: Any, example: Any) -> Mapping[str, Any] | None:
+    """An example by input name, from what people have at hand: a dict, an array or tensor, a tuple of them, a table.
+
+    Raises UnsupportedModelError where there are more arrays than inputs.
+    """
+    if example is None or isinstance(example, Mapping):
+        return example
+    if hasattr(example, "columns"):
+        return {str(column): example[column].to_numpy() for column in example.columns}
+    if hasattr(source, "forward"):
+        names = list(inspect.signature(source.forward).parameters)
+    elif isinstance(source, Path) and source.suffix == ".onnx":
+        names = [spec.name for spec in Signature.from_onnx(source).inputs]
+    else:
+        return {"features": np.asarray(example)}
+    arrays = [np.asarray(value) for value in (example if isinstance(example, (tuple, list)) else [example])]
+    if len(arrays) > len(names):
+        raise UnsupportedModelError(f"the example holds {len(arrays)} arrays, the model takes {names}; give example={{'name': array}}")
+    return dict(zip(names, arrays, strict=False))
+
+
+def import_model(source: Any, name: str, *, example: Any = None, repository: ModelRepository | None = None) -> Path:
     """Import `source` into the repository under `name`; the folder. An earlier model of that name is replaced at once.
 
     `source`: a path (ONNX, SavedModel or .keras, MONAI bundle, nnU-Net v2 folder, XGBoost .ubj/.json, LightGBM .txt) or an
-    object (torch module with `example`, scikit-learn, XGBoost or LightGBM estimator). Raises UnsupportedModelError,
+    object (torch module with `example`, scikit-learn, XGBoost or LightGBM estimator). `example`: valid inputs by name, each with
+    a leading batch dimension; a single array, a tuple of arrays in order, or a table do as well. Raises UnsupportedModelError,
     ImportMismatchError, ModelIntegrityError; the repository is then as it was.
     """
     root = (repository or ModelRepository.default()).roots[0]

@@ -27,15 +27,18 @@ class SampleStore:
         self.items, self.rows = 0, 0
         self.row_hashes: set[bytes] = set()
 
-    def add(self, inputs: Mapping[str, Any], signature: Signature, model: str) -> None:
-        """Keep one sample. Raises CalibrationError where it does not fit the signature or holds what is not a number."""
+    def add(self, inputs: Any, signature: Signature, model: str) -> None:
+        """Keep one sample: inputs by name, or for a model of one input the array. Raises CalibrationError where it does not fit the
+        signature or holds what is not a number."""
         place = f"{self.name} sample {self.items} of {model!r}"
-        if not isinstance(inputs, Mapping):
+        named = inputs if isinstance(inputs, Mapping) else _named(inputs, signature)
+        if named is None:
             raise CalibrationError(
-                f"{place} is a {type(inputs).__name__}; expected a dict of arrays by input name, with a leading batch dimension"
+                f"{place} is a {type(inputs).__name__}; expected a dict of arrays by input name, with a leading batch dimension, "
+                f"or of one input the array; the inputs are {', '.join(spec.describe() for spec in signature.inputs)}"
             )
         try:
-            checked = signature.check(inputs, model)
+            checked = signature.check(named, model)
         except InputError as error:
             raise CalibrationError(f"{place} does not fit: {error}") from error
         for name, value in checked.items():
@@ -74,6 +77,22 @@ class SampleStore:
 
     def _path(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index:06d}.npz"
+
+
+def _named(value: Any, signature: Signature) -> dict[str, Any] | None:
+    """The array or tensor of a model's one input, with or without its leading dimension, also as (input, target) from a data loader."""
+    if len(signature.inputs) != 1:
+        return None
+    (spec,) = signature.inputs
+    if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[0], "ndim"):
+        value = value[0]
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+    if array.ndim == len(spec.shape) - 1:
+        array = array[None]
+    return {spec.name: array} if array.ndim == len(spec.shape) else None
 
 
 def read_calibration(data: Iterable[Any], signature: Signature, model: str, most: int = MOST_SAMPLES) -> SampleStore:

@@ -75,6 +75,7 @@ def test_states_count_rows_on_another_axis(tmp_path: Path) -> None:
         shapes = {"x": (n, 7, 5), "hidden": (2, n, 6), "cell": (2, n, 6), "scale": (5,)}
         return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
+    assert rt.load(module, example=tuple(map(torch.from_numpy, rows(1).values()))).signature == rt.load(module, example=rows(1)).signature
     model = rt.load(module, example=rows(1))
     assert [spec.shape for spec in model.signature.inputs] == [("batch", 7, 5), (2, "batch", 6), (2, "batch", 6), (5,)]
     assert {name: value.shape for name, value in model.random(4).items()} == {name: value.shape for name, value in rows(4).items()}
@@ -348,7 +349,7 @@ def test_an_estimator_of_a_table_with_names_takes_rows(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     table = pandas.DataFrame({"amount": generator.lognormal(3, 1, 200), "hour": np.arange(200) % 24})
     forest = RandomForestClassifier(5, random_state=0).fit(table, table["amount"] > 20)
-    for example in (None, {name: table[name].to_numpy()[:6] for name in table}):
+    for example in (None, table[:6], table.to_numpy()[:6], {name: table[name].to_numpy()[:6] for name in table}):
         outputs = run(rt.load(forest, example=example), {"features": table.to_numpy(np.float32)}, tmp_path)
         np.testing.assert_allclose(outputs["probabilities"], forest.predict_proba(table.astype(np.float32)), atol=1e-5)
 

@@ -234,7 +234,7 @@ def test_quantizer_in_the_usual_form(sound: rt.Model, fragile: rt.Model) -> None
         ([{"image": np.full((1, 3, 8, 8), np.nan, np.float32)}], VALIDATION, "not finite"),
         ([{"image": np.zeros((1, 3, 9, 8), np.float32)}], VALIDATION, "does not fit"),
         ([{"picture": np.zeros((1, 3, 8, 8), np.float32)}], VALIDATION, "'picture'"),
-        ([np.zeros((1, 3, 8, 8), np.float32)], VALIDATION, "expected a dict"),
+        ([np.zeros((8, 8), np.float32)], VALIDATION, "expected a dict"),
         (CALIBRATION, [], "no validation pairs"),
         (CALIBRATION, CALIBRATION, "expected a pair"),
         (CALIBRATION, [(CALIBRATION[3], np.array([0])), *VALIDATION], "share 1 rows of 81"),
@@ -501,3 +501,13 @@ def test_a_plan_names_the_precision_that_a_graph_came_in(tmp_path: Path) -> None
         onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), tmp_path / f"{kind}.onnx")
         with rt.Session(rt.load(tmp_path / f"{kind}.onnx"), plans=tmp_path / "plans", budget_s=0.2) as session:
             assert session.plan.precision == kind
+
+
+def test_samples_of_one_input_may_be_arrays(sound: rt.Model) -> None:
+    """A stack of images, batches, and what a data loader gives: (input, target)."""
+    torch = pytest.importorskip("torch")
+    (spec,) = sound.signature.inputs
+    rows = np.concatenate([inputs[spec.name] for inputs in CALIBRATION])
+    expected = read_calibration(CALIBRATION, sound.signature, "m")
+    for data in (rows, [rows[:5], rows[5:]], [(torch.from_numpy(rows[i : i + 8]), 0) for i in range(0, len(rows), 8)]):
+        assert read_calibration(data, sound.signature, "m").row_hashes == expected.row_hashes
