@@ -47,12 +47,14 @@ def read_whole(path: Path) -> onnx.ModelProto:
 
 
 def precision(path: Path) -> str:
-    """What the graph itself computes in: "int8" where it quantizes, else its narrowest constants of floats, "float32" as a rule."""
+    """What the graph itself computes in: "int8" where it quantizes, else the narrowest floats of the matrices that it computes with
+    (not of those that are only stored so, and cast), "float32" as a rule."""
     proto = read_graph(path)
     operators = {node.op_type for node in _nodes(proto.graph)}
     if any("Quantize" in name or name.startswith("QLinear") or name.endswith("Integer") for name in operators):
         return "int8"
-    kinds = {tensor.data_type for tensor in _tensors(proto.graph) if len(tensor.dims) > 1}
+    read = {name for node in _nodes(proto.graph) if node.op_type != "Cast" for name in node.input}
+    kinds = {tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) > 1 and tensor.name in read}
     return next((name for kind, name in _FLOATS.items() if kind in kinds), "float32")
 
 
