@@ -94,8 +94,10 @@ def load(
         path = Path(source)
         if path.is_dir() and (path / CARD_FILE).is_file():
             return _from_folder(path, sha256, store)
-        if path.suffix == ".onnx" and path.is_file() and opset(read_graph(path)) >= OLDEST:
-            return _from_file(path, sha256, name, store)
+        if path.suffix == ".onnx" and path.is_file():
+            actual, sha256 = _verified(path, sha256), None
+            if opset(read_graph(path)) >= OLDEST:
+                return _from_file(path, actual, name, store)
         if not path.exists():
             if path.suffix or len(path.parts) > 1:
                 raise ModelNotFoundError(f"no model at {path}; expected an ONNX file, a model folder or a repository name")
@@ -107,8 +109,7 @@ def load(
     return _from_folder(import_to_folder(source, folder / "model", name=name, example=example), sha256, store)
 
 
-def _from_file(path: Path, sha256: str | None, name: str | None, store: VariantStore) -> Model:
-    actual = _verified(path, sha256)
+def _from_file(path: Path, actual: str, name: str | None, store: VariantStore) -> Model:
     check_graph(path)
     return Model(name or path.stem, path, Signature.from_onnx(path), actual, known=store.read(actual))
 

@@ -17,8 +17,8 @@ import onnx
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.certificate import Certificate, Reversion, numerics
 from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
-from shared_runtime.graph.check import read_whole
-from shared_runtime.graph.passes.base import opset, passes, run_pass
+from shared_runtime.graph.check import opset, read_whole
+from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for

@@ -96,7 +96,9 @@ class Signature(msgspec.Struct, frozen=True):
         return leading and not any(names & set(map(str, spec.shape[1:])) for spec in (*self.inputs, *self.outputs))
 
     def rows(self, inputs: Tensors) -> int:
-        """How many rows the inputs have; 1 where the model does not count them."""
+        """How many rows the inputs have, by name or fixed; 1 where the model does not count them."""
+        if self.fixed_rows is not None:
+            return self.fixed_rows
         names = self._row_names
         return next((inputs[spec.name].shape[axis] for spec in self.inputs for axis, size in enumerate(spec.shape) if size in names), 1)
 

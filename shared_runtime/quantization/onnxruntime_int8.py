@@ -17,9 +17,9 @@ from onnx import helper, numpy_helper
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import read_whole
+from shared_runtime.graph.check import opset, read_whole
 from shared_runtime.graph.lean import lean
-from shared_runtime.graph.passes.base import opset, prepared
+from shared_runtime.graph.passes.base import prepared
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows

@@ -51,7 +51,10 @@ class SampleStore:
         checked = {name: value.astype(str) if value.dtype.kind == "O" else value for name, value in checked.items()}
         for row in range(rows):
             digest = hashlib.sha256()
-            for name, value in sorted(signature.row(checked, row).items()):
+            one = signature.row(checked, row)
+            if signature.fixed_rows is not None:
+                one = {name: value[row : row + 1] if value.ndim and len(value) == rows else value for name, value in checked.items()}
+            for name, value in sorted(one.items()):
                 digest.update(name.encode() + str(value.shape).encode())
                 digest.update("\0".join(value.ravel()).encode() if value.dtype.kind == "U" else np.ascontiguousarray(value).tobytes())
             self.row_hashes.add(digest.digest())

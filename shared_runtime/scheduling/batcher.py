@@ -69,6 +69,7 @@ class Batcher:
         if max_batch < 1 or max_queue < max_batch or deadline_ms < 0:
             raise ValueError(f"expected 1 <= max_batch <= max_queue and deadline_ms >= 0, got {max_batch}, {max_queue}, {deadline_ms}")
         self._session, self._max_batch, self._max_queue = session, max_batch, max_queue
+        self._joined = session.model.signature.joins_rows
         self._deadline = deadline_ms / 1e3
         self._queue: deque[_Part] = deque()
         self._waiting = 0
@@ -102,8 +103,7 @@ class Batcher:
             raise BatcherClosedError("the batcher is not running; use it inside 'async with'")
         model = self._session.model
         checked = model.signature.check(inputs, model.name)
-        joined = model.signature.joins_rows
-        counts = {len(value) for value in checked.values()} if joined else {1}
+        counts = {len(value) for value in checked.values()} if self._joined else {1}
         if len(counts) != 1:
             raise InputError(f"model {model.name!r}: inputs have {sorted(counts)} rows; they must have equally many")
         rows = counts.pop()
@@ -111,7 +111,7 @@ class Batcher:
             raise QueueFullError(
                 f"{self._waiting} rows wait and {rows} more exceed the queue's {self._max_queue}; submit again later or slower"
             )
-        if not joined:
+        if not self._joined:
             return await self._run_alone(checked)
         parts = [self._enqueue(checked, start, min(rows, start + self._max_batch)) for start in range(0, max(rows, 1), self._max_batch)]
         self.statistics.requests += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -138,6 +139,10 @@ def test_operators_that_no_engine_runs_any_more_are_converted(tmp_path: Path, re
     graph = helper.make_graph([node], "old", [ends[0], offset], ends[1:], [numpy_helper.from_array(b, "b")])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 6)], ir_version=3), tmp_path / "old.onnx")
     rt.import_model(tmp_path / "old.onnx", "old", repository=repository)
+    own = hashlib.sha256((tmp_path / "old.onnx").read_bytes()).hexdigest()
+    assert rt.load(tmp_path / "old.onnx", sha256=own).signature.inputs[0].shape == (2, 3, 4)
+    with pytest.raises(rt.ModelIntegrityError):
+        rt.load(tmp_path / "old.onnx", sha256="0" * 64)
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
     for model in (rt.load(tmp_path / "old.onnx"), rt.load("old", repository=repository)):
         np.testing.assert_allclose(run(model, {"x": x}, tmp_path)["y"], x + b, rtol=1e-6)

@@ -23,7 +23,7 @@ from shared_runtime.quantization.guard import _from_both_ends
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
 from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
 from shared_runtime.quantization.rounding import balanced_rounding
-from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.quantization.samples import read_calibration, refuse_overlap
 from shared_runtime.tools import tools
 from shared_runtime.variants import VariantStore
 from tests.networks import classifier, samples, save
@@ -511,3 +511,14 @@ def test_samples_of_one_input_may_be_arrays(sound: rt.Model) -> None:
     expected = read_calibration(CALIBRATION, sound.signature, "m")
     for data in (rows, [rows[:5], rows[5:]], [(torch.from_numpy(rows[i : i + 8]), 0) for i in range(0, len(rows), 8)]):
         assert read_calibration(data, sound.signature, "m").row_hashes == expected.row_hashes
+
+
+def test_rows_of_a_fixed_batch_are_told_apart() -> None:
+    """The same row beside other ones is the same row, also where a model takes four at a time."""
+    signature = rt.Signature((rt.TensorSpec("x", (4, 2), "float32"),), (rt.TensorSpec("y", (4, 2), "float32"),))
+    first, second = (np.arange(8, dtype=np.float32).reshape(4, 2) + 100 * place for place in range(2))
+    second[3] = first[0]
+    calibration, validation = (read_calibration([{"x": x}], signature, "four") for x in (first, second))
+    assert calibration.rows == 4
+    with pytest.raises(rt.CalibrationError, match="share 1 rows of 4"):
+        refuse_overlap(calibration, validation, "four")

@@ -201,11 +201,6 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return default if found is None else onnx.helper.get_attribute_value(found)
 
 
-def opset(model: onnx.ModelProto) -> int:
-    """Version of the default operator set."""
-    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 1)
-
-
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy with constants folded, dead nodes gone and every node named once: what quantizers start from."""
     from shared_runtime.graph.passes.simplify import ConstantFolding, DeadCode

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from shared_runtime.graph.passes.base import EXACT, GraphEditor, PassRefused, attribute, opset
+from shared_runtime.graph.check import opset
+from shared_runtime.graph.passes.base import EXACT, GraphEditor, PassRefused, attribute
 
 DOMAIN = "triscope"
 

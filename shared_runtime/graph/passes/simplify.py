@@ -10,7 +10,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.passes.base import EXACT, GraphEditor, PassRefused, attribute, opset, plain_session
+from shared_runtime.graph.check import opset
+from shared_runtime.graph.passes.base import EXACT, GraphEditor, PassRefused, attribute, plain_session
 
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
 LARGEST_FOLD = 16 << 20
