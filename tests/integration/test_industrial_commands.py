@@ -18,6 +18,7 @@ from apps.common.settings import Settings
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+from apps.industrial.features import prepared
 from apps.industrial.images import png
 from tests.conftest import Commands
 from tests.services import free_port
@@ -118,12 +119,22 @@ def test_labelled_defects_make_a_network_of_the_recipes_own(parts: Path, setting
     assert taught.recipe.facts.learned_weight > 0.5
     inspector = service.inspector("own")
     assert inspector.session.model.name.startswith("texture-features-")
-    assert inspector.session.model.sha256 != rt.load("texture-features").sha256
+    shipped, own = rt.load("texture-features"), inspector.session.model
+    assert own.sha256 != shipped.sha256
+    assert own.graph.stat().st_size < 4e6
+    pixels = {"pixels": np.stack([prepared(sample.read()) for sample in (*defects[:3], *good[:3])])}
+    with rt.Session(shipped, "cpu") as session:
+        before, after = session.run(pixels), inspector.session.run(pixels)
+    for name in ("fine", "half", "whole"):
+        np.testing.assert_allclose(after[name], before[name], rtol=0, atol=2e-3 * np.abs(before[name]).max(), err_msg=name)
+    assert all(np.abs(after[name] - before[name]).max() > 0.01 for name in ("map", "image", "coarse", "embedding"))
     result = inspector.inspect(defects[0].read())
     assert result.kind == "" or result.kind in taught.recipe.facts.kinds
     assert len(taught.recipe.facts.kinds) == 8
     again = service.recipes.load("own")
     assert again.facts == service.recipes.facts("own")
+    assert again.probe is not None
+    assert again.probe.joined(np.zeros(6, np.float32), after["whole"])[:3].min() > 0
     service.close()
     log.close()
 

@@ -19,6 +19,7 @@ from apps.common.settings import Settings
 from apps.industrial.acquisition.base import Frame, FrameBuffer
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.anomaly.calibration import calibrate
+from apps.industrial.anomaly.probe import Probe
 from apps.industrial.anomaly.regions import GRID, LAYERS, Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.bootstrap import open_industrial
@@ -227,7 +228,7 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     recipe = service.recipes.load("cast")
     facts = msgspec.structs.replace(recipe.facts, network="0" * 64)
     with pytest.raises(InputError, match=r"was taught with another network \(0000.*teach it again"):
-        Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.kinds, recipe.model), service.inspector("cast").session)
+        Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.probe, recipe.kinds, recipe.model), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
     service.close()
@@ -247,11 +248,28 @@ def test_a_recipe_of_many_parts_knows_regions(settings: Settings, tmp_path: Path
     session = service.inspector("cast").session
     before, after = (Inspector(recipe, session).inspect(image) for recipe in (taught.recipe, stored))
     np.testing.assert_allclose(before.map, after.map, atol=1e-4)
-    plain = Inspector(Recipe(stored.facts, stored.good, None, stored.kinds, stored.model), session).inspect(image)
+    plain = Inspector(Recipe(stored.facts, stored.good, None, stored.probe, stored.kinds, stored.model), session).inspect(image)
     assert plain.score == pytest.approx(after.score, abs=1e-4)
     assert np.abs(plain.map - after.map).max() > 0.01
     service.close()
     log.close()
+
+
+def test_a_probe_tells_defects_from_good_parts_and_is_stored() -> None:
+    rng = np.random.default_rng(0)
+    good, unseen = (rng.normal(size=(n, 12)).astype(np.float32) for n in (60, 20))
+    bad = rng.normal(size=(9, 12)).astype(np.float32) + np.eye(12, dtype=np.float32)[3] * 4
+    probe = Probe.fit(good, bad, unseen)
+    assert np.median(probe.scores(unseen)) == pytest.approx(0, abs=1e-5)
+    assert probe.scores(bad).min() > probe.scores(unseen).mean()
+    stored = Probe.from_arrays(probe.arrays())
+    assert stored is not None
+    np.testing.assert_array_equal(stored.scores(bad), probe.scores(bad))
+    assert Probe.from_arrays({}) is None
+    base = np.zeros(9, np.float32)
+    np.testing.assert_allclose(probe.joined(base, bad), 0.2 * probe.scores(bad), rtol=1e-5)
+    few = Probe.fit(good, bad[:1], unseen)
+    np.testing.assert_allclose(few.joined(base, bad), 0.04 * few.scores(bad), rtol=1e-5)
 
 
 def test_more_outlined_defects_have_more_say() -> None:

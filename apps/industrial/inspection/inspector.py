@@ -109,6 +109,8 @@ class Inspector:
         if self.recipe.regions:
             places += self.recipe.regions.maps(seen)
         scores = combined(unlike, learned_scores(seen), facts.learned_weight, facts.learned_scale)
+        if self.recipe.probe:
+            scores = self.recipe.probe.joined(scores, seen["whole"])
         maps = combined(lifted(places, unlike), seen["map"], facts.learned_weight, facts.map_scale)
         kinds = self.recipe.kinds.probabilities(seen["embedding"]) if self.recipe.kinds else None
         return [self._conclude(image, float(scores[i]), maps[i], None if kinds is None else kinds[i]) for i, image in enumerate(images)]

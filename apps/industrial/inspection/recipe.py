@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from apps.industrial.anomaly.calibration import Calibration
+from apps.industrial.anomaly.probe import Probe
 from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
@@ -46,17 +47,20 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     statistics_sha256: str = ""
-    version: int = 2
+    version: int = 3
 
 
 class Recipe:
     """A recipe in memory.
 
-    `regions`: None where too few good parts were known; `model`: the folder of its own model, or None for the shipped one.
+    `regions`: None where too few good parts were known; `probe`: None without defects, and of recipes of version 2; `model`: the folder
+    of its own model, or None for the shipped one.
     """
 
-    def __init__(self, facts: Facts, good: GoodParts, regions: Regions | None, kinds: KindClassifier | None, model: Path | None) -> None:
-        self.facts, self.good, self.regions, self.kinds, self.model = facts, good, regions, kinds, model
+    def __init__(
+        self, facts: Facts, good: GoodParts, regions: Regions | None, probe: Probe | None, kinds: KindClassifier | None, model: Path | None
+    ) -> None:
+        self.facts, self.good, self.regions, self.probe, self.kinds, self.model = facts, good, regions, probe, kinds, model
 
 
 def checked_name(name: str) -> str:
@@ -101,7 +105,8 @@ class RecipeBook:
             arrays = {key: stored[key] for key in stored.files}
         kinds = KindClassifier.from_arrays(arrays, facts.kinds) if facts.kinds else None
         model = folder / MODEL_FOLDER
-        return Recipe(facts, GoodParts.from_arrays(arrays), Regions.from_arrays(arrays), kinds, model if model.is_dir() else None)
+        parts = GoodParts.from_arrays(arrays), Regions.from_arrays(arrays), Probe.from_arrays(arrays), kinds
+        return Recipe(facts, *parts, model if model.is_dir() else None)
 
     def save(self, recipe: Recipe) -> Path:
         """Write a recipe in place of one of the same name, whole or not at all."""
@@ -110,7 +115,7 @@ class RecipeBook:
         part, target = self.root / f".{name}.{uuid.uuid4().hex}", self.root / name
         part.mkdir()
         buffer = io.BytesIO()
-        learned = [part.arrays() for part in (recipe.good, recipe.regions, recipe.kinds) if part]
+        learned = [part.arrays() for part in (recipe.good, recipe.regions, recipe.probe, recipe.kinds) if part]
         np.savez(buffer, allow_pickle=False, **{name: array for arrays in learned for name, array in arrays.items()})
         (part / STATISTICS_FILE).write_bytes(buffer.getvalue())
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from apps.industrial.features import SIZE
 from apps.industrial.training.augment import light, pasted, turned
 from apps.industrial.training.losses import image_loss, map_loss
-from apps.industrial.training.network import TextureNetwork
+from apps.industrial.training.network import SHARED, TaughtNetwork, TextureNetwork
 
 BATCH = 16
 WINDOW = 192
 """The network learns from windows of this side: they cost a third of the whole image, and show a defect at many places."""
 MOST_STEPS = 1500
-PASTED = 0.6
+PASTED = 0.3
 """Share of the good images that get a defect of a labelled one, where outlines are known: few defects are then seen in many places."""
 RATES = {"heads": 1.0, "late": 1.0, "early": 0.5}
 """Learning rates of the parts, as shares."""
+AVERAGED = 0.99
+"""What is kept of the running average of the weights with each step; the average is what was learned."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def _windows(images: Tensor, masks: Tensor, cut: Tensor) -> tuple[Tensor, Tensor
 
 
 def _optimiser(network: TextureNetwork, device: torch.device) -> torch.optim.Optimizer:
-    early, late = network.trunk.layers[: network.SPLIT + 1], network.trunk.layers[network.SPLIT + 1 :]
+    early, late = network.trunk.layers[SHARED : network.SPLIT + 1], network.trunk.layers[network.SPLIT + 1 :]
     heads = [p for name, p in network.named_parameters() if not name.startswith(("trunk.", "fine.", "coarse."))]
     groups = [
         {"params": heads, "share": RATES["heads"]},
@@ -67,14 +69,20 @@ def _optimiser(network: TextureNetwork, device: torch.device) -> torch.optim.Opt
 
 
 class _Learned(nn.Module):  # type: ignore[misc]
-    """What the losses look at: the map's logits (N, MAP, MAP) and the image's (N,)."""
+    """What the losses look at: the map's logits (N, MAP, MAP) and the image's (N,).
 
-    def __init__(self, network: TextureNetwork) -> None:
+    The shared layers see `at_once` images: what two large layers say of a few of them stays in a CPU's cache.
+    """
+
+    def __init__(self, network: TextureNetwork, at_once: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.at_once = network, at_once
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.network(images)
+        with torch.no_grad():
+            parts = [self.network.shared_features(some) for some in images.split(self.at_once)]
+        quarter, last = (torch.cat(some) for some in zip(*parts, strict=True))
+        out = self.network.from_shared(quarter, last)
         return out["map"], out["image"]
 
 
@@ -102,21 +110,24 @@ def adapt(
     most_steps: int = MOST_STEPS,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
-) -> TextureNetwork:
-    """A copy of `network` that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
+) -> TaughtNetwork:
+    """`network` with a copy that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
 
-    The network is tuned end to end.
+    All but the first layers are tuned.
     """
     torch.manual_seed(seed)
-    network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
+    shipped, network = network, copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
+    network.trunk.layers[:SHARED].requires_grad_(False)
     optimiser = _optimiser(network, device)
-    images, masks = torch.from_numpy(examples.images).to(device), torch.from_numpy(examples.masks).to(device)
+    images, masks = torch.from_numpy(examples.images), torch.from_numpy(examples.masks).to(device)
+    images = (images[:, :1] if (images == images[:, :1]).all() else images).to(device)  # grey: one channel is turned and lit
     known, bad = torch.from_numpy(examples.known).float().to(device), torch.from_numpy(examples.defective).float().to(device)
     chances = torch.from_numpy(examples.share)
     donors = torch.nonzero((bad > 0) & (known > 0) & (masks.amax(dim=(1, 2)) > 0.3)).flatten()
-    learned = _Learned(network)
+    learned = _Learned(network, BATCH if device.type == "cuda" else 2)
     forward = _captured(learned, device) if device.type == "cuda" else learned
-    average, step, start = {k: v.detach().clone() for k, v in network.state_dict().items()}, 0, time.monotonic()
+    current = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    average, step, start = [parameter.detach().clone() for parameter in current], 0, time.monotonic()
     while (progress := max((time.monotonic() - start) / seconds, step / most_steps)) < 1:
         factor = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimiser.param_groups:
@@ -133,17 +144,17 @@ def adapt(
         cut = (torch.rand(BATCH, device=device) < 0.7) & (known[chosen] > 0)
         seen, target = _windows(seen, target, cut)
         defective = torch.where(cut, (target.amax(dim=(1, 2)) > 0.5).float(), defective)
-        seen = light(seen, 0.7).contiguous(memory_format=torch.channels_last)
+        seen = light(seen, 0.7).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         with _reduced(device):
             logits, whole = forward(seen)
         loss = map_loss(logits.float(), target, known[chosen]) + image_loss(whole.float(), defective)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(current, 5.0)
         optimiser.step()
         step += 1
-        keep = min(0.98, step / (step + 10))
-        torch._foreach_lerp_(list(average.values()), list(network.state_dict().values()), 1 - keep)
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in current], 1 - min(AVERAGED, step / (step + 10)))
         report(progress)
-    network.load_state_dict(average)
-    return network.eval().cpu()
+    for parameter, mean in zip(current, average, strict=True):
+        parameter.data.copy_(mean)
+    return TaughtNetwork(shipped, network.cpu()).eval()

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
-from apps.industrial.training.network import TextureNetwork
+from apps.industrial.training.network import TaughtNetwork, TextureNetwork
 from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
 VERSION = "1.2.0"
+SMALLEST_IN_HALF = 256
 OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
@@ -37,20 +38,42 @@ SIGNATURE = Signature(
 class _Outputs(torch.nn.Module):  # type: ignore[misc]
     """The network with its outputs as a tuple, in the signature's order."""
 
-    def __init__(self, network: TextureNetwork) -> None:
+    def __init__(self, network: TextureNetwork | TaughtNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See TextureNetwork."""
-        out = self.network(pixels) | self.network.at_half(pixels)
+        """See TextureNetwork and TaughtNetwork."""
+        out = self.network(pixels)
+        if isinstance(self.network, TextureNetwork):
+            out |= self.network.at_half(pixels)
         return tuple(out[name] for name in OUTPUTS)
 
 
-def export_network(network: TextureNetwork, path: Path) -> None:
-    """Write the network as ONNX; batch is its one dynamic dimension. The weights keep their names."""
+def export_network(network: TextureNetwork | TaughtNetwork, path: Path) -> None:
+    """Write the network as ONNX; batch is its one dynamic dimension. The shipped network's weights keep their names.
+
+    A taught network has nearly twice the weights: they are stored in half precision, and computed with in single.
+    """
     module = _Outputs(network.cpu().to(memory_format=torch.contiguous_format))
-    onnx.save(to_onnx(module, {"pixels": torch.zeros(2, 3, SIZE, SIZE)}, OUTPUTS), path)
+    model = to_onnx(module, {"pixels": torch.zeros(2, 3, SIZE, SIZE)}, OUTPUTS)
+    onnx.save(_stored_in_half(model) if isinstance(network, TaughtNetwork) else model, path)
+
+
+def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with its float32 weights as float16 and a Cast before each use; engines undo it when they load the graph."""
+    casts = []
+    for item in model.graph.initializer:
+        values = numpy_helper.to_array(item)
+        if values.dtype == np.float32 and values.size >= SMALLEST_IN_HALF:
+            name = item.name
+            item.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+            casts.append(helper.make_node("Cast", [item.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    return model
 
 
 def network_from(graph: Path) -> TextureNetwork:
@@ -62,7 +85,7 @@ def network_from(graph: Path) -> TextureNetwork:
     return network.eval()
 
 
-def write_model(network: TextureNetwork, folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+def write_model(network: TextureNetwork | TaughtNetwork, folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Make a model folder: graph, signature, card with `sections`; the graph's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
     export_network(network, folder / "model.onnx")

@@ -18,6 +18,8 @@ from apps.industrial.features import COARSE, FINE
 LAYERS = 40
 """Layers of the backbone that are kept: up to the expansion of the 13th block, 576 channels at stride 16."""
 TAPS = {"quarter": 8, "eighth": 17, "sixteenth": 39}
+SHARED = 12
+"""First layers that a network which learns defects leaves as they are: four blocks, to stride 8. That halves the time of a step."""
 
 
 def backbone_layers(path: Path, layers: int) -> list[tuple[str, Tensor, Tensor, int, str]]:
@@ -45,7 +47,7 @@ class Convolution(nn.Module):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
         x = self.conv(functional.pad(x, (0, 1, 0, 1)) if self.pad else x)
-        return functional.relu6(x) if self.activated else x
+        return functional.relu6(x, inplace=True) if self.activated else x
 
 
 MOBILENET_V2 = (
@@ -135,6 +137,15 @@ class TextureNetwork(nn.Module):  # type: ignore[misc]
         seen = self.trunk.run(image * 2 - 1, 0, self.SPLIT)
         return seen[TAPS["quarter"]], seen[self.SPLIT]
 
+    def shared_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the `SHARED` first layers give: the output at stride 4, and the last."""
+        seen = self.trunk.run(image * 2 - 1, 0, SHARED - 1)
+        return seen[TAPS["quarter"]], seen[SHARED - 1]
+
+    def from_shared(self, quarter: Tensor, last: Tensor) -> dict[str, Tensor]:
+        """All outputs from `shared_features`."""
+        return self.late(quarter, self.trunk.run(last, SHARED, self.SPLIT)[self.SPLIT])
+
     def late(self, quarter: Tensor, eighth: Tensor) -> dict[str, Tensor]:
         """All outputs from the early features; `eighth_wide` and `sixteenth` are what the teachers are matched on."""
         seen = self.trunk.run(eighth, self.SPLIT + 1, LAYERS - 1)
@@ -170,3 +181,23 @@ class TextureNetwork(nn.Module):  # type: ignore[misc]
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """All outputs."""
         return self.late(*self.early_features(image))
+
+
+class TaughtNetwork(nn.Module):  # type: ignore[misc]
+    """The shipped network and a copy that learned a part's defects, in one; the first `SHARED` layers are the same.
+
+    What the statistics of good parts are made of (`fine`, `half`, `whole`) stays as shipped: a network that is tuned to defects
+    no longer describes good parts as well. `map`, `image`, `coarse` and `embedding` are the copy's.
+    """
+
+    def __init__(self, shipped: TextureNetwork, learned: TextureNetwork) -> None:
+        super().__init__()
+        self.shipped, self.learned = shipped, learned
+        for index in range(SHARED):
+            learned.trunk.layers[index] = shipped.trunk.layers[index]
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """All outputs."""
+        quarter, last = self.shipped.shared_features(image)
+        own = {"fine": self.shipped.from_shared(quarter, last)["fine"]} | self.shipped.at_half(image)
+        return self.learned.from_shared(quarter, last) | own
