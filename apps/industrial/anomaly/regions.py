@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import cv2
@@ -20,6 +21,7 @@ from sklearn.neural_network import MLPClassifier
 from apps.industrial.features import MAP
 from apps.industrial.images import Pixels
 from apps.industrial.synthesis.patches import patched
+from shared_runtime.host import host
 
 Array = NDArray[np.float32]
 GRID = 16
@@ -30,6 +32,7 @@ FEWEST = 50
 EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 900, 1024
 """Patched images for each good one of a half, but at most PATCHED; places of each that are learned from; steps of learning."""
 HIDDEN, PENALTY, RATE = 32, 10.0, 2e-3
+CORES_FOR_BOTH = 4
 CLIP, SOFT, WEIGHT = 6.0, 2.5, 3.0
 """`SOFT`: sigma in cells that the map is smoothed by; `WEIGHT`: its say beside the statistics of places."""
 Look = Callable[[Sequence[Pixels]], Mapping[str, Array]]
@@ -72,27 +75,38 @@ class Regions:
         """Learn from N good `images`, FEWEST at least, of which the network said `seen`; `look` asks it about others, and
         `report` gets the share of them that is done.
 
-        Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught.
+        Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught. Where there are
+        cores enough both halves learn at once: `look` is then called from two threads, `report` from the caller's alone.
         """
         layers = [_on_grid(seen[name]) for name in LAYERS]
         mean = tuple(layer.mean(axis=0) for layer in layers)
         spread = [layer.std(axis=(0, 2, 3))[:, None, None] for layer in layers]
         deviation = tuple(np.asarray(layer.std(axis=0) + 0.1 * s + 1e-4, np.float32) for layer, s in zip(layers, spread, strict=True))
         plain, halves = cls(mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
-        heads, maps = [], np.zeros((len(images), MAP, MAP), np.float32)
-        for half, (own, rest) in enumerate((halves, halves[::-1])):
+        maps, at_once = np.zeros((len(images), MAP, MAP), np.float32), host().cores >= CORES_FOR_BOTH
 
-            def of_half(share: float, half: int = half) -> None:
-                report((half + share) / 2)
+        def taught_by(half: int) -> list[_Head]:
+            own, rest = halves[half], halves[1 - half]
+
+            def of_half(share: float) -> None:
+                if not at_once:
+                    report((half + share) / 2)
+                elif half == 0:
+                    report(share)
 
             patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]), of_half)
             learned = []
             for level, name in enumerate(LAYERS):
                 unseen = plain._described(level, seen[name][rest])
                 learned.append(_learned(plain._described(level, patches[name]), patches["outline"], unseen, seed))
-            heads.append(learned)
             alone = cls(mean, deviation, tuple((head,) for head in learned))
             maps[rest] = alone.maps({name: seen[name][rest] for name in LAYERS})
+            return learned
+
+        with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool:
+            warnings.simplefilter("ignore", ConvergenceWarning)  # each pass is a fit of its own, at a rate that falls
+            other = pool.submit(taught_by, 1) if at_once else None
+            heads = [taught_by(0), other.result() if other else taught_by(1)]
         return cls(mean, deviation, tuple(zip(*heads, strict=True))), maps
 
     def maps(self, seen: Mapping[str, Array]) -> Array:
@@ -162,10 +176,8 @@ def _learned(described: Array, outline: Array, unseen: Array, seed: int) -> _Hea
     order = np.random.RandomState(seed)
     network = MLPClassifier((HIDDEN,), batch_size=BATCH, alpha=PENALTY, max_iter=1, warm_start=True, random_state=order)
     passes = max(1, STEPS * BATCH // len(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # each pass is a fit of its own, at a rate that falls
-        for done in range(passes):
-            network.set_params(learning_rate_init=RATE * (1 - done / passes)).fit(x, y)
+    for done in range(passes):
+        network.set_params(learning_rate_init=RATE * (1 - done / passes)).fit(x, y)
     (first, second), (first_bias, second_bias) = network.coefs_, network.intercepts_
     head = _Head(*(np.asarray(v, np.float32) for v in (first, first_bias, second, second_bias, [0, 1])))
     logits = head.logits(unseen)
