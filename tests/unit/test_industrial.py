@@ -115,7 +115,11 @@ def test_a_patched_part_is_changed_inside_the_outline(colour: bool) -> None:
         np.testing.assert_array_equal(image[outside], plain[outside])
 
 
-def test_a_region_that_does_not_belong_is_found_by_what_good_parts_taught() -> None:
+@pytest.mark.parametrize("cores", [1, 1000], ids=["both halves at once", "one after the other"])
+def test_a_region_that_does_not_belong_is_found_by_what_good_parts_taught(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.anomaly.regions.CORES_FOR_BOTH", cores)
+    shares: list[float] = []
+
     def look(images: Sequence[Pixels]) -> dict[str, np.ndarray]:
         """Brightness and roughness of places, as a network would describe them."""
         found = {}
@@ -127,7 +131,9 @@ def test_a_region_that_does_not_belong_is_found_by_what_good_parts_taught() -> N
 
     rng = np.random.default_rng(2)
     good = [good_part("leather", rng) for _ in range(24)]
-    regions, unseen = Regions.fit(good, look(good), look)
+    regions, unseen = Regions.fit(good, look(good), look, report=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     assert unseen.shape == (24, 64, 64)
     assert abs(np.median(unseen)) < 1
     inside, outside = [], []

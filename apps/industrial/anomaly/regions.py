@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 
 from apps.industrial.features import MAP
 from apps.industrial.images import Pixels
@@ -103,7 +104,8 @@ class Regions:
             maps[rest] = alone.maps({name: seen[name][rest] for name in LAYERS})
             return learned
 
-        with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool:
+        # Products as small as these gain little from more threads, and lose much where two kinds of threads share the cores.
+        with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool, threadpool_limits(1 if at_once else None, "blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # each pass is a fit of its own, at a rate that falls
             other = pool.submit(taught_by, 1) if at_once else None
             heads = [taught_by(0), other.result() if other else taught_by(1)]
