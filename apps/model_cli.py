@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -23,6 +25,11 @@ app = typer.Typer(no_args_is_help=True, help="The models of this installation.")
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
 Arrays = Annotated[
     Optional[Path], typer.Option(metavar="NPZ", help="Arrays by input name, a sample a row; for validation also the array `target`.")
+]
+
+Example = Annotated[
+    Optional[Path],
+    typer.Option(metavar="NPZ", help="Valid inputs by name, a row or more, where random numbers are none (indices, say) or sizes matter."),
 ]
 
 
@@ -59,10 +66,11 @@ def show(name: str, json: Json = None) -> None:
 def import_(
     path: Annotated[Path, typer.Argument(help="ONNX, SavedModel, .keras, MONAI bundle, nnU-Net folder, .ubj/.json, LightGBM .txt.")],
     name: Annotated[str, typer.Option(help="The name to load it by.")],
+    example: Example = None,
     json: Json = None,
 ) -> None:
     """Import a model that someone else trained; it is compared with its origin first."""
-    folder = rt.import_model(path, name)
+    folder = rt.import_model(path, name, example=None if example is None else _arrays(example))
     model = rt.load(folder)
     facts = model.card["import"]
     console.print(f"{name}: from {facts['from']}, relative difference from its origin {facts['difference']:.1e}, in {folder}")
@@ -117,6 +125,7 @@ def plan(
     objective: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")] = "latency",
     p99_ms: Annotated[Optional[float], typer.Option(help="With the objective throughput: the latency limit.")] = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="Also try what is slow to prepare (torch.compile).")] = False,
+    example: Example = None,
     json: Json = None,
 ) -> None:
     """What this host runs for a model, and why the other candidates lost."""
@@ -124,13 +133,15 @@ def plan(
     settings = load_settings().settings
     if objective not in KINDS:
         raise typer.BadParameter(f"unknown objective {objective!r}; expected one of {', '.join(KINDS)}")
+    model = rt.load(name)
     session = rt.Session(
-        rt.load(name),
+        model,
         settings.device,
         threads=settings.model_threads,
         plans=settings.home_path / "plans",
         objective=Objective(objective, p99_ms),
         thorough=thorough,
+        probe=None if example is None else _inputs(example, model),
     )
     with session:
         found = session.plan
@@ -191,6 +202,7 @@ def profile(
     name: str,
     rows: Annotated[int, typer.Option(help="Rows of a run.")] = 1,
     trace: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a Chrome trace.")] = None,
+    example: Example = None,
     json: Json = None,
 ) -> None:
     """Where a model's time goes, an operator, and the memory that is planned for it."""
@@ -199,8 +211,9 @@ def profile(
 
     settings = load_settings().settings
     model = rt.load(name)
-    inputs = model.signature.random(rows)
-    with rt.Session(model, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans") as session:
+    given = None if example is None else _inputs(example, model)
+    inputs = model.signature.random(rows) if given is None else model.signature.repeated(model.signature.row(given, 0), rows)
+    with rt.Session(model, settings.device, threads=settings.model_threads, plans=settings.home_path / "plans", probe=given) as session:
         found = rt.profile(session, inputs)
     memory = plan_memory(model.graph, inputs)
     out.print(found.table(), markup=False, highlight=False)
@@ -238,25 +251,31 @@ def _metric(name: str) -> Any:
     return METRICS[name]
 
 
-def _open(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise rt.CalibrationError(f"{path} can't be read as arrays (.npz without pickled objects): {error}") from error
-
-
 def _rows(path: Path, model: rt.Model) -> Iterator[dict[str, Any]]:
     """A sample a row of the file's arrays."""
-    with _open(path) as stored:
-        arrays = {spec.name: stored[spec.name] for spec in model.signature.inputs if spec.name in stored.files}
-    if missing := [spec.describe() for spec in model.signature.inputs if spec.name not in arrays]:
-        raise rt.CalibrationError(f"{path} has no array {missing[0]}; it has {list(arrays) or 'none of the inputs'}")
+    arrays = _inputs(path, model)
     for row in range(len(next(iter(arrays.values())))):
         yield {name: value[row : row + 1] for name, value in arrays.items()}
 
 
+def _arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise rt.CalibrationError(f"{path} can't be read as named arrays (.npz without pickled objects): {error}") from error
+
+
+def _inputs(path: Path, model: rt.Model) -> dict[str, Any]:
+    """The file's arrays for the model's inputs."""
+    stored = _arrays(path)
+    arrays = {spec.name: stored[spec.name] for spec in model.signature.inputs if spec.name in stored}
+    if missing := [spec.describe() for spec in model.signature.inputs if spec.name not in arrays]:
+        raise rt.CalibrationError(f"{path} has no array {missing[0]}; it has {list(stored) or 'none'}")
+    return arrays
+
+
 def _pairs(path: Path, model: rt.Model) -> Iterator[tuple[dict[str, Any], Any]]:
-    with _open(path) as stored:
-        targets = stored["target"] if "target" in stored.files else None
+    targets = _arrays(path).get("target")
     for row, inputs in enumerate(_rows(path, model)):
         yield inputs, None if targets is None else targets[row : row + 1]

@@ -26,6 +26,7 @@ from shared_runtime.variants import replace_folder
 
 TOLERANCE = 1e-4
 """Largest relative difference of an output from its origin: norm of the difference over the norm."""
+GIVEN = "example={'input_name': array} (--example FILE.npz on the command line)"
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -81,7 +82,7 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
         except Exception as error:
             if imported.given is not None and not example:
                 continue  # not all numbers are valid inputs: the given ones are
-            way = "" if example else "; where these are no valid inputs, give some as example={'input_name': array}"
+            way = "" if example else f"; where these are no valid inputs, give some as {GIVEN}"
             raise _fails(imported, name, inputs, error, way) from error
         try:
             got = dict(zip(names, session.run(names, inputs), strict=True))

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.networks import classifier, samples
 
@@ -78,6 +80,22 @@ def test_a_certificate_that_no_longer_holds_exits_with_1(triscope: Command, file
     assert triscope("model", "verify", "other", "--variant", "int8-onnxruntime", code=1) is not None
 
 
+def test_a_model_that_random_numbers_do_not_fit_is_imported_and_planned_with_an_example(triscope: Command, tmp_path: Path) -> None:
+    """A table of one row: every index but 0 leaves it."""
+    table = numpy_helper.from_array(np.ones((1, 4), np.float32), "table")
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 3])
+    found = helper.make_tensor_value_info("found", TensorProto.FLOAT, ["batch", 3, 4])
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "ids"], ["found"])], "lookup", [ids], [found], [table])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "lookup.onnx")
+    np.savez(tmp_path / "rows.npz", ids=np.zeros((2, 3), np.int64))
+    error = triscope("model", "import", tmp_path / "lookup.onnx", "--name", "lookup", code=2)
+    assert "--example FILE.npz" in error
+    example = ("--example", tmp_path / "rows.npz")
+    assert json.loads(triscope("model", "import", tmp_path / "lookup.onnx", "--name", "lookup", *example, "--json", "-"))["difference"] == 0
+    assert json.loads(triscope("model", "plan", "lookup", *example, "--json", "-"))["candidates"]
+    assert json.loads(triscope("model", "profile", "lookup", "--rows", 3, *example, "--json", "-"))["operators"]
+
+
 def test_every_tool_is_listed(triscope: Command) -> None:
     assert len(json.loads(triscope("model", "passes", "--json", "-"))["tools"]) >= 20
     assert "prune-channels" in triscope("model", "passes"), "a table can be piped"
@@ -88,6 +106,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02")
     np.savez(tmp_path / "wrong.npz", picture=np.zeros((3, 2)))
     (tmp_path / "not.npz").write_bytes(b"x")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes((files / "calibration.npz").read_bytes()[:-200])
     for arguments, words in (
         (("import", tmp_path / "broken.onnx", "--name", "broken"), "not a readable ONNX model"),
         (("import", tmp_path / "weights.pt", "--name", "broken"), "may hold code"),
@@ -95,6 +115,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path
         (("import", files / "net.onnx", "--name", "../evil"), "can't be a model's name"),
         (("optimize", files / "net.onnx", "--calibration", tmp_path / "wrong.npz"), "has no array image"),
         (("optimize", files / "net.onnx", "--calibration", tmp_path / "not.npz"), "can't be read"),
+        (("optimize", files / "net.onnx", "--calibration", tmp_path / "one.npy"), "can't be read"),
+        (("import", files / "net.onnx", "--name", "broken", "--example", tmp_path / "cut.npz"), "can't be read"),
+        (("plan", files / "net.onnx", "--example", tmp_path / "wrong.npz"), "has no array image"),
         (("optimize", files / "net.onnx", "--calibration", files / "calibration.npz", "--precision", "int3"), "'int3'"),
         (("verify", files / "net.onnx", "--variant", "none"), "no variant 'none'"),
     ):
