@@ -274,6 +274,8 @@ def test_a_probe_tells_defects_from_good_parts_and_is_stored() -> None:
     assert Probe.from_arrays({}) is None
     base = np.zeros(9, np.float32)
     np.testing.assert_allclose(probe.joined(base, bad), 0.2 * probe.scores(bad), rtol=1e-5)
+    alone = Probe.fit(good[:7], bad, good[7:8])
+    assert np.abs(alone.scores(bad)).max() < 50, "one good part that is held back has no spread"
     few = Probe.fit(good, bad[:1], unseen)
     np.testing.assert_allclose(few.joined(base, bad), 0.04 * few.scores(bad), rtol=1e-5)
 

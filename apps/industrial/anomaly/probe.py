@@ -18,6 +18,8 @@ STRENGTH = 0.01
 """Inverse of the regularisation: the features are many and the samples few."""
 SAY, ENOUGH = 0.2, 5
 """Its share of the score from ENOUGH defects on."""
+LEAST_SPREAD = 0.5
+"""Of the logits of good parts: a handful that is held back can lie close together by chance."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Probe:
         share = SAY * min(1.0, len(defective) / ENOUGH)
         probe = cls(*(np.asarray(v, np.float32) for v in (mean, scale, model.coef_[0], (0, 1), (share,))))
         logits = probe.scores(unseen)
-        usual = np.array([np.median(logits), logits.std() + 1e-3], np.float32)
+        usual = np.array([np.median(logits), max(logits.std(), LEAST_SPREAD)], np.float32)
         return cls(probe.mean, probe.scale, probe.weights, usual, probe.share)
 
     def scores(self, whole: Array) -> Array:
