@@ -16,9 +16,9 @@ import numpy as np
 import shared_runtime as rt
 from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.calibration import calibrate
-from apps.industrial.anomaly.probe import Probe
 from apps.industrial.anomaly.statistics import GoodParts, outliers
 from apps.industrial.classification.kinds import KindClassifier
+from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import MAP, prepared

@@ -19,10 +19,10 @@ from apps.common.settings import Settings
 from apps.industrial.acquisition.base import Frame, FrameBuffer
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.anomaly.calibration import calibrate
-from apps.industrial.anomaly.probe import Probe
 from apps.industrial.anomaly.regions import GRID, LAYERS, Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.bootstrap import open_industrial
+from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at

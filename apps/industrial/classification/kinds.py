@@ -14,6 +14,12 @@ STRENGTH = 0.01
 """Inverse of the regularisation: the features are many and the samples few."""
 
 
+def standardised_regression(x: Array, labels: Sequence[str]) -> tuple[Array, Array, LogisticRegression]:
+    """Mean and scale of features (N, D), and the regression of what they standardise to; rare labels weigh as much as frequent ones."""
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-3
+    return mean, scale, LogisticRegression(C=STRENGTH, max_iter=500, class_weight="balanced").fit((x - mean) / scale, list(labels))
+
+
 @dataclass(frozen=True)
 class KindClassifier:
     """Standardised embedding -> probability of each kind. `weights` (K, D), `bias` (K,)."""
@@ -27,8 +33,7 @@ class KindClassifier:
     @classmethod
     def fit(cls, embedding: Array, labels: Sequence[str]) -> KindClassifier:
         """From (N, D) embeddings and their kinds, two kinds at least."""
-        mean, scale = embedding.mean(axis=0), embedding.std(axis=0) + 1e-3
-        model = LogisticRegression(C=STRENGTH, max_iter=500, class_weight="balanced").fit((embedding - mean) / scale, list(labels))
+        mean, scale, model = standardised_regression(embedding, labels)
         weights, bias = model.coef_, model.intercept_
         if len(model.classes_) == 2:
             weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 
 from apps.industrial.anomaly.calibration import Calibration
-from apps.industrial.anomaly.probe import Probe
 from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
+from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
 
 RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"

@@ -80,9 +80,9 @@ class _Learned(nn.Module):  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            parts = [self.network.shared_features(some) for some in images.split(self.at_once)]
+            parts = [self.network.early_features(some) for some in images.split(self.at_once)]
         quarter, last = (torch.cat(some) for some in zip(*parts, strict=True))
-        out = self.network.from_shared(quarter, last)
+        out = self.network.late(quarter, last)
         return out["map"], out["image"]
 
 

@@ -44,9 +44,7 @@ class _Outputs(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See TextureNetwork and TaughtNetwork."""
-        out = self.network(pixels)
-        if isinstance(self.network, TextureNetwork):
-            out |= self.network.at_half(pixels)
+        out = self.network(pixels) | self.network.at_half(pixels)
         return tuple(out[name] for name in OUTPUTS)
 
 

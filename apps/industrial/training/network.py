@@ -19,7 +19,7 @@ LAYERS = 40
 """Layers of the backbone that are kept: up to the expansion of the 13th block, 576 channels at stride 16."""
 TAPS = {"quarter": 8, "eighth": 17, "sixteenth": 39}
 SHARED = 12
-"""First layers that a network which learns defects leaves as they are: four blocks, to stride 8. That halves the time of a step."""
+"""First layers that a network which learns defects leaves as they are: four blocks, to stride 8. They are the dearest to learn."""
 
 
 def backbone_layers(path: Path, layers: int) -> list[tuple[str, Tensor, Tensor, int, str]]:
@@ -133,23 +133,14 @@ class TextureNetwork(nn.Module):  # type: ignore[misc]
         self.whole = nn.Sequential(nn.Linear(576 * 2 + 2, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def early_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs at stride 4 and 8 that everything else is made of."""
-        seen = self.trunk.run(image * 2 - 1, 0, self.SPLIT)
-        return seen[TAPS["quarter"]], seen[self.SPLIT]
-
-    def shared_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What the `SHARED` first layers give: the output at stride 4, and the last."""
+        """What the `SHARED` first layers give and everything else is made of: the output at stride 4, and the last."""
         seen = self.trunk.run(image * 2 - 1, 0, SHARED - 1)
         return seen[TAPS["quarter"]], seen[SHARED - 1]
 
-    def from_shared(self, quarter: Tensor, last: Tensor) -> dict[str, Tensor]:
-        """All outputs from `shared_features`."""
-        return self.late(quarter, self.trunk.run(last, SHARED, self.SPLIT)[self.SPLIT])
-
-    def late(self, quarter: Tensor, eighth: Tensor) -> dict[str, Tensor]:
+    def late(self, quarter: Tensor, last: Tensor) -> dict[str, Tensor]:
         """All outputs from the early features; `eighth_wide` and `sixteenth` are what the teachers are matched on."""
-        seen = self.trunk.run(eighth, self.SPLIT + 1, LAYERS - 1)
-        wide, sixteenth = seen[18], seen[LAYERS - 1]
+        seen = self.trunk.run(last, SHARED, LAYERS - 1)
+        eighth, wide, sixteenth = seen[self.SPLIT], seen[self.SPLIT + 1], seen[LAYERS - 1]
         deep = self.deep(sixteenth)
         middle = torch.relu(functional.interpolate(deep, scale_factor=2, mode="bilinear") + self.middle(eighth))
         middle = middle + self.blend(middle)
@@ -198,6 +189,9 @@ class TaughtNetwork(nn.Module):  # type: ignore[misc]
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """All outputs."""
-        quarter, last = self.shipped.shared_features(image)
-        own = {"fine": self.shipped.from_shared(quarter, last)["fine"]} | self.shipped.at_half(image)
-        return self.learned.from_shared(quarter, last) | own
+        early = self.shipped.early_features(image)
+        return self.learned.late(*early) | {"fine": self.shipped.late(*early)["fine"]}
+
+    def at_half(self, image: Tensor) -> dict[str, Tensor]:
+        """See TextureNetwork."""
+        return self.shipped.at_half(image)

@@ -1,7 +1,7 @@
 """What labelled defects say of the whole image: logistic regression on the features that the statistics of good parts are made of.
 
 It looks at what the shipped network describes, where the network that learned from the defects has left it; the two err on
-different parts. What it gives on magnetic tiles: docs/benchmarks.md.
+different parts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+
+from apps.industrial.classification.kinds import standardised_regression
 
 Array = NDArray[np.float32]
-STRENGTH = 0.01
-"""Inverse of the regularisation: the features are many and the samples few."""
 SAY, ENOUGH = 0.2, 5
 """Its share of the score from ENOUGH defects on."""
 LEAST_SPREAD = 0.5
@@ -36,10 +35,8 @@ class Probe:
     @classmethod
     def fit(cls, good: Array, defective: Array, unseen: Array) -> Probe:
         """From what is described of good parts, of defective ones and of good ones that are held back: (N, D) each."""
-        x = np.concatenate([good, defective])
-        mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-4
-        y = np.arange(len(x)) >= len(good)
-        model = LogisticRegression(C=STRENGTH, max_iter=500, class_weight="balanced").fit((x - mean) / scale, y)
+        labels = ["a good part"] * len(good) + ["defective"] * len(defective)
+        mean, scale, model = standardised_regression(np.concatenate([good, defective]), labels)
         share = SAY * min(1.0, len(defective) / ENOUGH)
         probe = cls(*(np.asarray(v, np.float32) for v in (mean, scale, model.coef_[0], (0, 1), (share,))))
         logits = probe.scores(unseen)
