@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.evaluate import Judged, metrics
@@ -53,13 +54,15 @@ def few_shot() -> dict[str, Any]:
 
 
 def _pin(turns: Any, device: str) -> None:
-    """Hold this process to CORES cores of its own, and to one GPU."""
-    import torch
-
+    """Hold this process to CORES cores of its own, with no more threads than those, and to one GPU."""
     with turns.get_lock():
         turn, turns.value = turns.value, turns.value + 1
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[(turn * CORES + i) % len(cores)] for i in range(CORES)})
+    os.environ["OMP_NUM_THREADS"] = str(CORES)
+    import torch
+
+    threadpool_limits(CORES)
     torch.set_num_threads(CORES)
     if device == "cuda":
         torch.cuda.set_device(turn % torch.cuda.device_count())

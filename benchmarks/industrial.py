@@ -13,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import psutil
 from numpy.typing import NDArray
 
@@ -165,7 +166,7 @@ def steps() -> dict[str, Any]:
 
     from apps.industrial.training.export import network_from
 
-    network = network_from(rt.load(MODEL).graph)
+    network = network_from(onnx.load(rt.load(MODEL).graph))
     good, tests = good_samples(tile_folder() / "train" / "good"), labelled_samples(tile_folder())
     images, truth = [s.read() for s in (*good, *tests)], [s.defective for s in tests]
 

@@ -89,7 +89,7 @@ def teach(
         console.print(f"[yellow]stands apart:[/yellow] {name}")
     for warning in facts.warnings:
         console.print(f"[yellow]check:[/yellow] {warning}")
-    console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {sum(taught.seconds.values()):.1f} s")
+    console.print(f"recipe {recipe}: {facts.good} good parts, {facts.defects} defects, {taught.seconds['total']:.1f} s")
     console.print(f"{advice(facts.good, facts.defects)} (--defects DIR)")
     write_json(
         {

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,15 +27,18 @@ from apps.industrial.images import Pixels, sharpness, unusable
 from apps.industrial.inspection.inspector import combined, features, learned_scores, lifted
 from apps.industrial.inspection.recipe import Facts, Recipe
 from pipelines.messages import now_rfc3339
+from shared_runtime.host import host
 
 logger = logging.getLogger(__name__)
 FEWEST, ENOUGH = 8, 30
 HELD_BACK = 5
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
-LEARN_SECONDS = {"cpu": 215.0, "cuda": 25.0}
-"""How long the network may learn from defects, less SECONDS_AN_IMAGE for each good one, which costs time afterwards; but no
-less than LEAST_SECONDS. The whole then ends within five minutes on two cores. On a GPU it seldom takes all of its time."""
-SECONDS_AN_IMAGE, LEAST_SECONDS = 0.1, 60.0
+LEARN_SECONDS = 25.0
+"""How long the network may learn from defects on a GPU; it seldom takes all of its time."""
+WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
+"""On a CPU it learns until so long after teaching began, LEAST_SECONDS at least: all of it ends within five minutes on two cores."""
+SHIPPED_LAYERS = ("fine", "half")
+"""Layers that regions are learned from beside a network of the recipe's own: what it says as the shipped one does."""
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 60.0), (5, 72.8), (20, 80.1), (50, 83.0), (258, 85.7))
@@ -43,7 +47,10 @@ Report = Callable[[str, float], None]
 
 @dataclass
 class Taught:
-    """A recipe and what was noticed on the way: good images that stand apart, images that were left out with the reason."""
+    """A recipe and what was noticed on the way: good images that stand apart, images that were left out with the reason.
+
+    `seconds`: of reading, learning from defects, fitting the good parts (at the same time on a GPU), judging; in total.
+    """
 
     recipe: Recipe
     outliers: list[str] = field(default_factory=list)
@@ -72,30 +79,53 @@ def teach(
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{len(images)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
     bad_images, bad_samples, bad_skipped = _read(defects, lambda step, share: None)
+    place = _place(device) if bad_samples else ""
     times = {"read": time.monotonic() - start}
-    begin = time.monotonic()
-    folder: tempfile.TemporaryDirectory[str] | None = None
     unseen = np.ones(len(images), bool)
     if bad_samples:
         unseen = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
-        folder = _learn(images, ~unseen, bad_images, bad_samples, open_session, seconds, device, report)
-        times["learn"] = time.monotonic() - begin
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    with open_session(None) as session:
+        shipped = session.model
+        seen = judged = _with_progress(session, images, report)
+
+        def from_good(report: Report) -> _FromGood:
+            begin = time.monotonic()
+            found = _from_good(session, images, seen, SHIPPED_LAYERS if bad_samples else tuple(regions.LAYERS), report)
+            times["fit"] = time.monotonic() - begin
+            return found
+
+        def learn(report: Report) -> tempfile.TemporaryDirectory[str]:
+            begin = time.monotonic()
+            left = LEARN_SECONDS if place == "cuda" else max(LEAST_SECONDS, WHOLE_SECONDS - (begin - start))
+            found = _learn(images, ~unseen, bad_images, bad_samples, shipped, left if seconds is None else seconds, place, report)
+            times["learn"] = time.monotonic() - begin
+            return found
+
+        if not bad_samples:
+            parts, scores, maps, found = from_good(report)
+        elif place == "cuda" and host().cores >= regions.CORES_FOR_BOTH:
+            folder, (parts, scores, maps, found) = _at_once(learn, from_good, report)
+        else:
+            parts, scores, maps, found = from_good(report)
+            folder = learn(report)
     begin = time.monotonic()
-    model = None if folder is None else Path(folder.name) / "model"
-    with open_session(model) as session:
-        network = session.model.sha256
-        seen = _with_progress(session, images, report)
-        bad_seen = features(session, bad_images) if bad_samples else {}
-        parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
-        found = _regions(session, images, seen, report)
-    if found:
-        maps += found[1]
-    weight, scale = learned_weight(bad_samples), scale_of(learned_scores(seen)[unseen])
-    map_scale = scale if bad_samples else scale_of(seen["map"])
-    peaks = combined(lifted(maps, scores), seen["map"], weight, map_scale)[unseen].max(axis=(1, 2))
-    scores = combined(scores, learned_scores(seen), weight, scale)
-    probe = Probe.fit(seen["whole"][~unseen], bad_seen["whole"], seen["whole"][unseen]) if bad_samples else None
-    scores = (probe.joined(scores, seen["whole"]) if probe else scores)[unseen]
+    network, bad_seen, model = shipped.sha256, {}, None
+    if folder is not None:
+        model = Path(folder.name) / "model"
+        with open_session(model) as session:
+            network = session.model.sha256
+            judged = _with_progress(session, [image for image, held in zip(images, unseen, strict=True) if held], report)
+            bad_seen = features(session, bad_images)
+    scores, maps = scores[unseen], maps[unseen]
+    weight, scale = learned_weight(bad_samples), scale_of(learned_scores(judged))
+    map_scale = scale if bad_samples else scale_of(judged["map"])
+    peaks = combined(lifted(maps, scores), judged["map"], weight, map_scale).max(axis=(1, 2))
+    scores = combined(scores, learned_scores(judged), weight, scale)
+    probe = None
+    if bad_samples:
+        probe = Probe.fit(seen["whole"][~unseen], bad_seen["whole"], judged["whole"])
+        scores = probe.joined(scores, judged["whole"])
     apart = [kept[i].path.name for i in outliers(scores.tolist())] if not bad_samples else []
     kinds = _kinds(bad_samples, bad_seen)
     facts = Facts(
@@ -115,8 +145,8 @@ def teach(
         kinds=kinds.names if kinds else (),
         warnings=tuple(_warnings(images, apart)),
     )
-    times["fit"] = time.monotonic() - begin
-    recipe = Recipe(facts, parts, found[0] if found else None, probe, kinds, model)
+    times |= {"judge": time.monotonic() - begin, "total": time.monotonic() - start}
+    recipe = Recipe(facts, parts, found, probe, kinds, model)
     return Taught(recipe, apart, skipped + bad_skipped, times, folder)
 
 
@@ -201,13 +231,39 @@ def _with_progress(session: rt.Session, images: Sequence[Pixels], report: Report
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _regions(
-    session: rt.Session, images: Sequence[Pixels], seen: dict[str, np.ndarray], report: Report
-) -> tuple[regions.Regions, np.ndarray] | None:
-    """What can be learned of regions from good images, and their maps; None where there are too few."""
+_FromGood = tuple[GoodParts, np.ndarray, np.ndarray, regions.Regions | None]
+
+
+def _from_good(
+    session: rt.Session, images: Sequence[Pixels], seen: dict[str, np.ndarray], layers: Sequence[str], report: Report
+) -> _FromGood:
+    """What good images teach: their statistics with scores and maps of each by the others, and regions where there are enough."""
+    parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
     if len(images) < regions.FEWEST:
-        return None
-    return regions.Regions.fit(images, seen, lambda some: features(session, some), report=lambda share: report("patching", share))
+        return parts, scores, maps, None
+
+    def look(some: Sequence[Pixels]) -> dict[str, np.ndarray]:
+        return features(session, some)
+
+    found, places = regions.Regions.fit(images, seen, look, report=lambda share: report("patching", share), names=layers)
+    return parts, scores, maps + places, found
+
+
+def _at_once(
+    learn: Callable[[Report], tempfile.TemporaryDirectory[str]], from_good: Callable[[Report], _FromGood], report: Report
+) -> tuple[tempfile.TemporaryDirectory[str], _FromGood]:
+    """`learn` on a GPU while `from_good` runs on the CPU; the former reports."""
+    with ThreadPoolExecutor(1) as pool:
+        other: list[Future[_FromGood]] = []
+
+        def learning(step: str, share: float) -> None:
+            # Its first report comes when the GPU's graphs are captured: no other thread may use the GPU before.
+            if not other:
+                other.append(pool.submit(from_good, lambda step, share: None))
+            report(step, share)
+
+        folder = learn(learning)
+        return folder, other[0].result() if other else from_good(report)
 
 
 def _aspect(images: Sequence[Pixels]) -> tuple[float, float]:
@@ -224,29 +280,34 @@ def _kinds(samples: Sequence[Sample], seen: dict[str, np.ndarray]) -> KindClassi
     return KindClassifier.fit(seen["embedding"][known], [samples[i].kind for i in known])
 
 
+def _place(device: str) -> str:
+    """Where to learn: "cuda" or "cpu". Raises InputError without torch, and where a GPU was asked for and there is none."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"learning from labelled defects needs torch ({error}); install it with pip install 'triscope[train]'") from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def _learn(
     images: Sequence[Pixels],
     rows: np.ndarray,
     bad_images: Sequence[Pixels],
     bad: Sequence[Sample],
-    open_session: Callable[[Path | None], rt.Session],
-    seconds: float | None,
-    device: str,
+    base: rt.Model,
+    seconds: float,
+    place: str,
     report: Report,
 ) -> tempfile.TemporaryDirectory[str]:
-    """Tune the shipped network on the examples; the folder with the new `model`."""
-    try:
-        import torch
+    """Tune the network `base` on the examples; the folder with the new `model`."""
+    import onnx
+    import torch
 
-        from apps.industrial.training.adapt import Examples, adapt
-        from apps.industrial.training.export import network_from, write_model
-    except ImportError as error:
-        raise InputError(f"learning from labelled defects needs torch ({error}); install it with pip install 'triscope[train]'") from error
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    if seconds is None:
-        seconds = LEARN_SECONDS[place] if place == "cuda" else max(LEAST_SECONDS, LEARN_SECONDS[place] - SECONDS_AN_IMAGE * len(images))
+    from apps.industrial.training.adapt import Examples, adapt
+    from apps.industrial.training.export import network_from, taught, write_model
+
     good = [image for image, row in zip(images, rows, strict=True) if row]
     cells = [sample.cells(image.shape) for sample, image in zip(bad, bad_images, strict=True)]
     nothing = np.zeros((MAP, MAP), np.float32)
@@ -257,18 +318,11 @@ def _learn(
         np.array([*[False] * len(good), *[True] * len(bad)]),
         np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(bad)] * len(bad)], np.float32),
     )
-    with open_session(None) as session:
-        base = session.model
-    network = adapt(
-        network_from(base.graph),
-        examples,
-        seconds,
-        torch.device(place),
-        report=lambda share: report("learning", share),
-    )
+    shipped = onnx.load(base.graph)
+    network = adapt(network_from(shipped), examples, seconds, torch.device(place), report=lambda share: report("learning", share))
     folder = tempfile.TemporaryDirectory(prefix="triscope-recipe-")
     digest = write_model(
-        network,
+        taught(shipped, network),
         Path(folder.name) / "model",
         f"texture-features-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}",
         {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds}},

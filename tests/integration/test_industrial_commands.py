@@ -11,7 +11,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 import shared_runtime as rt
 from apps.common.settings import Settings
@@ -20,6 +22,7 @@ from apps.industrial.bootstrap import open_industrial
 from apps.industrial.evaluation.dataset import good_samples, labelled_samples
 from apps.industrial.features import prepared
 from apps.industrial.images import png
+from shared_runtime.graph.passes.base import plain_session
 from tests.conftest import Commands
 from tests.services import free_port
 
@@ -137,6 +140,30 @@ def test_labelled_defects_make_a_network_of_the_recipes_own(parts: Path, setting
     assert again.probe.joined(np.zeros(6, np.float32), after["whole"])[:3].min() > 0
     service.close()
     log.close()
+
+
+def test_a_recipes_own_graph_holds_both_networks() -> None:
+    """What is shipped computes the statistics' features, the copy everything else, with what both share only once."""
+    from apps.industrial.training.export import LEARNED, OUTPUTS, exported, network_from, taught
+    from apps.industrial.training.network import SHARED
+
+    shipped = onnx.load(rt.load("texture-features").graph)
+    learned = network_from(shipped)
+    generator = torch.Generator().manual_seed(0)
+    for name, weights in learned.named_parameters():
+        if not name.startswith(("fine.", "coarse.", *(f"trunk.layers.{i}." for i in range(SHARED)))):
+            weights.data += torch.randn(weights.shape, generator=generator) * weights.abs().mean() * 0.1
+    pixels = {"pixels": np.random.default_rng(0).random((2, 3, 256, 256), np.float32)}
+    graphs = {"both": taught(shipped, learned), "shipped": shipped, "learned": exported(learned)}
+    outputs = {key: plain_session(graph).run(list(OUTPUTS), pixels) for key, graph in graphs.items()}
+    for name, both, before, after in zip(OUTPUTS, *outputs.values(), strict=True):
+        wanted, other = (after, before) if name in LEARNED else (before, after)
+        scale = np.abs(wanted).max()
+        assert np.abs(both - wanted).max() < 5e-3 * scale, name
+        assert np.abs(both - other).max() > 5e-2 * scale, name
+    convolutions = {key: sum(node.op_type == "Conv" for node in graph.graph.node) for key, graph in graphs.items()}
+    assert convolutions["both"] < 2 * convolutions["shipped"]
+    assert graphs["both"].ByteSize() < 4e6
 
 
 def test_the_network_is_trained_again_by_its_command(commands: Commands, data_dir: Path, tmp_path: Path) -> None:

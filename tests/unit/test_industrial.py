@@ -151,6 +151,22 @@ def test_a_region_that_does_not_belong_is_found_by_what_good_parts_taught(cores:
     assert all(mean.shape[1:] == (GRID, GRID) for mean in regions.mean)
 
 
+def test_regions_of_some_layers_look_at_no_other() -> None:
+    rng = np.random.default_rng(4)
+    good = [good_part("leather", rng) for _ in range(12)]
+    sides = {"fine": 32, "half": 16}
+
+    def look(images: Sequence[Pixels]) -> dict[str, np.ndarray]:
+        small = {name: np.stack([cv2.resize(image, (side, side)) / 255.0 for image in images]) for name, side in sides.items()}
+        return {name: np.stack((values, values**2), axis=1) for name, values in small.items()}
+
+    regions, _ = Regions.fit(good, look(good), look, names=tuple(sides))
+    again = Regions.from_arrays(regions.arrays())
+    assert again is not None
+    assert again.layers == regions.layers == ("fine", "half")
+    np.testing.assert_array_equal(again.maps(look(good)), regions.maps(look(good)))
+
+
 def test_thresholds_state_the_rate_that_they_hold() -> None:
     rng = np.random.default_rng(1)
     rates = []

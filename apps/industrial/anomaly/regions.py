@@ -57,8 +57,9 @@ class _Head:
 
 @dataclass(frozen=True)
 class Regions:
-    """What was learned from one part's good images. `mean`, `deviation`: of each layer, (C, GRID, GRID)."""
+    """What was learned from one part's good images from some of LAYERS. `mean`, `deviation`: of each layer, (C, GRID, GRID)."""
 
+    layers: tuple[str, ...]
     mean: tuple[Array, ...]
     deviation: tuple[Array, ...]
     heads: tuple[tuple[_Head, ...], ...]
@@ -72,18 +73,19 @@ class Regions:
         look: Look,
         seed: int = 0,
         report: Callable[[float], None] = lambda share: None,
+        names: Sequence[str] = tuple(LAYERS),
     ) -> tuple[Regions, Array]:
         """Learn from N good `images`, FEWEST at least, of which the network said `seen`; `look` asks it about others, and
-        `report` gets the share of them that is done.
+        `report` gets the share of them that is done. `names`: those of LAYERS to look at.
 
         Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught. Where there are
         cores enough both halves learn at once: `look` is then called from two threads, `report` from the caller's alone.
         """
-        layers = [_on_grid(seen[name]) for name in LAYERS]
+        layers = [_on_grid(seen[name]) for name in names]
         mean = tuple(layer.mean(axis=0) for layer in layers)
         spread = [layer.std(axis=(0, 2, 3))[:, None, None] for layer in layers]
         deviation = tuple(np.asarray(layer.std(axis=0) + 0.1 * s + 1e-4, np.float32) for layer, s in zip(layers, spread, strict=True))
-        plain, halves = cls(mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
+        plain, halves = cls(tuple(names), mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
         maps, at_once = np.zeros((len(images), MAP, MAP), np.float32), host().cores >= CORES_FOR_BOTH
 
         def taught_by(half: int) -> list[_Head]:
@@ -95,13 +97,13 @@ class Regions:
                 elif half == 0:
                     report(share)
 
-            patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]), of_half)
+            patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]), of_half, names)
             learned = []
-            for level, name in enumerate(LAYERS):
+            for level, name in enumerate(names):
                 unseen = plain._described(level, seen[name][rest])
                 learned.append(_learned(plain._described(level, patches[name]), patches["outline"], unseen, seed))
-            alone = cls(mean, deviation, tuple((head,) for head in learned))
-            maps[rest] = alone.maps({name: seen[name][rest] for name in LAYERS})
+            alone = replace(plain, heads=tuple((head,) for head in learned))
+            maps[rest] = alone.maps({name: seen[name][rest] for name in names})
             return learned
 
         # Products as small as these gain little from more threads, and lose much where two kinds of threads share the cores.
@@ -109,15 +111,16 @@ class Regions:
             warnings.simplefilter("ignore", ConvergenceWarning)  # each pass is a fit of its own, at a rate that falls
             other = pool.submit(taught_by, 1) if at_once else None
             heads = [taught_by(0), other.result() if other else taught_by(1)]
-        return cls(mean, deviation, tuple(zip(*heads, strict=True))), maps
+        return replace(plain, heads=tuple(zip(*heads, strict=True))), maps
 
     def maps(self, seen: Mapping[str, Array]) -> Array:
         """(N, MAP, MAP) how much each place looks like a region that does not belong; 0 is usual for good parts."""
         total = np.zeros((len(seen["fine"]), GRID, GRID), np.float32)
-        for level, (name, heads) in enumerate(zip(LAYERS, self.heads, strict=True)):
+        say = sum(LAYERS[name] for name in self.layers)
+        for level, (name, heads) in enumerate(zip(self.layers, self.heads, strict=True)):
             described = self._described(level, seen[name])
             for head in heads:
-                total += (head.logits(described) - head.usual[0]) / head.usual[1] * (LAYERS[name] / len(heads))
+                total += (head.logits(described) - head.usual[0]) / head.usual[1] * (LAYERS[name] / say / len(heads))
         smooth = [cv2.resize(cv2.GaussianBlur(one, (0, 0), SOFT), (MAP, MAP), interpolation=cv2.INTER_LINEAR) for one in total]
         return np.asarray(smooth, np.float32).reshape(-1, MAP, MAP) * WEIGHT
 
@@ -134,7 +137,8 @@ class Regions:
     def arrays(self) -> dict[str, Array]:
         """For storage."""
         found: dict[str, Array] = {}
-        for level, (mean, deviation, heads) in enumerate(zip(self.mean, self.deviation, self.heads, strict=True)):
+        for name, mean, deviation, heads in zip(self.layers, self.mean, self.deviation, self.heads, strict=True):
+            level = list(LAYERS).index(name)
             found |= {f"regions{level}_mean": mean, f"regions{level}_deviation": deviation}
             for number, head in enumerate(heads):
                 found |= {f"regions{level}_{number}_{part}": getattr(head, part) for part in _Head.__dataclass_fields__}
@@ -143,26 +147,29 @@ class Regions:
     @classmethod
     def from_arrays(cls, stored: Mapping[str, Array]) -> Regions | None:
         """From what `arrays` gave; None where nothing was learned."""
-        if "regions0_mean" not in stored:
+        levels = [level for level in range(len(LAYERS)) if f"regions{level}_mean" in stored]
+        if not levels:
             return None
-        levels = range(len(LAYERS))
         mean, deviation = (tuple(stored[f"regions{level}_{part}"] for level in levels) for part in ("mean", "deviation"))
 
         def head(level: int, number: int) -> _Head:
             return _Head(*(stored[f"regions{level}_{number}_{part}"] for part in _Head.__dataclass_fields__))
 
-        return cls(mean, deviation, tuple((head(level, 0), head(level, 1)) for level in levels))
+        heads = tuple((head(level, 0), head(level, 1)) for level in levels)
+        return cls(tuple(list(LAYERS)[level] for level in levels), mean, deviation, heads)
 
 
-def _patches(images: Sequence[Pixels], look: Look, rng: np.random.Generator, report: Callable[[float], None]) -> dict[str, Array]:
+def _patches(
+    images: Sequence[Pixels], look: Look, rng: np.random.Generator, report: Callable[[float], None], names: Sequence[str]
+) -> dict[str, Array]:
     """What the network says of patched images, on the grid in half precision, and the `outline` of each (N, GRID, GRID)."""
-    parts: dict[str, list[NDArray[np.float16]]] = {name: [] for name in (*LAYERS, "outline")}
+    parts: dict[str, list[NDArray[np.float16]]] = {name: [] for name in (*names, "outline")}
     number = min(EACH * len(images), PATCHED)
     for start in range(0, number, 32):
         pairs = rng.integers(len(images), size=(min(32, number - start), 2))
         made = [patched(rng, images[a], images[b]) for a, b in pairs]
         seen = look([image for image, _ in made])
-        for name in LAYERS:
+        for name in names:
             parts[name].append(_on_grid(seen[name]).astype(np.float16))
         parts["outline"].append(np.stack([cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for _, m in made]).astype(np.float16))
         report(min(1.0, (start + 32) / number))

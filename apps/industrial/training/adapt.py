@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from apps.industrial.features import SIZE
 from apps.industrial.training.augment import light, pasted, turned
 from apps.industrial.training.losses import image_loss, map_loss
-from apps.industrial.training.network import SHARED, TaughtNetwork, TextureNetwork
+from apps.industrial.training.network import SHARED, TextureNetwork
 
 BATCH = 16
 WINDOW = 192
 """The network learns from windows of this side: they cost a third of the whole image, and show a defect at many places."""
+MARGIN = 24
+"""Windows are drawn so far beyond the image and moved back: else a defect at its edge would seldom be seen."""
+STILL, IN_PLACE, MANY = 0.7, 0.5, 50
+"""Shares of the images that are only mirrored (turning, zooming and moving cut their edges off), and of the pasted defects that land where
+they were: small defects at an edge are the last to be learned. Below MANY labelled defects less, as variety matters more then."""
 MOST_STEPS = 1500
 PASTED = 0.3
 """Share of the good images that get a defect of a labelled one, where outlines are known: few defects are then seen in many places."""
@@ -48,7 +53,8 @@ class Examples:
 
 def _windows(images: Tensor, masks: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     """One random window of WINDOW pixels for the images where `cut`; the others are scaled to it."""
-    row, column = (int(v) * 4 for v in torch.randint((SIZE - WINDOW) // 4 + 1, (2,)))
+    free = SIZE - WINDOW
+    row, column = (int(v) * 4 for v in torch.randint(-MARGIN // 4, (free + MARGIN) // 4 + 1, (2,)).clamp(0, free // 4))
     part = images[:, :, row : row + WINDOW, column : column + WINDOW]
     small = torch.nn.functional.interpolate(images, size=(WINDOW, WINDOW), mode="area")
     side = WINDOW // 4
@@ -110,19 +116,20 @@ def adapt(
     most_steps: int = MOST_STEPS,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
-) -> TaughtNetwork:
-    """`network` with a copy that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
+) -> TextureNetwork:
+    """A copy of `network` that has learned from `examples` for `seconds`, or `most_steps`; `report` gets the share that is done.
 
     All but the first layers are tuned.
     """
     torch.manual_seed(seed)
-    shipped, network = network, copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
+    network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).train()
     network.trunk.layers[:SHARED].requires_grad_(False)
     optimiser = _optimiser(network, device)
     images, masks = torch.from_numpy(examples.images), torch.from_numpy(examples.masks).to(device)
     images = (images[:, :1] if (images == images[:, :1]).all() else images).to(device)  # grey: one channel is turned and lit
     known, bad = torch.from_numpy(examples.known).float().to(device), torch.from_numpy(examples.defective).float().to(device)
     chances = torch.from_numpy(examples.share)
+    lifelike = min(1.0, float(bad.sum()) / MANY)
     donors = torch.nonzero((bad > 0) & (known > 0) & (masks.amax(dim=(1, 2)) > 0.3)).flatten()
     learned = _Learned(network, BATCH if device.type == "cuda" else 2)
     forward = _captured(learned, device) if device.type == "cuda" else learned
@@ -138,9 +145,9 @@ def adapt(
             onto = torch.nonzero((torch.rand(BATCH, device=device) < PASTED) & (defective < 0.5)).flatten()
             if len(onto):
                 others = donors[torch.randint(len(donors), (len(onto),), device=device)]
-                seen[onto], target[onto] = pasted(seen[onto], images[others], masks[others])
+                seen[onto], target[onto] = pasted(seen[onto], images[others], masks[others], in_place=lifelike * IN_PLACE)
                 defective[onto] = (target[onto].amax(dim=(1, 2)) > 0.5).float()
-        seen, target = turned(seen, target, quarter=False)
+        seen, target = turned(seen, target, quarter=False, still=lifelike * STILL)
         cut = (torch.rand(BATCH, device=device) < 0.7) & (known[chosen] > 0)
         seen, target = _windows(seen, target, cut)
         defective = torch.where(cut, (target.amax(dim=(1, 2)) > 0.5).float(), defective)
@@ -157,4 +164,4 @@ def adapt(
         report(progress)
     for parameter, mean in zip(current, average, strict=True):
         parameter.data.copy_(mean)
-    return TaughtNetwork(shipped, network.cpu()).eval()
+    return network.cpu().eval()

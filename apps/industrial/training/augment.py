@@ -22,16 +22,17 @@ def light(image: Tensor, amount: float = 1.0) -> Tensor:
     return image.clamp(0, 1)
 
 
-def pasted(good: Tensor, donor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def pasted(good: Tensor, donor: Tensor, mask: Tensor, in_place: float = 0.0) -> tuple[Tensor, Tensor]:
     """Defects of `donor` images, moved, turned and scaled, on `good` images (N, C, H, W); masks (N, h, w) in and out.
 
+    A share `in_place` of them is only mirrored.
     The patch takes the brightness of the place where it lands, and its edge is soft. After Ghiasi et al.,
     "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021.
     """
     n, device = len(good), good.device
     angle = torch.rand(n, device=device) * 2 * torch.pi * (torch.rand(n, device=device) < 0.5)
     scale = torch.exp((torch.rand(n, 2, device=device) * 2 - 1) * 0.35)
-    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * 0.5)
+    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * 0.5, in_place)
     outline = functional.interpolate(mask[:, None], size=good.shape[2:], mode="bilinear", align_corners=False)
     patch, core = _sampled(donor, moved, "reflection"), (_sampled(outline, moved, "zeros") > 0.3).float()
     ring = _widest(core, 17) - core
@@ -43,14 +44,16 @@ def pasted(good: Tensor, donor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return mixed, functional.adaptive_avg_pool2d(core, mask.shape[1:])[:, 0]
 
 
-def turned(image: Tensor, mask: Tensor, *, quarter: bool, zoom: float = 0.08, shift: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Mirrors, (quarter turns,) small zoom and shift of images (N, C, H, W) and masks (N, h, w) float."""
+def turned(
+    image: Tensor, mask: Tensor, *, quarter: bool, zoom: float = 0.08, shift: float = 0.05, still: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mirrors, (quarter turns,) small zoom and shift of images (N, C, H, W) and masks (N, h, w) float; a share `still` is only mirrored."""
     n, device = len(image), image.device
     angle = torch.randn(n, device=device) * 0.03
     if quarter:
         angle = angle + torch.randint(4, (n,), device=device) * (torch.pi / 2)
     scale = torch.exp((torch.rand(n, 2, device=device) * 2 - 1) * zoom)
-    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * shift)
+    moved = _matrices(angle, scale, (torch.rand(n, 2, device=device) * 2 - 1) * shift, still)
     return _sampled(image, moved, "reflection"), _sampled(mask[:, None], moved, "reflection")[:, 0]
 
 
@@ -65,9 +68,13 @@ def _mean(x: Tensor, side: int) -> Tensor:
     return functional.avg_pool2d(functional.avg_pool2d(x, (side, 1), 1, (half, 0)), (1, side), 1, (0, half))
 
 
-def _matrices(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(N, 2, 3) affine maps: turned by `angle` (N,), mirrored by chance, scaled (N, 2), shifted (N, 2) in half sides."""
+def _matrices(angle: Tensor, scale: Tensor, shift: Tensor, still: float) -> Tensor:
+    """(N, 2, 3) affine maps: turned by `angle` (N,), mirrored by chance, scaled (N, 2), shifted (N, 2) in half sides; a share `still`
+    is only mirrored."""
     sign = torch.where(torch.rand(len(angle), 2, device=angle.device) < 0.5, -1.0, 1.0)
+    if still:
+        moves = (torch.rand(len(angle), 1, device=angle.device) >= still).float()
+        angle, scale, shift = angle * moves[:, 0], scale**moves, shift * moves
     c, s = angle.cos(), angle.sin()
     matrix = torch.stack((torch.stack((c, -s), 1), torch.stack((s, c), 1)), 1) * (scale * sign)[:, None, :]
     return torch.cat((matrix, shift[:, :, None]), 2)

@@ -1,4 +1,9 @@
-"""From trained weights to a model folder: ONNX, signature, card; and back to weights that can learn on."""
+"""From trained weights to a model folder: ONNX, signature, card; and back to weights that can learn on.
+
+A recipe's own model holds the shipped network and a copy that learned the part's defects, in one graph. What the statistics of good parts
+are made of (`fine`, `half`, `whole`) stays as shipped: a network that is tuned to defects no longer describes good parts as well. The other
+outputs are the copy's.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,15 @@ import torch
 from onnx import helper, numpy_helper
 
 from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
-from apps.industrial.training.network import TaughtNetwork, TextureNetwork
+from apps.industrial.training.network import TextureNetwork
 from shared_runtime.graph.export import to_onnx
 from shared_runtime.signature import Signature, TensorSpec
 
 VERSION = "1.2.0"
 SMALLEST_IN_HALF = 256
 OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
+LEARNED = ("map", "image", "coarse", "embedding")
+"""Outputs of a recipe's own model that come from the copy which learned defects."""
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
     (
@@ -38,24 +45,64 @@ SIGNATURE = Signature(
 class _Outputs(torch.nn.Module):  # type: ignore[misc]
     """The network with its outputs as a tuple, in the signature's order."""
 
-    def __init__(self, network: TextureNetwork | TaughtNetwork) -> None:
+    def __init__(self, network: TextureNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """See TextureNetwork and TaughtNetwork."""
+        """See TextureNetwork."""
         out = self.network(pixels) | self.network.at_half(pixels)
         return tuple(out[name] for name in OUTPUTS)
 
 
-def export_network(network: TextureNetwork | TaughtNetwork, path: Path) -> None:
-    """Write the network as ONNX; batch is its one dynamic dimension. The shipped network's weights keep their names.
-
-    A taught network has nearly twice the weights: they are stored in half precision, and computed with in single.
-    """
+def exported(network: TextureNetwork) -> onnx.ModelProto:
+    """The network's graph; batch is its one dynamic dimension. Weights keep their names."""
     module = _Outputs(network.cpu().to(memory_format=torch.contiguous_format))
-    model = to_onnx(module, {"pixels": torch.zeros(2, 3, SIZE, SIZE)}, OUTPUTS)
-    onnx.save(_stored_in_half(model) if isinstance(network, TaughtNetwork) else model, path)
+    model: onnx.ModelProto = to_onnx(module, {"pixels": torch.zeros(2, 3, SIZE, SIZE)}, OUTPUTS)
+    return model
+
+
+def taught(shipped: onnx.ModelProto, learned: TextureNetwork) -> onnx.ModelProto:
+    """The graph of the `shipped` network and, beside it, of a copy with the weights of `learned` for the outputs LEARNED.
+
+    They share what lies before the first weight that differs. The weights are nearly twice as many: they are stored in half precision,
+    and computed with in single.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(shipped)
+    own = {f"network.{name}": values.numpy() for name, values in learned.state_dict().items()}
+    copies: dict[str, str] = {}
+    for item in list(model.graph.initializer):
+        if item.name in own and not np.array_equal(numpy_helper.to_array(item), own[item.name]):
+            copies[item.name] = f"{item.name}.learned"
+            model.graph.initializer.append(numpy_helper.from_array(own[item.name], copies[item.name]))
+    for node in shipped.graph.node:
+        if any(name in copies for name in node.input):
+            copies |= {name: f"{name}.learned" for name in node.output}
+            copy = model.graph.node.add()
+            copy.CopyFrom(node)
+            copy.name = f"{node.name}.learned" if node.name else ""
+            copy.input[:] = [copies.get(name, name) for name in node.input]
+            copy.output[:] = [copies[name] for name in node.output]
+    swapped = {name: f"{name}.shipped" for name in LEARNED} | {copies[name]: name for name in LEARNED if name in copies}
+    for node in model.graph.node:
+        node.input[:] = [swapped.get(name, name) for name in node.input]
+        node.output[:] = [swapped.get(name, name) for name in node.output]
+    return _stored_in_half(_needed(model))
+
+
+def _needed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without what no output is made of."""
+    wanted, kept = {output.name for output in model.graph.output}, []
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    weights = [item for item in model.graph.initializer if item.name in wanted]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(reversed(kept))
+    model.graph.initializer.extend(weights)
+    return model
 
 
 def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -74,19 +121,19 @@ def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def network_from(graph: Path) -> TextureNetwork:
+def network_from(graph: onnx.ModelProto) -> TextureNetwork:
     """The network with the weights of an exported graph, ready to learn on. Raises KeyError where one is missing."""
-    stored = {item.name: numpy_helper.to_array(item) for item in onnx.load(graph).graph.initializer}
+    stored = {item.name: numpy_helper.to_array(item) for item in graph.graph.initializer}
     network = TextureNetwork()
     state = {name: torch.from_numpy(np.array(stored[f"network.{name}"])) for name in network.state_dict()}
     network.load_state_dict(state)
     return network.eval()
 
 
-def write_model(network: TextureNetwork | TaughtNetwork, folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+def write_model(graph: onnx.ModelProto, folder: Path, name: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Make a model folder: graph, signature, card with `sections`; the graph's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
-    export_network(network, folder / "model.onnx")
+    onnx.save(graph, folder / "model.onnx")
     SIGNATURE.write(folder / "signature.json")
     digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     lines = [f'name = "{name}"', f'version = "{VERSION}"', 'task = "features and defects of textured parts"', 'licence = "Apache-2.0"']

@@ -19,7 +19,8 @@ LAYERS = 40
 """Layers of the backbone that are kept: up to the expansion of the 13th block, 576 channels at stride 16."""
 TAPS = {"quarter": 8, "eighth": 17, "sixteenth": 39}
 SHARED = 12
-"""First layers that a network which learns defects leaves as they are: four blocks, to stride 8. They are the dearest to learn."""
+"""First layers that a network which learns defects leaves as they are: four blocks, to stride 8. They are the dearest to learn, and the
+shipped network and a recipe's own share them."""
 
 
 def backbone_layers(path: Path, layers: int) -> list[tuple[str, Tensor, Tensor, int, str]]:
@@ -172,26 +173,3 @@ class TextureNetwork(nn.Module):  # type: ignore[misc]
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """All outputs."""
         return self.late(*self.early_features(image))
-
-
-class TaughtNetwork(nn.Module):  # type: ignore[misc]
-    """The shipped network and a copy that learned a part's defects, in one; the first `SHARED` layers are the same.
-
-    What the statistics of good parts are made of (`fine`, `half`, `whole`) stays as shipped: a network that is tuned to defects
-    no longer describes good parts as well. `map`, `image`, `coarse` and `embedding` are the copy's.
-    """
-
-    def __init__(self, shipped: TextureNetwork, learned: TextureNetwork) -> None:
-        super().__init__()
-        self.shipped, self.learned = shipped, learned
-        for index in range(SHARED):
-            learned.trunk.layers[index] = shipped.trunk.layers[index]
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """All outputs."""
-        early = self.shipped.early_features(image)
-        return self.learned.late(*early) | {"fine": self.shipped.late(*early)["fine"]}
-
-    def at_half(self, image: Tensor) -> dict[str, Tensor]:
-        """See TextureNetwork."""
-        return self.shipped.at_half(image)

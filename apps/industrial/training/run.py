@@ -13,7 +13,7 @@ from apps.industrial.errors import InputError
 from apps.industrial.features import MODEL
 from apps.industrial.images import grey, image_files, read_image
 from apps.industrial.training.distil import V1_FILE, V2_FILE, Recipe, draw_pool, train
-from apps.industrial.training.export import write_model
+from apps.industrial.training.export import exported, write_model
 
 
 def train_and_write(backbones: Path, textures: Path | None, out: Path, seconds: float, pool: int, device: str) -> Path:
@@ -37,6 +37,6 @@ def train_and_write(backbones: Path, textures: Path | None, out: Path, seconds: 
         "data": {"teachers": f"{V2_FILE}, {V1_FILE}", "surfaces": "procedural", "real_images": len(reals)},
         "training": {"command": "triscope industrial train", "where": where, "seconds": seconds, "pool": pool, "seed": recipe.seed},
     }
-    write_model(network, folder, MODEL, sections)
+    write_model(exported(network), folder, MODEL, sections)
     cv2.setNumThreads(-1)
     return folder
