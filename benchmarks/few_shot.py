@@ -142,6 +142,7 @@ def report_lines(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None, where: 
                 "|---|---|---|---|---|",
                 *_rows(r["rows"]),
                 "",
+                *([r["note"], ""] if "note" in r else []),
             ]
     return lines
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx.external_data_helper import uses_external_data
 
@@ -19,6 +20,8 @@ _FLOATS = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.DOUBLE: "float64",
 }
+WEIGHTS = 64
+"""Floats in a constant from which on their values do not matter to how long a graph takes."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
 
 
@@ -96,6 +99,17 @@ def graph_hash(path: Path) -> str:
         with file.open("rb") as stream:
             own.update(hashlib.file_digest(stream, "sha256").digest())
     return own.hexdigest()
+
+
+def structure_hash(path: Path) -> str:
+    """SHA-256 of the graph without the values of its weights: equal for a network and what it becomes when it is trained on."""
+    proto = read_graph(path)
+    proto.graph.name = proto.graph.doc_string = proto.doc_string = ""
+    del proto.metadata_props[:]
+    for item in proto.graph.initializer:
+        if item.data_type in _FLOATS and np.prod(item.dims, dtype=np.int64) >= WEIGHTS:
+            item.CopyFrom(onnx.TensorProto(name=item.name, data_type=item.data_type, dims=item.dims))
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
 def check_graph(path: Path) -> None:

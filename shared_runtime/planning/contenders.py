@@ -96,7 +96,7 @@ def find_contenders(
     """Those that run and compute what the reference does, and the others with the reason. Those far behind are let go at once;
     without `hold` all are, so that only one is in memory at a time."""
     convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
-    reference: Tensors | None = None
+    wanted: Tensors | None = None
     contenders: list[Contender] = []
     lost: list[Candidate] = []
     for backend, kind, mode, count, variant in _ways(model, device, threads, thorough, only, convolutions, most_rows, hold):
@@ -128,10 +128,10 @@ def find_contenders(
                 executable.close()
             lost.append(msgspec.structs.replace(candidate, lost=" ".join(str(failure).split())))
             continue
-        if reference is None:
+        if wanted is None:
             plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
-            reference = outputs if plain else _reference(model, threads, probe)
-        error = difference(outputs, reference)
+            wanted = outputs if plain else reference(model, threads, probe)
+        error = difference(outputs, wanted)
         if not error <= (TOLERANCE if variant is None else float("1e30")):
             executable.close()
             lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
@@ -176,8 +176,9 @@ def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: S
     return f"at least {bound:.1f} ms by the cost model, and another takes {1e3 * best:.1f} ms" if bound > 1e3 * best else ""
 
 
-def _reference(model: Model, threads: int, probe: Tensors) -> Tensors:
+def reference(model: Model, threads: int, inputs: Tensors) -> Tensors:
+    """What ONNX Runtime on the CPU computes in float32."""
     executable = backends()["onnxruntime"].compile(model, "cpu", threads)
-    outputs = executable.run(probe)
+    outputs = executable.run(inputs)
     executable.close()
     return outputs

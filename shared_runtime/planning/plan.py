@@ -53,7 +53,10 @@ class Rung(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What this host runs for a model, why, and what it was compared with. The first rung's choice stands at the top."""
+    """What this host runs for a model, why, and what it was compared with. The first rung's choice stands at the top.
+
+    `structure`: the hash of the graph without its weights; a graph with others takes the plan over.
+    """
 
     model: str
     sha256: str
@@ -68,6 +71,7 @@ class Plan(msgspec.Struct, frozen=True):
     ladder: tuple[Rung, ...] = ()
     objective: str = "latency"
     nodes: dict[str, int] = {}
+    structure: str = ""
 
     def describe(self) -> str:
         """One line: the choice and the reason."""

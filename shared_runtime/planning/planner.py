@@ -3,7 +3,8 @@
 Candidates are backend x variant x mode x threads. A cost model gives up those that can't win; the rest run in
 turn, round by round, so that a busy moment of the machine falls on all of them. A float32 candidate whose outputs
 differ from the reference (ONNX Runtime on the CPU) loses, however fast; another precision takes part only as a
-variant with a valid certificate. The plan is cached under the model's hash and the host's fingerprint.
+variant with a valid certificate. The plan is cached under the model's hash and the host's fingerprint; the same graph with
+other weights (a network that was trained on, a recipe that was taught again) takes it over, once its outputs are checked.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import msgspec
 import onnx
 
 from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, prepare_any, specialise
-from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.check import precision as graph_precision
+from shared_runtime.graph.check import structure_hash
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
+from shared_runtime.numeric import difference
 from shared_runtime.planning.apart import plan_apart
-from shared_runtime.planning.contenders import SPIN_REST, Contender, backend_of, find_contenders
+from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, backend_of, find_contenders, reference
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Candidate, Plan, Rung
@@ -37,6 +40,7 @@ from shared_runtime.variants import FLOAT
 logger = logging.getLogger(__name__)
 BUDGET_SECONDS = 6.0
 LADDER = (1, 8, 32)
+TAKEN_OVER = "as measured for"
 HAIR = 1.03
 """A second engine is not kept for a gain below this."""
 WORTH = 1.05
@@ -89,6 +93,12 @@ def plan_and_compile(
     file = None if cache is None else cache / f"{model.sha256[:16]}-{key}.json"
     if file is not None and (plan := _cached(file, model)) is not None:
         return plan, _compile(model, plan, probe)
+    structure = "" if file is None else structure_hash(model.graph)
+    if file is not None and objective.kind != "memory" and (plan := _of_same_graph(file, structure)) is not None:
+        adopted = msgspec.structs.replace(plan, model=model.name, sha256=model.sha256, why=_taken_over(plan))
+        if (made := _checked(model, adopted, threads, probe)) is not None:
+            _keep(adopted, file)
+            return adopted, made
     if objective.kind == "memory" and apart:
         asked = {"objective": objective, "ladder": ladder, "budget_s": budget_s, "thorough": thorough, "variant": variant, "probe": probe}
         plan = plan_apart(model, device, threads, asked)
@@ -111,6 +121,7 @@ def plan_and_compile(
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
     plan, winners = _select(model, contenders, lost, objective, threads, probe)
+    plan = msgspec.structs.replace(plan, structure=structure)
     _keep(plan, file)
     ready = [(rung.rows, c.executable) for rung, c in zip(plan.ladder, winners, strict=True) if c.executable is not None]
     whole = len(ready) == len(winners)  # one that was let go may win after all, where the others slowed down
@@ -151,6 +162,43 @@ def _cached(file: Path, model: Model) -> Plan | None:
     named = [plan.candidates[rung.candidate] for rung in plan.ladder]
     known = all(c.backend in backends() and (c.variant == FLOAT or c.variant in model.variants) for c in named)
     return plan if plan.sha256 == model.sha256 and known and named else None
+
+
+def _of_same_graph(file: Path, structure: str) -> Plan | None:
+    """A plan that was measured for a graph which differs from that of `file` in its weights alone, in float32."""
+    key = file.stem.split("-", 1)[1]
+    for other in sorted(file.parent.glob(f"*-{key}.json")):
+        try:
+            plan = msgspec.json.decode(other.read_bytes(), type=Plan)
+        except (OSError, msgspec.MsgspecError):
+            continue
+        chosen = [plan.candidates[rung.candidate] for rung in plan.ladder]
+        if plan.structure == structure and chosen and all(c.backend in backends() and c.variant == FLOAT for c in chosen):
+            return plan
+    return None
+
+
+def _taken_over(plan: Plan) -> str:
+    """Why a plan is another model's."""
+    return plan.why if plan.why.startswith(TAKEN_OVER) else f"{TAKEN_OVER} {plan.model}, the same graph with other weights: {plan.why}"
+
+
+def _checked(model: Model, plan: Plan, threads: int, probe: Tensors | None) -> Ladder | None:
+    """The executables of a plan that was measured with other weights, or None where one does not compute what the reference does."""
+    one = model.random() if probe is None else model.signature.row(probe, 0)
+    try:
+        made = _compile(model, plan, probe)
+    except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as error:
+        logger.info("%s can't take over the plan of %s: %s", model.name, plan.model, error)
+        return None
+    for rung in plan.ladder:
+        inputs = model.signature.repeated(one, rung.rows)
+        apart = difference(made.run(inputs), reference(model, threads, inputs))
+        if not apart <= TOLERANCE:
+            logger.warning("%s is planned anew: as %s is run, its outputs differ from the reference by %.1e", model.name, plan.model, apart)
+            made.close()
+            return None
+    return made
 
 
 def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:

@@ -185,6 +185,48 @@ def test_a_plan_is_cached_for_the_model_and_the_host(linear: Path, monkeypatch: 
     assert _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache).backend == "other"
 
 
+def weighted(path: Path, weight: float, constant: float = 1.0, columns: int = 32) -> Path:
+    """y = 2 x + 1 for x (batch, 3); its graph also holds a matrix of `weight` and a constant that lead to nothing."""
+    values = [helper.make_tensor("two", TensorProto.FLOAT, [1], [2.0]), helper.make_tensor("one", TensorProto.FLOAT, [1], [constant])]
+    values.append(helper.make_tensor("matrix", TensorProto.FLOAT, [3, columns], [weight] * 3 * columns))
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["m"]),
+        helper.make_node("Add", ["m", "one"], ["y"]),
+        helper.make_node("MatMul", ["x", "matrix"], ["z"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy")
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], values), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+    return path
+
+
+def test_a_graph_with_other_weights_takes_a_plan_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tmp_path / "plans"
+    slow_first, slow_last = ([_Engine("onnxruntime", 0, a), _Engine("other", 0, b)] for a, b in ((60, 1), (1, 60)))
+    first = _plan(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), slow_first, cache)
+    assert first.backend == "other"
+    second = _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache)
+    assert (second.backend, second.model, second.ladder) == ("other", "second", first.ladder)
+    assert second.sha256 != first.sha256
+    assert second.why.startswith("as measured for first, the same graph with other weights: median")
+    third = _plan(monkeypatch, weighted(tmp_path / "third.onnx", 0.9), slow_last, cache)
+    assert third.why == second.why, "it names where it was measured"
+    assert _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache) == second
+    for other in ({"constant": 3.0}, {"columns": 40}):
+        measured = _plan(monkeypatch, weighted(tmp_path / "other.onnx", 0.5, **other), slow_last, cache)
+        assert measured.backend == "onnxruntime", f"{other} is another graph"
+
+
+def test_a_plan_that_computes_something_else_with_other_weights_is_measured_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tmp_path / "plans"
+    _plan(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache)
+    engines = [_Engine("onnxruntime", 0, 60), _Engine("other", 0.5, 1)]
+    found = _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), engines, cache)
+    assert found.backend == "onnxruntime"
+    assert "differ from the reference" in next(c.lost for c in found.candidates if c.backend == "other")
+    assert engines[1].closed
+
+
 def test_a_closed_session_says_so(linear: Path) -> None:
     session = rt.Session(rt.load(linear))
     session.run({"x": np.zeros((1, 3), np.float32)})
