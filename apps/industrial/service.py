@@ -19,9 +19,10 @@ from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import PASS, Inspection, Inspector, overlay
 from apps.industrial.inspection.recipe import RecipeBook, checked_name
+from apps.industrial.learning import Report
 from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage, VerdictMessage
 from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
-from apps.industrial.teaching import Report, Taught, advice, teach
+from apps.industrial.teaching import Taught, advice, teach
 from pipelines import Log, PermanentError
 from pipelines.messages import now_rfc3339
 

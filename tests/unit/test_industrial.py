@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from apps.common.settings import Settings
+from apps.industrial import learning
 from apps.industrial.acquisition.base import Frame, FrameBuffer
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.anomaly.calibration import calibrate
@@ -165,6 +166,34 @@ def test_regions_of_some_layers_look_at_no_other() -> None:
     assert again is not None
     assert again.layers == regions.layers == ("fine", "half")
     np.testing.assert_array_equal(again.maps(look(good)), regions.maps(look(good)))
+
+
+def test_good_parts_are_learned_from_while_a_gpu_learns_defects() -> None:
+    """From the learning's first report on, in another thread; without a report afterwards."""
+    fitting, told = threading.Event(), []
+
+    def fit(report: learning.Report) -> str:
+        report("patching", 1.0)
+        fitting.set()
+        return threading.current_thread().name
+
+    def learn(report: learning.Report) -> str:
+        report("learning", 0.5)
+        assert fitting.wait(10)
+        report("learning", 1.0)
+        return "folder"
+
+    folder, thread = learning._at_once(learn, fit, lambda step, share: told.append((step, share)))  # type: ignore[arg-type]
+    assert (folder, told) == ("folder", [("learning", 0.5), ("learning", 1.0)])
+    assert thread != threading.current_thread().name
+    assert learning._at_once(lambda report: "folder", fit, lambda step, share: None)[1] == threading.current_thread().name  # type: ignore[arg-type, comparison-overlap, return-value]
+
+    def fail(report: learning.Report) -> str:
+        report("learning", 0.5)
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        learning._at_once(fail, fit, lambda step, share: None)  # type: ignore[arg-type]
 
 
 def test_thresholds_state_the_rate_that_they_hold() -> None:

@@ -1,0 +1,208 @@
+"""What images teach: the statistics of good parts, regions, and a network that learned from labelled defects."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import shared_runtime as rt
+from apps.industrial.anomaly import regions
+from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.classification.probe import Probe
+from apps.industrial.errors import InputError
+from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.features import MAP, prepared
+from apps.industrial.images import Pixels
+from apps.industrial.inspection.inspector import features
+from apps.industrial.inspection.recipe import MODEL_FOLDER
+from shared_runtime.host import host
+
+logger = logging.getLogger(__name__)
+HELD_BACK = 5
+"""Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
+LEARN_SECONDS = 25.0
+"""How long the network may learn from defects on a GPU; it seldom takes all of its time."""
+WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
+"""On a CPU it learns until so long after teaching began, LEAST_SECONDS at least: all of it ends within five minutes on two cores."""
+SHIPPED_LAYERS = ("fine", "half")
+"""Layers that regions are learned from beside a network of the recipe's own: what it says as the shipped one does."""
+Report = Callable[[str, float], None]
+OpenSession = Callable[[Path | None], rt.Session]
+
+
+@dataclass
+class Found:
+    """What images taught. `scores` and `maps`: of the good ones that are judged to find thresholds, `judged`: what the network says of
+    those, `bad_seen`: of the defective ones."""
+
+    parts: GoodParts
+    regions: regions.Regions | None
+    scores: np.ndarray
+    maps: np.ndarray
+    judged: dict[str, np.ndarray]
+    network: str
+    bad_seen: dict[str, np.ndarray] = field(default_factory=dict)
+    probe: Probe | None = None
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+_Fitted = tuple[GoodParts, np.ndarray, np.ndarray, regions.Regions | None]
+
+
+def from_good(images: Sequence[Pixels], open_session: OpenSession, times: dict[str, float], report: Report) -> Found:
+    """From good images alone; all are judged."""
+    with open_session(None) as session:
+        seen = _with_progress(session, images, report)
+        parts, scores, maps, found = _fitted(session, images, seen, tuple(regions.LAYERS), times, report)
+        return Found(parts, found, scores, maps, seen, session.model.sha256)
+
+
+def from_defects(
+    images: Sequence[Pixels],
+    bad_images: Sequence[Pixels],
+    bad: Sequence[Sample],
+    open_session: OpenSession,
+    place: str,
+    seconds: float | None,
+    start: float,
+    times: dict[str, float],
+    report: Report,
+) -> Found:
+    """From good images as the shipped network describes them, and from a copy of it that learns the defects at `place`.
+
+    The copy does not see the good images that are judged. `seconds`: how long it learns; without, what is left since `start`.
+    """
+    unseen = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
+    with open_session(None) as session:
+        shipped, seen = session.model, _with_progress(session, images, report)
+
+        def fit(report: Report) -> _Fitted:
+            return _fitted(session, images, seen, SHIPPED_LAYERS, times, report)
+
+        def learn(report: Report) -> tempfile.TemporaryDirectory[str]:
+            begin = time.monotonic()
+            left = LEARN_SECONDS if place == "cuda" else max(LEAST_SECONDS, WHOLE_SECONDS - (begin - start))
+            folder = _learned(images, ~unseen, bad_images, bad, shipped, seconds or left, place, report)
+            times["learn"] = time.monotonic() - begin
+            return folder
+
+        if place == "cuda" and host().cores >= regions.CORES_FOR_BOTH:
+            folder, fitted = _at_once(learn, fit, report)
+        else:
+            fitted = fit(report)
+            folder = learn(report)
+    begin = time.monotonic()
+    with open_session(Path(folder.name) / MODEL_FOLDER) as session:
+        judged = _with_progress(session, [image for image, held in zip(images, unseen, strict=True) if held], report)
+        bad_seen = features(session, bad_images)
+    probe = Probe.fit(seen["whole"][~unseen], bad_seen["whole"], judged["whole"])
+    times["judge"] = time.monotonic() - begin
+    parts, scores, maps, found = fitted
+    return Found(parts, found, scores[unseen], maps[unseen], judged, session.model.sha256, bad_seen, probe, folder)
+
+
+def _fitted(
+    session: rt.Session,
+    images: Sequence[Pixels],
+    seen: dict[str, np.ndarray],
+    layers: Sequence[str],
+    times: dict[str, float],
+    report: Report,
+) -> _Fitted:
+    """The statistics of good images with scores and maps of each by the others, and regions where there are enough."""
+    begin = time.monotonic()
+    parts, scores, maps = GoodParts.fit(seen["fine"], seen["whole"])
+    found = None
+    if len(images) >= regions.FEWEST:
+
+        def look(some: Sequence[Pixels]) -> dict[str, np.ndarray]:
+            return features(session, some)
+
+        found, places = regions.Regions.fit(images, seen, look, report=lambda share: report("patching", share), names=layers)
+        maps += places
+    times["fit"] = time.monotonic() - begin
+    return parts, scores, maps, found
+
+
+def _at_once(
+    learn: Callable[[Report], tempfile.TemporaryDirectory[str]], fit: Callable[[Report], _Fitted], report: Report
+) -> tuple[tempfile.TemporaryDirectory[str], _Fitted]:
+    """`learn` on a GPU while `fit` runs on the CPU; the former reports."""
+    with ThreadPoolExecutor(1) as pool:
+        other: list[Future[_Fitted]] = []
+
+        def learning(step: str, share: float) -> None:
+            # Its first report comes when the GPU's graphs are captured: no other thread may use the GPU before.
+            if not other:
+                other.append(pool.submit(fit, lambda step, share: None))
+            report(step, share)
+
+        folder = learn(learning)
+        return folder, other[0].result() if other else fit(report)
+
+
+def _with_progress(session: rt.Session, images: Sequence[Pixels], report: Report) -> dict[str, np.ndarray]:
+    parts = []
+    for start in range(0, len(images), 16):
+        parts.append(features(session, images[start : start + 16]))
+        report("looking", min(1.0, (start + 16) / len(images)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def place_to_learn(device: str) -> str:
+    """Where to learn: "cuda" or "cpu". Raises InputError without torch, and where a GPU was asked for and there is none."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"learning from labelled defects needs torch ({error}); install it with pip install 'triscope[train]'") from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for and torch sees no GPU; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _learned(
+    images: Sequence[Pixels],
+    rows: np.ndarray,
+    bad_images: Sequence[Pixels],
+    bad: Sequence[Sample],
+    base: rt.Model,
+    seconds: float,
+    place: str,
+    report: Report,
+) -> tempfile.TemporaryDirectory[str]:
+    """Tune the network `base` on the examples; the folder with the new `model`."""
+    import onnx
+    import torch
+
+    from apps.industrial.training.adapt import Examples, adapt
+    from apps.industrial.training.export import network_from, taught, write_model
+
+    good = [image for image, row in zip(images, rows, strict=True) if row]
+    cells = [sample.cells(image.shape) for sample, image in zip(bad, bad_images, strict=True)]
+    nothing = np.zeros((MAP, MAP), np.float32)
+    examples = Examples(
+        np.stack([prepared(image) for image in (*good, *bad_images)]),
+        np.stack([*[nothing] * len(good), *[nothing if c is None else c for c in cells]]),
+        np.array([*[True] * len(good), *[c is not None for c in cells]]),
+        np.array([*[False] * len(good), *[True] * len(bad)]),
+        np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(bad)] * len(bad)], np.float32),
+    )
+    shipped = onnx.load(base.graph)
+    network = adapt(network_from(shipped), examples, seconds, torch.device(place), report=lambda share: report("learning", share))
+    folder = tempfile.TemporaryDirectory(prefix="triscope-recipe-")
+    digest = write_model(
+        taught(shipped, network),
+        Path(folder.name) / MODEL_FOLDER,
+        f"texture-features-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}",
+        {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds}},
+    )
+    logger.info("learned from defects", extra={"defects": len(bad), "device": place, "model": digest[:12]})
+    return folder
