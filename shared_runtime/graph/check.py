@@ -20,8 +20,12 @@ _FLOATS = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.DOUBLE: "float64",
 }
-WEIGHTS = 64
-"""Floats in a constant from which on their values do not matter to how long a graph takes."""
+MANY = 64
+"""Floats in a constant from which on it is a weight, whoever reads it: its values do not matter to how long a graph takes."""
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "PRelu"}
+WEIGHTED |= {f"{kind}Normalization" for kind in ("Batch", "Instance", "Layer", "Group")}
+ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
+"""Their constants of several floats are weights; a single one may be part of what engines fuse, such as a GELU."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
 
 
@@ -106,8 +110,14 @@ def structure_hash(path: Path) -> str:
     proto = read_graph(path)
     proto.graph.name = proto.graph.doc_string = proto.doc_string = ""
     del proto.metadata_props[:]
+    readers: dict[str, set[str]] = {}
+    for node in _nodes(proto.graph):
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
     for item in proto.graph.initializer:
-        if item.data_type in _FLOATS and np.prod(item.dims, dtype=np.int64) >= WEIGHTS:
+        size, kinds = np.prod(item.dims, dtype=np.int64), readers.get(item.name, set())
+        weight = size >= MANY or kinds <= WEIGHTED or (size > 1 and kinds <= WEIGHTED | ARITHMETIC)
+        if item.data_type in _FLOATS and weight:
             item.CopyFrom(onnx.TensorProto(name=item.name, data_type=item.data_type, dims=item.dims))
     return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 

@@ -186,13 +186,14 @@ def test_a_plan_is_cached_for_the_model_and_the_host(linear: Path, monkeypatch: 
 
 
 def weighted(path: Path, weight: float, constant: float = 1.0, columns: int = 32) -> Path:
-    """y = 2 x + 1 for x (batch, 3); its graph also holds a matrix of `weight` and a constant that lead to nothing."""
+    """y = 2 x + 1 for x (batch, 3); its graph also holds a layer of `weight` that leads to nothing."""
     values = [helper.make_tensor("two", TensorProto.FLOAT, [1], [2.0]), helper.make_tensor("one", TensorProto.FLOAT, [1], [constant])]
     values.append(helper.make_tensor("matrix", TensorProto.FLOAT, [3, columns], [weight] * 3 * columns))
+    values.append(helper.make_tensor("bias", TensorProto.FLOAT, [1], [weight]))
     nodes = [
         helper.make_node("Mul", ["x", "two"], ["m"]),
         helper.make_node("Add", ["m", "one"], ["y"]),
-        helper.make_node("MatMul", ["x", "matrix"], ["z"]),
+        helper.make_node("Gemm", ["x", "matrix", "bias"], ["z"]),
     ]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy")
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], values), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
