@@ -55,7 +55,7 @@ class Rung(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """What this host runs for a model, why, and what it was compared with. The first rung's choice stands at the top.
 
-    `structure`: the hash of the graph without its weights; a graph with others takes the plan over.
+    `structure`: the hash of the graph without its weights, and of the inputs' sizes; the same with other weights takes the plan over.
     """
 
     model: str

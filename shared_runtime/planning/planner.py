@@ -93,7 +93,7 @@ def plan_and_compile(
     file = None if cache is None else cache / f"{model.sha256[:16]}-{key}.json"
     if file is not None and (plan := _cached(file, model)) is not None:
         return plan, _compile(model, plan, probe)
-    structure = "" if file is None else structure_hash(model.graph)
+    structure = "" if file is None else _structure(model, probe)
     if file is not None and objective.kind != "memory" and (plan := _of_same_graph(file, structure)) is not None:
         adopted = msgspec.structs.replace(plan, model=model.name, sha256=model.sha256, why=_taken_over(plan))
         if (made := _checked(model, adopted, threads, probe)) is not None:
@@ -106,7 +106,7 @@ def plan_and_compile(
         return plan, _compile(model, plan, probe)
     hold = objective.kind != "memory"
     given = probe is not None
-    probe = model.random() if probe is None else model.signature.row(probe, 0)
+    probe = _one_row(model, probe)
     if model.signature.fixed_rows is not None:
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
@@ -164,6 +164,16 @@ def _cached(file: Path, model: Model) -> Plan | None:
     return plan if plan.sha256 == model.sha256 and known and named else None
 
 
+def _one_row(model: Model, probe: Tensors | None) -> Tensors:
+    return model.random() if probe is None else model.signature.row(probe, 0)
+
+
+def _structure(model: Model, probe: Tensors | None) -> str:
+    """The graph without its weights, and the sizes that it is measured on."""
+    shapes = [f"{name}{value.shape}" for name, value in sorted(_one_row(model, probe).items())]
+    return hashlib.sha256("".join([structure_hash(model.graph), *shapes]).encode()).hexdigest()
+
+
 def _of_same_graph(file: Path, structure: str) -> Plan | None:
     """A plan that was measured for a graph which differs from that of `file` in its weights alone, in float32."""
     key = file.stem.split("-", 1)[1]
@@ -185,26 +195,25 @@ def _taken_over(plan: Plan) -> str:
 
 def _checked(model: Model, plan: Plan, threads: int, probe: Tensors | None) -> Ladder | None:
     """The executables of a plan that was measured with other weights, or None where one does not compute what the reference does."""
-    one = model.random() if probe is None else model.signature.row(probe, 0)
+    one = _one_row(model, probe)
     try:
         made = _compile(model, plan, probe)
+        for rung in plan.ladder:
+            inputs = model.signature.repeated(one, rung.rows)
+            apart = difference(made.run(inputs), reference(model, threads, inputs))
+            if not apart <= TOLERANCE:
+                made.close()
+                raise UnsupportedModelError(f"its outputs differ from the reference by {apart:.1e}")
     except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as error:
-        logger.info("%s can't take over the plan of %s: %s", model.name, plan.model, error)
+        logger.warning("%s is planned anew, as it can't be run like %s: %s", model.name, plan.model, error)
         return None
-    for rung in plan.ladder:
-        inputs = model.signature.repeated(one, rung.rows)
-        apart = difference(made.run(inputs), reference(model, threads, inputs))
-        if not apart <= TOLERANCE:
-            logger.warning("%s is planned anew: as %s is run, its outputs differ from the reference by %.1e", model.name, plan.model, apart)
-            made.close()
-            return None
     return made
 
 
 def _compile(model: Model, plan: Plan, probe: Tensors | None) -> Ladder:
     """The executables of a cached plan, without measuring."""
     made: dict[int, Executable] = {}
-    one = model.random() if probe is None else model.signature.row(probe, 0)
+    one = _one_row(model, probe)
     for rung in plan.ladder:
         c = plan.candidates[rung.candidate]
         if rung.candidate not in made:

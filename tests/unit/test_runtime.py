@@ -218,6 +218,27 @@ def test_a_graph_with_other_weights_takes_a_plan_over(monkeypatch: pytest.Monkey
         assert measured.backend == "onnxruntime", f"{other} is another graph"
 
 
+def test_a_plan_of_other_sizes_is_not_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = []
+    for name, value in (("first", 0.5), ("second", 0.7)):
+        values = [helper.make_tensor("w", TensorProto.FLOAT, [96], [value] * 96)]
+        x, y = (helper.make_tensor_value_info(key, TensorProto.FLOAT, ["batch", "length"]) for key in "xy")
+        graph = helper.make_graph([helper.make_node("Mul", ["x", "x"], ["y"])], "g", [x], [y], values)
+        files.append(tmp_path / f"{name}.onnx")
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), files[-1])
+    engines = {engine.name: engine for engine in [_Engine("onnxruntime", 0, 1)]}
+    for module in (planner, contenders):
+        monkeypatch.setattr(module, "backends", lambda: engines)
+    whys = []
+    for file, length in ((files[0], 8), (files[1], 8), (files[1], 300)):
+        model, probe = rt.load(file), {"x": np.ones((1, length), np.float32)}
+        cache = tmp_path / "plans"
+        for old in cache.glob(f"{model.sha256[:16]}*"):
+            old.unlink()
+        whys.append(planner.plan_and_compile(model, "auto", 1, cache, probe=probe)[0].why)
+    assert [why.startswith("as measured for first") for why in whys] == [False, True, False]
+
+
 def test_a_plan_that_computes_something_else_with_other_weights_is_measured_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "plans"
     _plan(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache)

@@ -21,6 +21,7 @@ from onnx import helper, numpy_helper
 from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
 from apps.industrial.training.network import TextureNetwork
 from shared_runtime.graph.export import to_onnx
+from shared_runtime.graph.passes.simplify import DeadCode
 from shared_runtime.signature import Signature, TensorSpec
 
 VERSION = "1.2.0"
@@ -88,21 +89,8 @@ def taught(shipped: onnx.ModelProto, learned: TextureNetwork) -> onnx.ModelProto
     for node in model.graph.node:
         node.input[:] = [swapped.get(name, name) for name in node.input]
         node.output[:] = [swapped.get(name, name) for name in node.output]
-    return _stored_in_half(_needed(model))
-
-
-def _needed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph without what no output is made of."""
-    wanted, kept = {output.name for output in model.graph.output}, []
-    for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    weights = [item for item in model.graph.initializer if item.name in wanted]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(reversed(kept))
-    model.graph.initializer.extend(weights)
-    return model
+    DeadCode().apply(model)
+    return _stored_in_half(model)
 
 
 def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
