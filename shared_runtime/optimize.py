@@ -190,17 +190,17 @@ def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None
         if not first.why:
             break
     assert best is not None
-    _, form, guard = best
+    guard = best[2]
     close = maker.name.replace("-bfloat16-", "-")
     if close in job.hints and job.hints[close] is None:
         return None, "a form of the same layers was refused"
     found = guard.search(job.hints.get(close) or ())
     job.hints[close] = found.reverted if found.passed else None
-    return (_certify(job, form, found), "") if found.passed else (None, found.verdict.why)
+    return (_certify(job, found), "") if found.passed else (None, found.verdict.why)
 
 
-def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
-    judge, verdict = job.judge, found.verdict
+def _certify(job: _Job, found: Guarded) -> Variant:
+    judge, form, verdict = job.judge, found.form, found.verdict
     executable = form.compile(found.layers, job.threads)
     try:
         probe_error = probe_difference(job.model, executable, job.threads)
@@ -229,6 +229,7 @@ def _certify(job: _Job, form: Form, found: Guarded) -> Variant:
             passes=form.passes,
             layers=len(form.layers),
             reverted=found.reverted,
+            packed=found.packed,
             saturated=saturated,
             probe_error=probe_error,
             dims=dict(job.model.dims),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import importlib.util
+import lzma
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
 
 HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
+"""How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
 
 
@@ -169,19 +172,19 @@ def compile_graph(
     }
     try:
         network = read_network(graph) if isinstance(graph, Path) else graph
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, lzma.LZMAError) as error:
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
     network.set_friendly_name(name)
     return OpenVinoExecutable(network, properties, outputs, precision)
 
 
 def save_network(network: Any, path: Path) -> None:
-    """Write an `openvino.Model`: its description to `path` (.xml.gz: plain, it may outweigh small weights), its weights beside."""
+    """Write an `openvino.Model`: its description to `path` (.xml.xz: plain, it may outweigh small weights), its weights beside."""
     import openvino
 
     plain = path.with_suffix("")
     openvino.save_model(network, str(plain), compress_to_fp16=False)
-    path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    path.write_bytes(lzma.compress(plain.read_bytes()))
     plain.unlink()
 
 
@@ -189,7 +192,7 @@ def read_network(path: Path) -> Any:
     """An `openvino.Model` from what `save_network` wrote, or from any file that OpenVINO reads. Raises RuntimeError as it does."""
     import openvino
 
-    if path.suffix != ".gz":
+    if path.suffix not in UNPACK:
         return openvino.Core().read_model(str(path))
     weights = np.fromfile(path.with_suffix("").with_suffix(".bin"), np.uint8)
-    return openvino.Core().read_model(gzip.decompress(path.read_bytes()), weights.tobytes())
+    return openvino.Core().read_model(UNPACK[path.suffix](path.read_bytes()), weights.tobytes())

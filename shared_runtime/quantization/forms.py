@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.signature import Tensors
@@ -45,4 +45,13 @@ class Form(Protocol):
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
         """Time of each layer in one run [s], by the engine's own profile; empty where it has none."""
+        ...
+
+
+@runtime_checkable
+class PackingForm(Form, Protocol):
+    """A form that can store weights in INT8 of layers that it computes in float."""
+
+    def packed(self, layers: frozenset[str]) -> Self:
+        """The same form that does so for these layers."""
         ...

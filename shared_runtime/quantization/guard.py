@@ -16,7 +16,7 @@ import numpy as np
 from shared_runtime.backends.base import Executable
 from shared_runtime.certificate import Reversion
 from shared_runtime.planning.measure import Timed, interleave
-from shared_runtime.quantization.forms import BETWEEN, Form
+from shared_runtime.quantization.forms import BETWEEN, Form, PackingForm
 from shared_runtime.quantization.judge import Judge, Verdict
 from shared_runtime.signature import Tensors
 
@@ -25,16 +25,23 @@ RANKING_ITEMS = 8
 LONG_SECONDS, TOO_SLOW = 0.5, 0.7
 """Where one run takes this long, a form in INT8 that is below this share of float's speed is not searched for one that passes."""
 SLOWER, NOTICEABLE = 1.15, 0.02
+PACKINGS = 6
+"""How often storing weights of layers in float in INT8 is tried."""
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """What the search found: the layers put back and why, the last verdict, and how much faster than float it is here."""
+    """What the search found: the form, its last verdict, the layers put back and why, and how much faster than float it is here.
 
+    `packed`: layers put back whose weights are stored in INT8 all the same.
+    """
+
+    form: Form
     verdict: Verdict
     reverted: tuple[Reversion, ...]
     speedup: float | None
+    packed: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -83,18 +90,18 @@ class Guard:
         if verdict.why and self._form.layers:
             if (slow := self._too_slow()) is not None:
                 why = f"{verdict.why}; at {slow:.2f} of float's speed here no layers were put back"
-                return Guarded(replace(verdict, why=why), (), slow)
+                return Guarded(self._form, replace(verdict, why=why), (), slow)
             verdict, reverted = self._revert_for_accuracy(verdict, self._outputs)
         if not verdict.why and reverted and not set(self._form.layers) - {item.layer for item in reverted} - {BETWEEN}:
             why = f"every layer had to go back to float to keep {self._judge.name} within {self._judge.max_drop:.4g}"
             verdict = replace(verdict, why=why)
         if verdict.why:
-            return Guarded(verdict, reverted, None)
+            return Guarded(self._form, verdict, reverted, None)
         speedup = self._speedup(frozenset(item.layer for item in reverted))
-        return self._revert_for_speed(Guarded(verdict, reverted, speedup))
+        return self._pack(self._revert_for_speed(Guarded(self._form, verdict, reverted, speedup)))
 
-    def _measure(self, reverted: frozenset[str]) -> tuple[Verdict, list[Tensors]]:
-        executable = self._form.compile(reverted, self._threads)
+    def _measure(self, reverted: frozenset[str], form: Form | None = None) -> tuple[Verdict, list[Tensors]]:
+        executable = (form or self._form).compile(reverted, self._threads)
         try:
             outputs = self._judge.run(executable)
         finally:
@@ -157,8 +164,8 @@ class Guard:
         speed = self._speedup(frozenset())
         return speed if speed < TOO_SLOW else None
 
-    def _speedup(self, reverted: frozenset[str]) -> float:
-        executable = self._form.compile(reverted, self._threads)
+    def _speedup(self, reverted: frozenset[str], form: Form | None = None) -> float:
+        executable = (form or self._form).compile(reverted, self._threads)
         inputs = self._judge.samples[0]
         try:
             executable.run(inputs), self._reference.run(inputs)
@@ -191,7 +198,30 @@ class Guard:
         if verdict.why:
             return found
         self._report(f"{self._form.facts.name}: {len(more)} layers are slower here than in float and go back to it")
-        return Guarded(verdict, (*found.reverted, *(Reversion(k, "speed", round(v, 3)) for k, v in more.items())), speedup)
+        return Guarded(self._form, verdict, (*found.reverted, *(Reversion(k, "speed", round(v, 3)) for k, v in more.items())), speedup)
+
+    def _pack(self, found: Guarded) -> Guarded:
+        """Store the weights of layers in float in INT8 as well: of as many as pass, those first that did the least harm."""
+        by_harm = sorted(found.reverted, key=lambda item: (item.why == "accuracy", item.value))
+        order = [item.layer for item in by_harm if item.layer != BETWEEN]
+        if not isinstance(self._form, PackingForm):
+            return found
+        best, low, high, tried = found, 0, len(order) + 1, len(order)
+        for _ in range(PACKINGS):
+            if high - low <= 1:
+                break
+            form = self._form.packed(frozenset(order[:tried]))
+            verdict, _ = self._measure(found.layers, form)
+            self._report(f"{form.facts.name}, weights of {tried} of {len(order)} layers in float stored in INT8: {verdict.why or 'passes'}")
+            if verdict.why:
+                high = tried
+            else:
+                low, best = tried, replace(found, form=form, verdict=verdict, packed=tuple(order[:tried]))
+            tried = (low + high) // 2
+        if best is found or found.speedup is None:
+            return found
+        speedup = self._speedup(found.layers, best.form)
+        return replace(best, speedup=speedup) if speedup > found.speedup / SLOWER else found
 
 
 def _from_both_ends(layers: Sequence[str]) -> list[str]:

@@ -2,53 +2,74 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import opset, read_whole
+from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import prepared
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
-from shared_runtime.quantization.rounding import balanced_rounding
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.quantization.saturation import count_saturation
+from shared_runtime.quantization.storage import RECURRENT, SMALLEST, halve, pack, weights, weighty
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
+SPLIT = "_MatMul"
+"""ONNX Runtime's dynamic quantizer takes a Gemm apart before it looks for the names: its product has this at the end."""
 METHODS = ("minmax", "entropy", "percentile")
-SMALLEST = 256
-"""Weights with fewer elements stay in float: their scales would weigh more than they save."""
 
 
 class _OnnxForm:
-    """What the three have in common: a graph that is built anew for the layers put back to float."""
+    """What the three have in common: a graph that is built anew for the layers put back to float.
+
+    Layers of kinds that it can't compute in INT8 (`_stored`) have their weights in INT8 until they are put back.
+    """
 
     facts: VariantFacts
     layers: tuple[str, ...]
     passes: tuple[str, ...]
+    _stored: frozenset[str] = frozenset()
+    _packed: frozenset[str] = frozenset()
 
     def __init__(self, model: Model, facts: VariantFacts) -> None:
         self._model, self.facts = model, facts
         self._work = tempfile.TemporaryDirectory(prefix="triscope-int8-")
 
+    def packed(self, layers: frozenset[str]) -> Self:
+        """The same form that stores the weights of these layers in INT8 where it computes them in float."""
+        other = copy.copy(self)
+        other._packed = layers
+        return other
+
     def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
-        """The quantized graph with those layers in float."""
+        """The quantized graph with those layers in float; its float constants are in half precision."""
+        proto = self._quantized(reverted)
+        whole = reverted - self._packed
+        stored = (self._stored | self._packed) - whole
+        named = [(node.name if node.name in self.layers else node.name.removesuffix(SPLIT), weights(node)) for node in proto.graph.node]
+        kept = {weight for name, owned in named if name in whole for weight, _ in owned}
+        pack(proto, {weight: axis for name, owned in named if name in stored for weight, axis in owned if weight not in kept})
+        halve(proto)
+        return proto
+
+    def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        """The graph as the quantizer makes it."""
         raise NotImplementedError
 
     def compile(self, reverted: frozenset[str], threads: int) -> Executable:
@@ -80,11 +101,13 @@ class StaticInt8(_OnnxForm):
         self.layers = _layers(self._prepared, STATIC_KINDS)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
-        self._between = frozenset(node.name for node in onnx.load(self._prepared).graph.node) - set(self.layers)
-        self.layers = (*self.layers, BETWEEN)
+        proto = onnx.load(self._prepared)
+        self._stored = frozenset(weighty(proto, (*RECURRENT, "Gather")))
+        self._between = frozenset(node.name for node in proto.graph.node) - set(self.layers)
+        self.layers = (*self.layers, *sorted(self._stored), BETWEEN)
         self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))
 
-    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+    def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -97,7 +120,7 @@ class StaticInt8(_OnnxForm):
             "activation_qType": QuantType.QUInt8,
             "tensors_range": self._ranges,
             "nodes_to_quantize": [],
-            "nodes_to_exclude": sorted(reverted | self._between if BETWEEN in reverted else reverted),
+            "nodes_to_exclude": sorted(reverted | self._stored | (self._between if BETWEEN in reverted else set())),
             "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
             "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
         }
@@ -126,8 +149,10 @@ class DynamicInt8(_OnnxForm):
         self.layers = _layers(self._prepared, DYNAMIC_KINDS)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer for dynamic INT8 ({', '.join(DYNAMIC_KINDS)} with constant weights)")
+        self._stored = frozenset(weighty(onnx.load(self._prepared), ("Conv", "ConvTranspose", "GRU", "RNN", "Gather")))
+        self.layers = (*self.layers, *sorted(self._stored))
 
-    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
+    def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with _silent(), _refusing(self._model.name):
@@ -140,8 +165,7 @@ class DynamicInt8(_OnnxForm):
                 reduce_range=overflows(),
                 weight_type=QuantType.QInt8,
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-                # ONNX Runtime takes a Gemm apart before it looks for the names.
-                nodes_to_exclude=sorted(reverted | {f"{name}_MatMul" for name in reverted}),
+                nodes_to_exclude=sorted(reverted | {f"{name}{SPLIT}" for name in reverted}),
             )
         return onnx.load(path)
 
@@ -154,47 +178,17 @@ class WeightOnlyInt8(_OnnxForm):
     def __init__(self, model: Model) -> None:
         super().__init__(model, VariantFacts("int8-weights", "int8 weights", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
-        self.layers = _layers(self._prepared, (*STATIC_KINDS, "LSTM"))
+        self.layers = weighty(onnx.load(self._prepared))
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer with constant weights of {SMALLEST} elements or more")
+        self._stored = frozenset(self.layers)
 
-    def proto(self, reverted: frozenset[str]) -> onnx.ModelProto:
-        proto = onnx.load(self._prepared)
-        kept = {name for node in proto.graph.node if node.name in reverted for name in node.input}
-        axes = {name: axis for node in proto.graph.node for name, axis in _weights(node)}
-        for item in [i for i in proto.graph.initializer if i.name in axes and i.name not in kept]:
-            values = numpy_helper.to_array(item)
-            if values.dtype != np.float32 or values.size < SMALLEST:
-                continue
-            if opset(proto) < 13:
-                raise UnsupportedModelError(f"weights in INT8 need opset 13, {self._model.name!r} has {opset(proto)}: apply opset-upgrade")
-            axis = axes[item.name] % values.ndim
-            channels = np.moveaxis(values, axis, 0)
-            rows = channels.reshape(len(channels), -1)
-            scale = np.maximum(np.abs(rows).max(axis=1) / 127.0, 1e-12).astype(np.float32)
-            stored = balanced_rounding(rows / scale[:, None], 127).astype(np.int8).reshape(channels.shape)
-            stored = np.ascontiguousarray(np.moveaxis(stored, 0, axis))
-            proto.graph.initializer.remove(item)
-            proto.graph.initializer.append(numpy_helper.from_array(stored, f"{item.name}_int8"))
-            proto.graph.initializer.append(numpy_helper.from_array(scale, f"{item.name}_scale"))
-            node = helper.make_node("DequantizeLinear", [f"{item.name}_int8", f"{item.name}_scale"], [item.name], axis=axis)
-            proto.graph.node.insert(0, node)
-        return proto
+    def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
+        return onnx.load(self._prepared)
 
-
-def _weights(node: onnx.NodeProto) -> list[tuple[str, int]]:
-    """The constant operands of a layer that may be stored in INT8, with their channel axis."""
-    if node.op_type == "Conv":
-        return [(node.input[1], 0)]
-    if node.op_type == "ConvTranspose":
-        return [(node.input[1], 1)]
-    if node.op_type == "Gemm":
-        return [(node.input[1], 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1)]
-    if node.op_type == "MatMul":
-        return [(node.input[0], -2), (node.input[1], -1)]
-    if node.op_type == "LSTM":
-        return [(node.input[1], 1), (node.input[2], 1)]
-    return []
+    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+        """None: what is computed in float is as fast as float."""
+        return {}
 
 
 def _prepared(model: Model, folder: Path) -> Path:

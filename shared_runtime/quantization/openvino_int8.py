@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.openvino import HINTS, compile_graph, save_network
@@ -15,10 +18,17 @@ from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.quantization.storage import SHORTEST, SMALLEST, holds_in_half, int8_and_scale
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, VariantFacts
 
-WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "LSTMCell", "GRUSequence")
+CHANNELS = {"Convolution": (0,), "GroupConvolution": (0, 1), "ConvolutionBackpropData": (1,)}
+"""Axes of a convolution's weights that have a scale an index."""
+RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence")
+WEIGHTED = (*CHANNELS, "MatMul", "LSTMCell", *RECURRENT)
+SUMMING = {*WEIGHTED, "Add", "Subtract"}
+SMOOTHING = "/nncf_smooth_quant"
+"""What NNCF calls the factors by which it makes a layer's input easier to quantize."""
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -47,9 +57,13 @@ class EnginePrecision:
 
 
 class OpenVinoInt8:
-    """NNCF's post-training quantization of one model; a layer goes back to float by taking the quantizers off its inputs."""
+    """NNCF's post-training quantization of one model; a layer goes back to float by taking the quantizers off its inputs.
+
+    Recurrent layers that NNCF leaves in float have their weights in INT8 until they are put back.
+    """
 
     passes: tuple[str, ...]
+    _packed: frozenset[str] = frozenset()
 
     def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", rest: str = FLOAT) -> None:
         self.facts = _facts(rest)
@@ -59,13 +73,21 @@ class OpenVinoInt8:
         self._float = _float_operators(model)
         named = [(op.get_friendly_name(), op.get_type_name() in WEIGHTED) for op in _quantized(self._quantized)]
         self._between = frozenset(name for name, weighted in named if not weighted)
-        self.layers = tuple(name for name, weighted in named if weighted) + ((BETWEEN,) if self._between else ())
+        reduced = tuple(name for name, weighted in named if weighted)
+        others = [op for op in self._quantized.get_ordered_ops() if op.get_type_name() in RECURRENT and _weights(op)]
+        self._stored = frozenset(op.get_friendly_name() for op in others) - set(reduced)
+        self.layers = (*reduced, *sorted(self._stored), *((BETWEEN,) if self._between else ()))
 
     def with_rest(self, rest: str) -> OpenVinoInt8:
         """The same quantization with another precision for what is not quantized."""
-        other = object.__new__(OpenVinoInt8)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.facts = _facts(rest)
+        return other
+
+    def packed(self, layers: frozenset[str]) -> Self:
+        """The same form that stores the weights of these layers in INT8 where it computes them in float."""
+        other = copy.copy(self)
+        other._packed = layers
         return other
 
     def network(self, reverted: frozenset[str]) -> Any:
@@ -76,12 +98,18 @@ class OpenVinoInt8:
             if op.get_friendly_name() in names:
                 self._restore(op)
                 for port in op.inputs():
-                    source = port.get_source_output().get_node()
-                    if source.get_type_name() == "FakeQuantize":
-                        port.replace_source_output(source.input_value(0))
+                    if port.get_source_output().get_node().get_type_name() == "FakeQuantize":
+                        port.replace_source_output(port.get_source_output().get_node().input_value(0))
+                    if port.get_source_output().get_node().get_friendly_name().endswith(SMOOTHING):  # it is undone in NNCF's weights
+                        port.replace_source_output(port.get_source_output().get_node().input_value(0))
                 for target in op.output(0).get_target_inputs():
                     if target.get_node().get_type_name() == "Add":  # NNCF corrects the bias for the error of the weights
                         self._restore(target.get_node())
+        stored = (self._stored | self._packed) - (reverted - self._packed)
+        for op in network.get_ordered_ops():
+            if op.get_friendly_name() in stored:
+                _pack(op)
+        _halve(network)
         network.validate_nodes_and_infer_types()
         return network
 
@@ -91,9 +119,8 @@ class OpenVinoInt8:
         if own is None:
             return
         for port, original in zip(op.inputs(), own.inputs(), strict=False):
-            source = original.get_source_output().get_node()
-            if source.get_type_name() == "Constant":
-                port.replace_source_output(_constant(source.data.copy()).output(0))
+            if (values := _values(original)) is not None:
+                port.replace_source_output(_constant(values.copy()).output(0))
 
     def compile(self, reverted: frozenset[str], threads: int) -> Executable:
         outputs = [spec.name for spec in self._model.signature.outputs]
@@ -111,7 +138,7 @@ class OpenVinoInt8:
 
 def _facts(rest: str) -> VariantFacts:
     name = "int8-openvino" if rest == FLOAT else f"int8-{rest}-openvino"
-    return VariantFacts(name, "int8", "openvino", "cpu", "model.xml.gz", rest)
+    return VariantFacts(name, "int8", "openvino", "cpu", "model.xml.xz", rest)
 
 
 def overflows() -> bool:
@@ -132,13 +159,12 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
     if missing := lacks():
         raise BackendUnavailableError(f"INT8 for OpenVINO lacks {missing}")
     import nncf
-    import openvino
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     try:
-        network = openvino.Core().read_model(str(model.graph))
+        network = _read(model)
     except RuntimeError as error:
         raise UnsupportedModelError(f"OpenVINO can't read {model.name!r}: {' '.join(str(error).split())}") from error
     kinds = [op.get_type_name() for op in network.get_ops()]
@@ -165,6 +191,7 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
                 subset_size=len(calibration),
                 target_device=nncf.TargetDevice.CPU,
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+                ignored_scope=nncf.IgnoredScope(types=list(RECURRENT), validate=False),
                 advanced_parameters=options,
             )
         except Exception as error:
@@ -204,11 +231,79 @@ def _constant(values: Any) -> Any:
     return opset13.constant(values)
 
 
+def _read(model: Model) -> Any:
+    """The float network with constants folded: NNCF stores no weights in INT8 that a layer reads through a reshape.
+
+    Operators that OpenVINO numbers anew with each reading have the same names each time. Raises RuntimeError.
+    """
+    import openvino
+    from openvino.passes import ConstantFolding, Manager
+
+    network = openvino.Core().read_model(str(model.graph))
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(network)
+    for place, op in enumerate(network.get_ordered_ops()):
+        kind = op.get_type_name()
+        if op.get_friendly_name().removeprefix(f"{kind}_").isdigit():
+            op.set_friendly_name(f"{kind}_{place}")
+    return network
+
+
 def _float_operators(model: Model) -> dict[str, Any]:
     """The operators of the float network by name: what they read is what a layer goes back to."""
-    import openvino
+    return {op.get_friendly_name(): op for op in _read(model).get_ordered_ops()}
 
-    return {op.get_friendly_name(): op for op in openvino.Core().read_model(str(model.graph)).get_ordered_ops()}
+
+def _values(port: Any) -> Any:
+    """The constant that an operator reads, in float32 where it is stored in half precision; None where it reads no constant."""
+    source = port.get_source_output().get_node()
+    if source.get_type_name() == "Convert":
+        source = source.input_value(0).get_node()
+        return source.data.astype(np.float32) if source.get_type_name() == "Constant" and source.data.dtype == np.float16 else None
+    return source.data if source.get_type_name() == "Constant" else None
+
+
+def _weights(op: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    """The ports of an operator that read float weights of SMALLEST elements or more, with their channel axes."""
+    kind = op.get_type_name()
+    ports: list[tuple[Any, tuple[int, ...]]] = []
+    if kind in RECURRENT:
+        ports = [(port, (1,)) for port in op.inputs()[-3:-1]]
+    elif kind == "MatMul":
+        ports = [(op.input(1), (-2 if op.get_attributes()["transpose_b"] else -1,))]
+    elif kind in CHANNELS:
+        ports = [(op.input(1), CHANNELS[kind])]
+    read = [(port, axes, _values(port)) for port, axes in ports]
+    return [(p, tuple(a % v.ndim for a in axes)) for p, axes, v in read if v is not None and v.dtype == np.float32 and v.size >= SMALLEST]
+
+
+def _pack(op: Any) -> None:
+    """Store the weights that an operator reads in INT8. They are divided: what is multiplied OpenVINO takes for a layer in INT8."""
+    from openvino import opset13
+
+    for port, axes in _weights(op):
+        stored, scale = int8_and_scale(_values(port), axes)
+        port.replace_source_output(opset13.divide(opset13.convert(_constant(stored), "f32"), _constant(1 / scale)).output(0))
+
+
+def _halve(network: Any) -> None:
+    """Store float constants in half precision where it holds them, but for the ranges of quantizers.
+
+    OpenVINO's own compression clips what half precision can't hold.
+    """
+    from openvino import opset13
+
+    for op in network.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type().get_type_name() != "f32" or op.data.size < SHORTEST:
+            continue
+        targets = list(op.output(0).get_target_inputs())
+        kinds = {target.get_node().get_type_name() for target in targets}
+        if "FakeQuantize" in kinds or not holds_in_half(op.data, each=not kinds <= SUMMING):
+            continue
+        half = opset13.convert(_constant(op.data.astype(np.float16)), "f32")
+        for target in targets:
+            target.replace_source_output(half.output(0))
 
 
 def _quantized(network: Any) -> list[Any]:
@@ -234,7 +329,6 @@ def _reduced(source: Any) -> bool:
 
 def network_times(network: Any, inputs: Tensors, threads: int, rest: str) -> dict[str, float]:
     """Seconds of each node of an OpenVINO network in one run (median of five), by name."""
-    import numpy as np
     import openvino
 
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
