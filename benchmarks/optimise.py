@@ -28,6 +28,8 @@ from shared_runtime.host import host
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
 from shared_runtime.variants import VariantStore
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+"""torch starts compile workers on all cores, which would take them from whatever is measured first."""
 ROOT = Path(__file__).parent.parent
 REST_SECONDS = 0.06
 SECONDS = float(os.environ.get("TRISCOPE_BENCH_SECONDS", "10"))
