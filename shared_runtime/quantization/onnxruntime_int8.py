@@ -18,7 +18,7 @@ from shared_runtime.backends.onnxruntime import compile_file, profiled_run
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.lean import lean
-from shared_runtime.graph.passes.base import prepared
+from shared_runtime.graph.passes.base import attribute, prepared
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
@@ -98,11 +98,13 @@ class StaticInt8(_OnnxForm):
         self._operators, self._half = operators, overflows()
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
-        self.layers = _layers(self._prepared, STATIC_KINDS)
+        proto = onnx.load(self._prepared)
+        # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
+        grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
+        self.layers = tuple(name for name in _layers(self._prepared, STATIC_KINDS) if name not in grouped)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
-        proto = onnx.load(self._prepared)
-        self._stored = frozenset(weighty(proto, (*RECURRENT, "Gather")))
+        self._stored = frozenset(weighty(proto, (*RECURRENT, "Gather"))) | grouped
         self._between = frozenset(node.name for node in proto.graph.node) - set(self.layers)
         self.layers = (*self.layers, *sorted(self._stored), BETWEEN)
         self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import shared_runtime as rt
 from shared_runtime.certificate import Reversion
+from shared_runtime.numeric import relative_difference
 from shared_runtime.optimize import simplified
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.guard import Guard
@@ -152,6 +153,26 @@ def test_layers_that_a_form_does_not_compute_in_int8_are_stored_in_it(make: type
     every = frozenset(form.layers)
     np.testing.assert_allclose(form.compile(every, 1).run(words[0])["product"], expected, atol=1e-2)
     np.testing.assert_allclose(form.packed(every).compile(every, 1).run(words[0])["product"], expected, atol=0.15)
+
+
+def test_transposed_convolutions_in_groups_do_not_end_int8(tmp_path: Path) -> None:
+    """ONNX Runtime's quantizer fails on them; the others are computed in INT8."""
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["h"], pads=[1, 1, 1, 1], name="down"),
+        helper.make_node("ConvTranspose", ["h", "b", "bias"], ["y"], strides=[2, 2], group=4, name="up"),
+    ]
+    constants = {"a": normal(32, 3, 3, 3), "b": normal(32, 8, 2, 2), "bias": normal(32)}
+    shapes = {"x": ["n", 3, 16, 16], "y": ["n", 32, 32, 32]}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    made = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "up.onnx")
+    model = rt.load(tmp_path / "up.onnx")
+    data = [{"x": normal(1, 3, 16, 16)} for _ in range(8)]
+    form = StaticInt8(simplified(model, tmp_path, print), read_calibration(data, model.signature, "up"))
+    assert {item.name for item in form.proto(frozenset()).graph.initializer} >= {"a_quantized", "b_packed"}
+    with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        expected = session.run(data[0])["y"]
+    assert relative_difference(form.compile(frozenset(), 1).run(data[0])["y"], expected) < 0.03
 
 
 def test_openvino_takes_layers_back_to_float_that_nncf_smoothed(tmp_path: Path) -> None:
