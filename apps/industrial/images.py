@@ -35,9 +35,9 @@ def read_image(path: Path) -> Pixels:
 
 
 def decode_image(content: bytes, name: str = "the image") -> Pixels:
-    """The image in `content`, upright as its EXIF says; 16-bit is brought to 8, transparency dropped.
+    """The image in `content`, upright as its EXIF says; 16-bit and floats (of 0..1 too) are brought to 8 bits, transparency dropped.
 
-    Raises InputError: no image, truncated, more than MAX_PIXELS by its header, or smaller than MIN_SIDE.
+    Raises InputError: no image, truncated, several frames, more than MAX_PIXELS by its header, or smaller than MIN_SIDE.
     """
     try:
         with warnings.catch_warnings():
@@ -48,6 +48,8 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
                 raise InputError(f"{name} states {width} x {height} pixels; at most {MAX_PIXELS:,} in all are decoded")
             if min(width, height) < MIN_SIDE:
                 raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
+            if _more_frames(image):
+                raise InputError(f"{name} holds {getattr(image, 'n_frames', 2)} frames; expected one image: save each to a file of its own")
             return _eight_bits(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         stated = re.search(r"\d+", str(error))
@@ -59,6 +61,17 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
         ) from error
 
 
+def _more_frames(image: Image.Image) -> bool:
+    """Whether a second frame of the same size follows; a smaller one is a preview."""
+    if image.format not in ("TIFF", "GIF", "PNG", "WEBP") or getattr(image, "n_frames", 1) < 2:
+        return False
+    size = image.size
+    image.seek(1)
+    same = image.size == size
+    image.seek(0)
+    return same
+
+
 def _eight_bits(image: Image.Image) -> Pixels:
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))
@@ -66,7 +79,8 @@ def _eight_bits(image: Image.Image) -> Pixels:
         values = np.asarray(image).astype(np.float32)
         if not np.isfinite(values).all():
             raise InputError("the image holds values that are no numbers; expected finite grey levels")
-        top = 255.0 if values.max() <= 255 else 65535.0 if values.max() <= 65535 else float(values.max())
+        limits = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        top = next((limit for limit in limits if values.max() <= limit), float(values.max()))
         return np.clip(values * (255 / top), 0, 255).astype(np.uint8)
     colour = np.asarray(image.convert("RGB"))
     if (colour[..., 0] == colour[..., 1]).all() and (colour[..., 1] == colour[..., 2]).all():

@@ -27,6 +27,7 @@ from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
+from apps.industrial.features import MAP
 from apps.industrial.images import Pixels, decode_image, png, unusable
 from apps.industrial.inspection.inspector import Inspector
 from apps.industrial.inspection.recipe import Recipe, checked_name
@@ -55,6 +56,38 @@ def test_truncated_and_foreign_bytes_are_refused() -> None:
     for content in (whole[: len(whole) // 2], b"", b"hello"):
         with pytest.raises(InputError, match="can't be decoded"):
             decode_image(content)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG"])
+def test_several_frames_are_refused_and_a_preview_is_not(kind: str) -> None:
+    """Only the first was judged before: a defect on another would have passed."""
+    generator = np.random.default_rng(0)
+    frames = [Image.fromarray(generator.integers(0, 255, (64, 48)).astype(np.uint8)) for _ in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match="3 frames; expected one image"):
+        decode_image(buffer.getvalue(), "pages")
+    if kind == "TIFF":
+        buffer = io.BytesIO()
+        frames[0].save(buffer, kind, save_all=True, append_images=[frames[1].resize((24, 32))])
+        np.testing.assert_array_equal(decode_image(buffer.getvalue()), np.asarray(frames[0]))
+
+
+def test_floats_of_nought_to_one_are_grey_levels() -> None:
+    levels = np.random.default_rng(0).integers(0, 255, (64, 48)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(levels.astype(np.float32) / 255).save(buffer, "TIFF")
+    assert np.abs(decode_image(buffer.getvalue()).astype(int) - levels).max() <= 1
+
+
+@pytest.mark.parametrize("levels", [(0, 255), (0, 1), (0, 3)])
+def test_masks_of_any_two_levels_outline_a_defect(levels: tuple[int, int], tmp_path: Path) -> None:
+    mask = np.full((128, 128), levels[0], np.uint8)
+    mask[32:64, 64:96] = levels[1]
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    cells = Sample(tmp_path / "part.png", "hole", tmp_path / "mask.png").cells((128, 128))
+    assert cells is not None
+    assert cells.sum() == pytest.approx((MAP / 4) ** 2)
 
 
 def test_sixteen_bits_and_turned_images_are_read() -> None:

@@ -46,7 +46,8 @@ class Sample:
             return np.zeros((MAP, MAP), np.float32)
         if self.mask is not None:
             mask = read_image(self.mask)
-            outline = (mask if mask.ndim == 2 else mask.max(axis=2)) >= 128
+            levels = mask if mask.ndim == 2 else mask.max(axis=2)
+            outline = levels >= 128 if levels.max() >= 128 else levels > 0  # 0 and 1, or numbers of kinds
             if outline.shape != tuple(shape[:2]):
                 raise InputError(f"mask {self.mask} has shape {list(outline.shape)}, its image {list(shape[:2])}; expected equal ones")
         elif self.boxes:
