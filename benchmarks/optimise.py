@@ -430,7 +430,27 @@ def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], s
         for model in r["models"].values():
             if model.get("volume"):
                 lines += volume_lines(model["volume"])
+        if beside := r.get("onnxruntime_cuda"):
+            lines += _cuda_lines(beside)
     return lines
+
+
+def _cuda_lines(beside: dict[str, Any]) -> list[str]:
+    """Runs in which ONNX Runtime's CUDA provider stood beside."""
+    peers = ("onnxruntime", "torch eager", "torch.compile")
+    lines = [
+        f"In runs of their own with ONNX Runtime's CUDA provider ({beside['onnxruntime']}) beside, medians [ms]:",
+        "",
+        f"| model | GPU | rows | Triscope | {' | '.join(peers)} | best peer / Triscope |",
+        f"|---|---|---|---|{'---|' * len(peers)}---|",
+    ]
+    for name, model in beside["models"].items():
+        for rows, speed in model["speed"].items():
+            low, high = speed["interval_best"]
+            theirs = " | ".join(f"{speed['peers'][peer]:.2f}" for peer in peers)
+            ratio = f"{speed['ratio_best']:.2f} ({low:.2f} to {high:.2f})"
+            lines.append(f"| {name} | {model['gpu']} | {rows} | {speed['ms']:.2f} | {theirs} | {ratio} |")
+    return [*lines, ""]
 
 
 def tensorflow() -> dict[str, Any]:

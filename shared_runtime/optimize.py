@@ -22,7 +22,6 @@ from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host, usable_cores
 from shared_runtime.model import Model, load
 from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
-from shared_runtime.quantization.forms import Form
 from shared_runtime.quantization.guard import Guard, Guarded, Report
 from shared_runtime.quantization.judge import Judge, slice_names
 from shared_runtime.quantization.metrics import Metric, agreement
@@ -178,7 +177,7 @@ def _judge(
 
 def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None, str]:
     """Make one form by each way of calibration, guard the one that loses least, and certify it; or None and why it was refused."""
-    best: tuple[float, Form, Guard] | None = None
+    best: tuple[float, Guard] | None = None
     for form in maker.make(job.calibration):
         key = (form.facts.engine, form.facts.device)
         if key not in job.references:
@@ -186,11 +185,11 @@ def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None
         guard = Guard(form, job.judge, job.references[key], job.threads, budget, job.report)
         first = guard.first()
         if best is None or first.drop < best[0]:
-            best = (first.drop, form, guard)
+            best = (first.drop, guard)
         if not first.why:
             break
     assert best is not None
-    guard = best[2]
+    guard = best[1]
     close = maker.name.replace("-bfloat16-", "-")
     if close in job.hints and job.hints[close] is None:
         return None, "a form of the same layers was refused"

@@ -48,8 +48,8 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
                 raise InputError(f"{name} states {width} x {height} pixels; at most {MAX_PIXELS:,} in all are decoded")
             if min(width, height) < MIN_SIDE:
                 raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
-            if _more_frames(image):
-                raise InputError(f"{name} holds {getattr(image, 'n_frames', 2)} frames; expected one image: save each to a file of its own")
+            if (frames := _frames(image)) > 1:
+                raise InputError(f"{name} holds {frames} frames; expected one image: save each to a file of its own")
             return _eight_bits(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         stated = re.search(r"\d+", str(error))
@@ -61,15 +61,16 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
         ) from error
 
 
-def _more_frames(image: Image.Image) -> bool:
-    """Whether a second frame of the same size follows; a smaller one is a preview."""
-    if image.format not in ("TIFF", "GIF", "PNG", "WEBP") or getattr(image, "n_frames", 1) < 2:
-        return False
+def _frames(image: Image.Image) -> int:
+    """How many frames a file of a format for several holds; a second one of another size is a preview and does not count."""
+    count = int(getattr(image, "n_frames", 1)) if image.format in ("TIFF", "GIF", "PNG", "WEBP") else 1
+    if count == 1:
+        return 1
     size = image.size
     image.seek(1)
     same = image.size == size
     image.seek(0)
-    return same
+    return count if same else 1
 
 
 def _eight_bits(image: Image.Image) -> Pixels:

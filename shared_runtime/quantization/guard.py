@@ -177,14 +177,16 @@ class Guard:
 
     def _revert_for_speed(self, found: Guarded) -> Guarded:
         """Put back layers whose INT8 form is slower here, where the whole is faster for it and still passes."""
-        if not self._form.layers or time.monotonic() > self._end:
+        stored = self._form.stored if isinstance(self._form, PackingForm) else frozenset()
+        reduced = [layer for layer in self._form.layers if layer not in stored]
+        if not reduced or time.monotonic() > self._end:
             return found
         quick = self._form.layer_times(found.layers, self._threads)
         plain = self._form.layer_times(frozenset(self._form.layers), self._threads)
         total = sum(plain.values())
         slower = {
             layer: quick[layer] / plain[layer]
-            for layer in self._form.layers
+            for layer in reduced
             if layer in quick and plain.get(layer) and quick[layer] > SLOWER * plain[layer] and quick[layer] > NOTICEABLE * total
         }
         more = {layer: ratio for layer, ratio in slower.items() if layer not in found.layers}

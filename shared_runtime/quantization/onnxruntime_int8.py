@@ -38,13 +38,13 @@ METHODS = ("minmax", "entropy", "percentile")
 class _OnnxForm:
     """What the three have in common: a graph that is built anew for the layers put back to float.
 
-    Layers of kinds that it can't compute in INT8 (`_stored`) have their weights in INT8 until they are put back.
+    Layers of kinds that it can't compute in INT8 (`stored`) have their weights in INT8 until they are put back.
     """
 
     facts: VariantFacts
     layers: tuple[str, ...]
     passes: tuple[str, ...]
-    _stored: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
     _packed: frozenset[str] = frozenset()
 
     def __init__(self, model: Model, facts: VariantFacts) -> None:
@@ -61,10 +61,10 @@ class _OnnxForm:
         """The quantized graph with those layers in float; its float constants are in half precision."""
         proto = self._quantized(reverted)
         whole = reverted - self._packed
-        stored = (self._stored | self._packed) - whole
+        packed = (self.stored | self._packed) - whole
         named = [(node.name if node.name in self.layers else node.name.removesuffix(SPLIT), weights(node)) for node in proto.graph.node]
         kept = {weight for name, owned in named if name in whole for weight, _ in owned}
-        pack(proto, {weight: axis for name, owned in named if name in stored for weight, axis in owned if weight not in kept})
+        pack(proto, {weight: axis for name, owned in named if name in packed for weight, axis in owned if weight not in kept})
         halve(proto)
         return proto
 
@@ -101,12 +101,12 @@ class StaticInt8(_OnnxForm):
         proto = onnx.load(self._prepared)
         # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
         grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
-        self.layers = tuple(name for name in _layers(self._prepared, STATIC_KINDS) if name not in grouped)
+        self.layers = tuple(name for name in _layers(proto, STATIC_KINDS) if name not in grouped)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
-        self._stored = frozenset(weighty(proto, (*RECURRENT, "Gather"))) | grouped
+        self.stored = frozenset(weighty(proto, (*RECURRENT, "Gather"))) | grouped
         self._between = frozenset(node.name for node in proto.graph.node) - set(self.layers)
-        self.layers = (*self.layers, *sorted(self._stored), BETWEEN)
+        self.layers = (*self.layers, *sorted(self.stored), BETWEEN)
         self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))
 
     def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
@@ -122,7 +122,7 @@ class StaticInt8(_OnnxForm):
             "activation_qType": QuantType.QUInt8,
             "tensors_range": self._ranges,
             "nodes_to_quantize": [],
-            "nodes_to_exclude": sorted(reverted | self._stored | (self._between if BETWEEN in reverted else set())),
+            "nodes_to_exclude": sorted(reverted | self.stored | (self._between if BETWEEN in reverted else set())),
             "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
             "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
         }
@@ -148,11 +148,12 @@ class DynamicInt8(_OnnxForm):
         super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
         _unshare(self._prepared)
-        self.layers = _layers(self._prepared, DYNAMIC_KINDS)
+        proto = onnx.load(self._prepared)
+        self.layers = _layers(proto, DYNAMIC_KINDS)
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer for dynamic INT8 ({', '.join(DYNAMIC_KINDS)} with constant weights)")
-        self._stored = frozenset(weighty(onnx.load(self._prepared), ("Conv", "ConvTranspose", "GRU", "RNN", "Gather")))
-        self.layers = (*self.layers, *sorted(self._stored))
+        self.stored = frozenset(weighty(proto, ("Conv", "ConvTranspose", "GRU", "RNN", "Gather")))
+        self.layers = (*self.layers, *sorted(self.stored))
 
     def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -183,14 +184,10 @@ class WeightOnlyInt8(_OnnxForm):
         self.layers = weighty(onnx.load(self._prepared))
         if not self.layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer with constant weights of {SMALLEST} elements or more")
-        self._stored = frozenset(self.layers)
+        self.stored = frozenset(self.layers)
 
     def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
         return onnx.load(self._prepared)
-
-    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
-        """None: what is computed in float is as fast as float."""
-        return {}
 
 
 def _prepared(model: Model, folder: Path) -> Path:
@@ -222,8 +219,7 @@ def _unshare(path: Path) -> None:
     onnx.save(proto, path)
 
 
-def _layers(path: Path, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    proto = onnx.load(path)
+def _layers(proto: onnx.ModelProto, kinds: tuple[str, ...]) -> tuple[str, ...]:
     constant = {item.name for item in proto.graph.initializer}
     return tuple(n.name for n in proto.graph.node if n.op_type in kinds and any(name in constant for name in n.input))
 

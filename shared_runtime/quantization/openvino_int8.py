@@ -18,7 +18,7 @@ from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.samples import SampleStore
-from shared_runtime.quantization.storage import SHORTEST, SMALLEST, holds_in_half, int8_and_scale
+from shared_runtime.quantization.storage import SHORTEST, fits_int8, holds_in_half, int8_and_scale
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, VariantFacts
 
@@ -75,8 +75,8 @@ class OpenVinoInt8:
         self._between = frozenset(name for name, weighted in named if not weighted)
         reduced = tuple(name for name, weighted in named if weighted)
         others = [op for op in self._quantized.get_ordered_ops() if op.get_type_name() in RECURRENT and _weights(op)]
-        self._stored = frozenset(op.get_friendly_name() for op in others) - set(reduced)
-        self.layers = (*reduced, *sorted(self._stored), *((BETWEEN,) if self._between else ()))
+        self.stored = frozenset(op.get_friendly_name() for op in others) - set(reduced)
+        self.layers = (*reduced, *sorted(self.stored), *((BETWEEN,) if self._between else ()))
 
     def with_rest(self, rest: str) -> OpenVinoInt8:
         """The same quantization with another precision for what is not quantized."""
@@ -105,9 +105,9 @@ class OpenVinoInt8:
                 for target in op.output(0).get_target_inputs():
                     if target.get_node().get_type_name() == "Add":  # NNCF corrects the bias for the error of the weights
                         self._restore(target.get_node())
-        stored = (self._stored | self._packed) - (reverted - self._packed)
+        packed = (self.stored | self._packed) - (reverted - self._packed)
         for op in network.get_ordered_ops():
-            if op.get_friendly_name() in stored:
+            if op.get_friendly_name() in packed:
                 _pack(op)
         _halve(network)
         network.validate_nodes_and_infer_types()
@@ -265,7 +265,7 @@ def _values(port: Any) -> Any:
 
 
 def _weights(op: Any) -> list[tuple[Any, tuple[int, ...]]]:
-    """The ports of an operator that read float weights of SMALLEST elements or more, with their channel axes."""
+    """The ports of an operator that read float weights that gain from INT8, with their channel axes."""
     kind = op.get_type_name()
     ports: list[tuple[Any, tuple[int, ...]]] = []
     if kind in RECURRENT:
@@ -275,7 +275,7 @@ def _weights(op: Any) -> list[tuple[Any, tuple[int, ...]]]:
     elif kind in CHANNELS:
         ports = [(op.input(1), CHANNELS[kind])]
     read = [(port, axes, _values(port)) for port, axes in ports]
-    return [(p, tuple(a % v.ndim for a in axes)) for p, axes, v in read if v is not None and v.dtype == np.float32 and v.size >= SMALLEST]
+    return [(p, tuple(a % v.ndim for a in axes)) for p, axes, v in read if v is not None and fits_int8(v)]
 
 
 def _pack(op: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from shared_runtime.graph.passes.base import attribute
 from shared_runtime.quantization.rounding import Array, balanced_rounding
 
 SMALLEST = 256
@@ -20,8 +21,8 @@ SHORTEST = 64
 """Constants with fewer elements stay as they are: what unpacks them would weigh more than they save."""
 SMALLEST_NORMAL = 2.0**-14
 """Below it, half precision has fewer than ten bits."""
-EXACT_KINDS = ("QuantizeLinear", "DequantizeLinear")
-"""What reads scales of other constants: these stay in float32."""
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+"""What reads scales: these stay in float32."""
 
 
 def int8_and_scale(values: Array, channels: tuple[int, ...]) -> tuple[Array, Array]:
@@ -33,7 +34,8 @@ def int8_and_scale(values: Array, channels: tuple[int, ...]) -> tuple[Array, Arr
     moved = values.transpose(order)
     kept = moved.shape[: len(channels)]
     rows = moved.reshape(prod(kept), -1)
-    scale = np.maximum(np.abs(rows).max(axis=1) / 127.0, 1e-12).astype(np.float32)
+    scale = (np.abs(rows).max(axis=1) / 127.0).astype(np.float32)
+    scale[scale < 1e-12] = 1.0  # a channel of zeros
     if scale.min() >= SMALLEST_NORMAL and scale.max() <= np.finfo(np.float16).max / 2:
         half = scale.astype(np.float16)
         scale = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
@@ -42,11 +44,16 @@ def int8_and_scale(values: Array, channels: tuple[int, ...]) -> tuple[Array, Arr
     return np.ascontiguousarray(stored.transpose(np.argsort(order))), scale.reshape(kept).transpose(np.argsort(channels)).reshape(shape)
 
 
+def fits_int8(values: Array) -> bool:
+    """Whether a constant is a weight that gains from INT8: finite float32, SMALLEST elements or more."""
+    return values.dtype == np.float32 and values.size >= SMALLEST and bool(np.isfinite(values).all())
+
+
 def pack(proto: onnx.ModelProto, channels: Mapping[str, int]) -> None:
     """Store these float32 constants of a graph in INT8, in place; `channels`: the axis of each that has a scale an index."""
     for item in [i for i in proto.graph.initializer if i.name in channels]:
         values = numpy_helper.to_array(item)
-        if values.dtype != np.float32 or values.size < SMALLEST or not np.isfinite(values).all():
+        if not fits_int8(values):
             continue
         stored, scale = int8_and_scale(values, (channels[item.name] % values.ndim,))
         name = item.name
@@ -59,19 +66,19 @@ def pack(proto: onnx.ModelProto, channels: Mapping[str, int]) -> None:
 
 def halve(proto: onnx.ModelProto) -> None:
     """Store the float32 constants of a graph in half precision, in place, but for quantizers' scales and what it can't hold."""
-    readers: dict[str, set[str]] = {}
+    kept = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    kinds: dict[str, set[str]] = {}
     for node in proto.graph.node:
         for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type if node.domain in ("", "ai.onnx") else "QLinear")
-    outer = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+            kinds.setdefault(name, set()).add(node.op_type)
+        if node.domain not in ("", "ai.onnx") or node.op_type in QUANTIZERS or node.op_type.startswith("QLinear"):
+            kept.update(node.input)
     for item in list(proto.graph.initializer):
-        kinds, name = readers.get(item.name, set()), item.name
-        if item.data_type != TensorProto.FLOAT or prod(item.dims) < SHORTEST or name in outer:
-            continue
-        if any(kind in EXACT_KINDS or kind.startswith("QLinear") for kind in kinds):
+        name = item.name
+        if item.data_type != TensorProto.FLOAT or prod(item.dims) < SHORTEST or name in kept:
             continue
         values = numpy_helper.to_array(item)
-        if not holds_in_half(values, each=not kinds <= SUMMING):
+        if not holds_in_half(values, each=not kinds.get(name, set()) <= SUMMING):
             continue
         proto.graph.initializer.remove(item)
         proto.graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
@@ -94,7 +101,7 @@ def weights(node: onnx.NodeProto) -> list[tuple[str, int]]:
     if node.op_type == "ConvTranspose":
         return [(node.input[1], 1)]
     if node.op_type == "Gemm":
-        return [(node.input[1], 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1)]
+        return [(node.input[1], 0 if attribute(node, "transB", 0) else 1)]
     if node.op_type == "MatMul":
         return [(node.input[0], -2), (node.input[1], -1)]
     if node.op_type in RECURRENT:

@@ -22,7 +22,7 @@ from shared_runtime.quantization.guard import Guard
 from shared_runtime.quantization.judge import Judge
 from shared_runtime.quantization.onnxruntime_int8 import DynamicInt8, StaticInt8
 from shared_runtime.quantization.samples import read_calibration
-from shared_runtime.quantization.storage import halve, int8_and_scale, pack, weights, weighty
+from shared_runtime.quantization.storage import halve, holds_in_half, int8_and_scale, pack, weights, weighty
 from shared_runtime.variants import VariantFacts
 
 GENERATOR = np.random.default_rng(0)
@@ -225,6 +225,7 @@ def test_every_int8_form_of_the_sequence_network_is_below_a_third(tmp_path: Path
 class Harmful:
     """A form whose layers do known harm in INT8, and less with weights alone in it."""
 
+    stored: frozenset[str] = frozenset()
     facts = VariantFacts("int8-fake", "int8", "onnxruntime", "cpu", "model.onnx")
     passes = ("fake",)
 
@@ -285,3 +286,26 @@ def test_descriptions_of_networks_that_earlier_versions_packed_are_read(tmp_path
     (tmp_path / "model.xml.gz").write_bytes(gzip.compress(text))
     names = [{port.any_name for port in read_network(tmp_path / f"model.xml.{kind}").outputs} for kind in ("gz", "xz")]
     assert names[0] == names[1] == {"product"}
+
+
+def test_layers_that_are_only_stored_in_int8_are_not_slower_than_in_float() -> None:
+    class Timed(Harmful):
+        def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+            raise AssertionError("nothing is computed in INT8")
+
+    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
+    samples = read_calibration([{"x": normal(1, 2)} for _ in range(3)], signature, "fake")
+    reference = [{"y": inputs["x"]} for inputs in samples]
+    form = Timed({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0})
+    form.stored = frozenset(form.layers)
+    found = Guard(form, Judge(reference, samples, reference, lambda o, t: 1.0, 0.01), Adding(0.0), 1, 30).search()
+    assert found.passed
+    assert not found.reverted
+
+
+def test_a_channel_of_zeros_leaves_the_scales_of_the_others_in_half_precision() -> None:
+    values = normal(8, 40)
+    values[3] = 0
+    stored, scale = int8_and_scale(values, (0,))
+    assert not stored[3].any()
+    assert holds_in_half(scale, each=True)
