@@ -76,6 +76,8 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     medical, medical_log = open_medical(settings)
     finance, finance_log = open_finance(settings)
     _, live = _cards()
+    known = finance.store.known(live["TRANSACTION_ID"].to_list())
+    live = live.filter(~pl.col("TRANSACTION_ID").is_in(list(known)))  # those that an earlier demo of today decided
     speed = LIVE_A_SECOND * LIVE_DAYS * 86_400 / max(len(live), 1)
     industrial, industrial_log = open_industrial(settings)
     threads = [

@@ -16,6 +16,7 @@ import numpy as np
 
 from shared_runtime.backends.base import Availability, Executable, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.backends.openvino_streams import StreamedExecutable
+from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -116,7 +117,8 @@ def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[in
     try:
         if shapes:
             network.reshape(shapes)
-        compiled = openvino.Core().compile_model(network, "CPU", properties)
+        with signal_stack_kept():
+            compiled = openvino.Core().compile_model(network, "CPU", properties)
     except RuntimeError as error:
         raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {error}") from error
     hint = "INFERENCE_PRECISION_HINT"

@@ -13,6 +13,7 @@ import numpy as np
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.backends.openvino import HINTS, compile_graph, save_network
+from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -183,7 +184,7 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
         for inputs in calibration:
             yield {name: value for name, value in inputs.items() if name in names}
 
-    with _quiet():
+    with _quiet(), signal_stack_kept():
         try:
             return nncf.quantize(
                 network,
@@ -332,7 +333,8 @@ def network_times(network: Any, inputs: Tensors, threads: int, rest: str) -> dic
     import openvino
 
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
-    request = openvino.Core().compile_model(network, "CPU", properties).create_infer_request()
+    with signal_stack_kept():
+        request = openvino.Core().compile_model(network, "CPU", properties).create_infer_request()
     runs: dict[str, list[float]] = {}
     for _ in range(6):
         request.infer(inputs)

@@ -196,12 +196,14 @@ def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) 
     import openvino
 
     from shared_runtime.backends.openvino import HINTS
+    from shared_runtime.backends.signal_stack import signal_stack_kept
 
     core = openvino.Core()
     network = core.read_model(str(graph))
     network.reshape({key: list(value.shape) for key, value in inputs.items()})
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
-    request = core.compile_model(network, "CPU", properties).create_infer_request()
+    with signal_stack_kept():
+        request = core.compile_model(network, "CPU", properties).create_infer_request()
     request.infer(inputs)
     timed: dict[str, _Timed] = {}
     for _ in range(runs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -303,3 +305,29 @@ def test_onnxruntime_does_not_load_weights_beside_the_graph_again_for_each_shape
         executable = compile_file("beside", path, "cpu", 1, "float32")
         assert (executable._session_for(inputs) is executable._session) == outside
         executable.close()
+
+
+SIGNALLED = """
+import os, signal, sys, time
+import numpy as np
+import shared_runtime as rt
+from shared_runtime.backends.base import backends
+arrived = []
+signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+model, backend = rt.load(sys.argv[2]), backends()[sys.argv[1]]
+first, second = backend.compile(model, "cpu", 1), backend.compile(model, "cpu", 1)
+for executable in (first, second):
+    executable.run({"x": np.zeros((1, 2, 8, 8), np.float32)})
+first.close()
+second.close()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.1)
+print(arrived)
+"""
+
+
+def test_a_signal_finds_its_handler_after_executables_were_closed(backend: HardwareBackend, convolutions: rt.Model) -> None:
+    """In the order of opening: OpenVINO alone leaves the thread a signal stack that is unmapped, and the signal kills the process."""
+    command = [sys.executable, "-c", SIGNALLED, backend.name, str(convolutions.graph)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (answer.returncode, answer.stdout.strip()) == (0, "[2]"), answer.stderr

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -36,6 +40,32 @@ def test_the_demo_without_pages_writes_a_summary(commands: Commands, tmp_path: P
     done = next(line for line in lines if line["message"] == "study done")
     assert len(done["trace_id"]) == 32
     assert "Sample" not in answer.stderr, "no patient name in a log"
+
+
+def test_the_demo_ends_by_ctrl_c_starts_again_and_its_pages_end_with_it(commands: Commands, free_port: int) -> None:
+    process = commands.start("demo", "--port", str(free_port), until="Triscope is at")
+    time.sleep(3)  # the workers are at work
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    log = process.stderr.read()  # type: ignore[union-attr]
+    assert process.wait(15) == 0
+    assert "interrupted" in log
+    assert not answers(free_port)
+
+    process = commands.start("demo", "--port", str(free_port), until="Triscope is at")
+    threading.Timer(8, process.kill).start()
+    log = process.stderr.read()  # type: ignore[union-attr]
+    assert "Traceback" not in log
+    assert "dlq" not in log, "no card comes twice"
+    deadline = time.monotonic() + 15
+    while answers(free_port) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not answers(free_port)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_segment_writes_what_a_clinician_receives(commands: Commands, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from apps.common.errors import UsageError
 START_SECONDS, STOP_SECONDS = 60.0, 4.0
 
 
-def _command(address: str, port: int) -> list[str]:
+def _command(address: str, port: int, module: str = "streamlit") -> list[str]:
     spec = importlib.util.find_spec("apps")
     pages = Path(next(iter(spec.submodule_search_locations or ["apps"]))) / "pages.py" if spec else Path("pages.py")
     options = {
@@ -34,7 +34,7 @@ def _command(address: str, port: int) -> list[str]:
         "theme.dark.primaryColor": "#6db3e8",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "streamlit", "run", str(pages), *flags]
+    return [sys.executable, "-m", module, "run", str(pages), *flags]
 
 
 def _free(address: str, port: int) -> None:
@@ -50,10 +50,11 @@ def _free(address: str, port: int) -> None:
 
 @contextmanager
 def page_server(address: str, port: int) -> Iterator[str]:
-    """The pages, served by a child process for the length of the block; their address once they answer."""
+    """The pages, served by a child process for the length of the block and of this process; their address once they answer."""
     _free(address, port)
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(_command(address, port), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    command = _command(address, port, "apps.common.ui.child")
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     shown = "127.0.0.1" if address in ("0.0.0.0", "::") else address
     try:
         _wait(process, f"http://{shown}:{port}/_stcore/health")
@@ -61,10 +62,10 @@ def page_server(address: str, port: int) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.wait(STOP_SECONDS)
+            process.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str) -> None:
