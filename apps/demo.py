@@ -40,6 +40,7 @@ from apps.medical.store import DONE
 from apps.medical.worker import REPORTS as MEDICAL_REPORTS
 from apps.medical.worker import run_worker
 from pipelines import Log
+from pipelines.processor import Interrupted
 from shared_runtime.host import host, peak_resident_mib
 
 HEAD_SAMPLE = "head_t1_dicom.zip"
@@ -124,6 +125,12 @@ def _summary(settings: Settings, stop: threading.Event, started: float, report: 
     }
 
 
+def _go_on(stop: threading.Event) -> None:
+    """Raises Interrupted after a worker that was interrupted: what it left undone is no result."""
+    if stop.is_set():
+        raise Interrupted
+
+
 def _cards() -> tuple[pl.DataFrame, pl.DataFrame]:
     """Simulated transactions: those of the demo's history, and those that come live. The last day is today."""
     start = datetime.now(UTC).date() - timedelta(days=HISTORY_DAYS + LIVE_DAYS - 1)
@@ -142,6 +149,7 @@ def _finance(service: FinanceService, log: Log, stop: threading.Event, report: C
         service.set_budget(CARD_BUDGET, "demo")
         replay_table(history, log, stop=stop)
     counts = run_finance_worker(service, log, stop, until_idle=True).counts
+    _go_on(stop)
     seconds = time.monotonic() - start
     alerts = service.store.alerts(limit=1)
     if not alerts:
@@ -199,6 +207,7 @@ def _industrial(service: IndustrialService, log: Log, stop: threading.Event, rep
     for frame in GeneratedSource(PART_TEXTURE, FIRST_PARTS, seed=2).frames(stop):
         sent[service.submit(frame.content, PART, "demo", frame.serial, "demo", frame.time)] = "-" in frame.serial
     counts = run_industrial_worker(service, log, stop, until_idle=True).counts
+    _go_on(stop)
     found = {frame: part.verdict.verdict for frame in sent if (part := service.store.find(frame)) is not None}
     defective = [frame for frame, bad in sent.items() if bad]
     caught = sum(found.get(frame) in ("review", "fail") for frame in defective)
@@ -225,6 +234,7 @@ def _medical(service: MedicalService, log: Log, stop: threading.Event, report: C
     report("medical: a T1 head through the log, the model and the store ...")
     (study_id,) = service.receive(sample(HEAD_SAMPLE), "demo").study_ids
     run_worker(service, log, stop, until_idle=True)
+    _go_on(stop)
     study = service.store.get(study_id)
     if study.status != DONE:
         raise TriscopeError(f"the sample head ended as {study.status!r}: {study.reason or 'interrupted'}; run 'triscope doctor'")
