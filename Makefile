@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard shared_runtime/kernels/*/*.c)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard shared_runtime/kernels/*/*.[ch])
 	$(PYTHON) scripts/make_env.py $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,optimize,postgres,dev]'
 	touch $(STAMP)

@@ -4,23 +4,31 @@ Without a C compiler the installation goes on, and `triscope doctor` says what i
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+UNIX = ["-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+UNIX += ["-Wno-unused-parameter", "-Wno-psabi"]
 WINDOWS = sys.platform == "win32"
-KERNELS = [
-    Extension(
-        "shared_runtime.kernels.trees._cpu",
-        ["shared_runtime/kernels/trees/_cpu.c"],
-        extra_compile_args=["/O2"] if WINDOWS else ["-O3", "-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+
+
+def kernel(name: str, *sources: str) -> Extension:
+    """The extension `_cpu` of a folder of kernels, and the files it is compiled from."""
+    folder = f"shared_runtime/kernels/{name}"
+    return Extension(
+        f"shared_runtime.kernels.{name}._cpu",
+        [f"{folder}/{source}" for source in sources],
+        depends=[f"{folder}/{header}" for header in sorted(p.name for p in Path(folder).glob("*.h"))],
+        extra_compile_args=["/O2"] if WINDOWS else UNIX,
         libraries=[] if WINDOWS else ["m"],
         py_limited_api=True,
         optional=True,
     )
-]
+
 
 setup(
-    ext_modules=KERNELS,
+    ext_modules=[kernel("trees", "_cpu.c"), kernel("fused", "_cpu.c", "_any.c", "_avx2.c", "_avx512.c")],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     packages=[*find_packages(include=["apps*", "shared_runtime*", "pipelines*"]), "triscope_data"],
     package_dir={"triscope_data": "data"},

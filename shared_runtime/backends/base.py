@@ -95,6 +95,11 @@ def fewest_rows(backend: HardwareBackend) -> int:
     return int(getattr(backend, "bulk_rows", 1))
 
 
+def one_thread(backend: HardwareBackend) -> bool:
+    """Whether an engine runs a request on one thread, unless a mode says otherwise."""
+    return bool(getattr(backend, "one_thread", False))
+
+
 def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
     """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
     if all(value.shape[0] if value.ndim else True for value in inputs.values()):

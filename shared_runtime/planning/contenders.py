@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, specialise
+from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, one_thread, specialise
 from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.cost import GraphCost
 from shared_runtime.model import Model
@@ -86,7 +86,8 @@ def _ways(
                         continue  # it saves memory and no time
                     if (mode in TOGETHER and threads == 1) or (mode == "streams" and most_rows < 2) or (mode == "spinning" and not hold):
                         continue
-                    for count in dict.fromkeys((threads, 1) if kind == "cpu" and mode not in TOGETHER else (threads,)):
+                    counts = (1,) if one_thread(backend) else (threads, 1) if kind == "cpu" else (threads,)
+                    for count in dict.fromkeys(counts if mode not in TOGETHER else (threads,)):
                         yield backend, kind, mode, count, variant
 
 

@@ -1,22 +1,40 @@
-"""OpenVINO with a stream a core: the rows of a request are shared out, and the cores need not wait for one another in each layer."""
+"""A stream a core: the rows of a request are shared out, and the cores need not wait for one another in each layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from shared_runtime.backends.base import zero_rows
+from shared_runtime.backends.base import Executable, zero_rows
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.numeric import difference
 from shared_runtime.signature import Signature, Tensors
 
-if TYPE_CHECKING:
-    from shared_runtime.backends.openvino import OpenVinoExecutable
-
 TOLERANCE = 1e-2
 """Largest difference, relative, of two rows together from each alone: sums in another order, in bfloat16 at the most."""
+
+
+class Streams(Executable, Protocol):
+    """An executable that can run several requests at once."""
+
+    def run_at_once(self, parts: Sequence[Tensors]) -> list[Tensors]:
+        """The outputs of several requests that run side by side."""
+        ...
+
+    def specialise(self, inputs: Tensors) -> None:
+        """Prepare for these shapes."""
+        ...
+
+    def prepare_any(self) -> None:
+        """Prepare for any shape."""
+        ...
+
+    def nodes(self, inputs: Tensors) -> dict[str, int]:
+        """Operators by where they run."""
+        ...
 
 
 class StreamedExecutable:
@@ -24,7 +42,7 @@ class StreamedExecutable:
 
     device = "cpu"
 
-    def __init__(self, inner: OpenVinoExecutable, streams: int, signature: Signature, name: str) -> None:
+    def __init__(self, inner: Streams, streams: int, signature: Signature, name: str) -> None:
         """Raises UnsupportedModelError where the tensors have no rows of their own."""
         self._inner, self._streams, self._name, self._independent = inner, streams, name, False
         self.precision = inner.precision

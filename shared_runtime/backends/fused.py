@@ -1,0 +1,122 @@
+"""Our own kernel for small networks: the whole network in one call, where an engine's operators cost more to call than to compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import onnx
+
+from shared_runtime.backends.base import Availability, Executable, refuse_foreign, refuse_unknown_mode, zero_rows
+from shared_runtime.backends.streams import StreamedExecutable
+from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.kernels.fused.lowering import lower, refuse_unknown_operators
+from shared_runtime.model import Model
+from shared_runtime.signature import Tensors
+from shared_runtime.variants import FLOAT, Variant
+
+KERNEL = "shared_runtime.kernels.fused._cpu"
+MOST_WORK = 20_000_000
+"""Most multiplications of a run that the kernel is prepared for: beyond them the engines' blocking for the caches wins."""
+MOST_PROGRAMS = 16
+"""Programs that are kept, one for each combination of input shapes; the one not used for longest goes first."""
+
+
+class FusedExecutable:
+    """A network with a program for each combination of input shapes; any number of threads may run it at once."""
+
+    device, precision = "cpu", FLOAT
+
+    def __init__(self, proto: onnx.ModelProto, name: str, inputs: Sequence[str], threads: int = 1) -> None:
+        """`threads`: how many requests `run_at_once` runs side by side."""
+        from shared_runtime.kernels.fused import _cpu
+
+        self._proto, self._name, self._inputs, self._kernel = proto, name, tuple(inputs), _cpu
+        self._programs: dict[tuple[Any, ...], tuple[Any, dict[str, tuple[int, ...]]]] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads - 1, "fused") if threads > 1 else None
+
+    def run(self, inputs: Tensors) -> Tensors:
+        arrays = [inputs[name] for name in self._inputs]
+        found = self._programs.get(tuple(array.shape for array in arrays))
+        if found is None:
+            if (empty := zero_rows(self, inputs)) is not None:
+                return empty
+            found = self._program(inputs)
+        program, shapes = found
+        outputs = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        self._kernel.run(program, *arrays, *outputs.values())
+        return outputs
+
+    def run_at_once(self, parts: Sequence[Tensors]) -> list[Tensors]:
+        """The outputs of several requests; this thread runs the first."""
+        if self._pool is None:
+            return [self.run(part) for part in parts]
+        others = [self._pool.submit(self.run, part) for part in parts[1:]]
+        return [self.run(parts[0]), *(other.result() for other in others)]
+
+    def specialise(self, inputs: Tensors) -> None:
+        """Make the program for these shapes. Raises UnsupportedModelError where the kernel can't run it."""
+        if all(all(value.shape) for value in inputs.values()):
+            self._program(inputs, MOST_WORK)
+
+    def prepare_any(self) -> None:
+        """Nothing: a program is made when its shapes come, in some milliseconds."""
+
+    def nodes(self, inputs: Tensors) -> dict[str, int]:
+        """All operators run in the kernel."""
+        return {self.device: len(self._proto.graph.node)}
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._programs.clear()
+
+    def _program(self, inputs: Tensors, most_work: int | None = None) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        key = tuple(inputs[name].shape for name in self._inputs)
+        with self._lock:
+            if key not in self._programs:
+                try:
+                    made = lower(self._proto, dict(zip(self._inputs, key, strict=True)), most_work)
+                except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
+                    raise UnsupportedModelError(f"{self._name!r} can't be laid out for the fused kernel: {error!r}") from error
+                program = self._kernel.prepare(made.instructions, made.constants, made.scratch, made.sizes, made.work)
+                while len(self._programs) >= MOST_PROGRAMS:
+                    self._programs.pop(next(iter(self._programs)))
+                self._programs[key] = program, dict(made.outputs)
+            return self._programs[key]
+
+
+class FusedBackend:
+    """The backend `fused`."""
+
+    name = "fused"
+    requires = "the compiled kernel (a C compiler when Triscope was installed), and a small network of dense or recurrent layers in float32"
+    devices = ("cpu",)
+    planned = ("cpu",)
+    one_thread = True
+
+    def availability(self, device: str) -> Availability:
+        if importlib.util.find_spec(KERNEL) is None:
+            return Availability(lacks="the compiled kernel (install a C compiler, then Triscope again)")
+        return Availability(version="1")
+
+    def modes(self, device: str) -> tuple[str, ...]:
+        return ("", "streams")
+
+    def compile(self, model: Model, device: str, threads: int, variant: Variant | None = None, mode: str = "") -> Executable:
+        refuse_foreign(self.name, device, variant)
+        refuse_unknown_mode(self.name, device, mode, self.modes(device))
+        if lacks := self.availability(device).lacks:
+            raise BackendUnavailableError(f"the fused kernel lacks {lacks}")
+        if strange := [spec for spec in (*model.signature.inputs, *model.signature.outputs) if spec.dtype != "float32"]:
+            raise UnsupportedModelError(f"{model.name!r} has {strange[0].describe()}; the fused kernel computes in float32 alone")
+        refuse_unknown_operators(onnx.load(str(model.graph), load_external_data=False))
+        inner = FusedExecutable(
+            onnx.load(str(model.graph)), model.name, [spec.name for spec in model.signature.inputs], threads if mode == "streams" else 1
+        )
+        return StreamedExecutable(inner, threads, model.signature, model.name) if mode == "streams" and threads > 1 else inner
