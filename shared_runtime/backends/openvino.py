@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from shared_runtime.backends.base import Availability, Executable, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
-from shared_runtime.backends.streams import StreamedExecutable
 from shared_runtime.backends.signal_stack import signal_stack_kept
+from shared_runtime.backends.streams import StreamedExecutable
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors

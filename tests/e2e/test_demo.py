@@ -147,7 +147,7 @@ def test_doctor_speaks_of_the_machine_and_the_services(commands: Commands, free_
     assert answer.returncode == 0, answer.stderr
     findings = json.loads(answer.stdout)
     assert findings["host"]["cores"] >= 1
-    assert {row["backend"] for row in findings["backends"]} == {"onnxruntime", "openvino", "torch", "trees", "xgboost"}
+    assert {row["backend"] for row in findings["backends"]} == {"fused", "onnxruntime", "openvino", "torch", "trees", "xgboost"}
     assert all(row["lacks"] or row["version"] for row in findings["backends"])
     log = next(row for row in findings["services"] if row["service"] == "log")
     assert log["reachable"] is False

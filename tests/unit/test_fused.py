@@ -49,7 +49,11 @@ def node(kind: str, *inputs: str, out: str = "y", **attributes: Any) -> onnx.Nod
 
 
 def graph_of(
-    nodes: Sequence[onnx.NodeProto], inputs: dict[str, Sequence[Any]], constants: dict[str, Any] | None = None, outputs: str = "y", opset: int = 17
+    nodes: Sequence[onnx.NodeProto],
+    inputs: dict[str, Sequence[Any]],
+    constants: dict[str, Any] | None = None,
+    outputs: str = "y",
+    opset: int = 17,
 ) -> onnx.ModelProto:
     values = [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()]
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
@@ -106,17 +110,33 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, ...]], dict[st
     "three terms": ([node("Sum", "x", "x", "s")], {"x": (3, 5)}, {"s": random(5)}),
     "clip": ([node("Clip", "x", "l", "h")], {"x": (3, 50)}, {"l": np.float32(-0.5), "h": np.float32(0.25)}),
     "turned": ([node("Transpose", "x", out="t", perm=[2, 0, 1]), node("Exp", "t")], {"x": (3, 4, 19)}, {}),
-    "backwards": ([node("Slice", "x", "minus", "far", "one", "minus", out="t"), node("Neg", "t")], {"x": (3, 7)}, INTS | {"far": np.array([-(2**62)])}),
+    "backwards": (
+        [node("Slice", "x", "minus", "far", "one", "minus", out="t"), node("Neg", "t")],
+        {"x": (3, 7)},
+        INTS | {"far": np.array([-(2**62)])},
+    ),
     "slices": ([node("Slice", "x", "one", "big", "zero", "two")], {"x": (9, 4)}, INTS),
     "picked": ([node("Gather", "x", "i", axis=1)], {"x": (3, 7, 2)}, {"i": np.array([[4, 0, -1], [1, 1, 2]])}),
     "one picked": ([node("Gather", "x", "i", axis=1)], {"x": (3, 7, 2)}, {"i": np.array(-2)}),
-    "split and joined": ([node("Split", "x", "s", out="a b", axis=1), node("Concat", "b", "a", "x", axis=1)], {"x": (3, 7)}, {"s": np.array([2, 5])}),
+    "split and joined": (
+        [node("Split", "x", "s", out="a b", axis=1), node("Concat", "b", "a", "x", axis=1)],
+        {"x": (3, 7)},
+        {"s": np.array([2, 5])},
+    ),
     "reshaped": ([node("Transpose", "x", out="t"), node("Reshape", "t", "s")], {"x": (6, 4)}, {"s": np.array([0, -1, 3])}),
     "flat": ([node("Flatten", "x", axis=2)], {"x": (2, 3, 4, 5)}, {}),
     "squeezed": ([node("Unsqueeze", "x", "one", out="t"), node("Squeeze", "t", "one")], {"x": (3, 4)}, INTS),
     "expanded": ([node("Expand", "x", "s", out="t"), node("Sigmoid", "t")], {"x": (3, 1)}, {"s": np.array([2, 3, 4])}),
-    "shape": ([node("Shape", "x", out="n"), node("Slice", "n", "zero", "one", out="m"), node("Concat", "m", "minus", out="s", axis=0),
-               node("Reshape", "x", "s")], {"x": (3, 4, 5)}, INTS),
+    "shape": (
+        [
+            node("Shape", "x", out="n"),
+            node("Slice", "n", "zero", "one", out="m"),
+            node("Concat", "m", "minus", out="s", axis=0),
+            node("Reshape", "x", "s"),
+        ],
+        {"x": (3, 4, 5)},
+        INTS,
+    ),
     "mean of all": ([node("ReduceMean", "x", keepdims=0)], {"x": (3, 45)}, {}),
     "sum over the middle": ([node("ReduceSum", "x", "one", keepdims=1)], {"x": (3, 40, 5)}, INTS),
     "largest": ([node("ReduceMax", "x", axes=[0, 2], keepdims=0)], {"x": (3, 4, 5)}, {}),
@@ -125,9 +145,18 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, ...]], dict[st
     "softmax": ([node("Softmax", "x", axis=1)], {"x": (3, 37, 5)}, {}),
     "log softmax": ([node("LogSoftmax", "x")], {"x": (3, 37)}, {}),
     "layer norm": ([node("LayerNormalization", "x", "g", "b", axis=-1)], {"x": (3, 4, 37)}, {"g": random(37), "b": random(37)}),
-    "batch norm": ([node("BatchNormalization", "x", "g", "b", "m", "v")], {"x": (3, 4, 2)},
-                   {"g": random(4), "b": random(4), "m": random(4), "v": abs(random(4)) + 0.1}),
-    "cast": ([node("Cast", "x", to=TensorProto.FLOAT), ], {"x": (3, 4)}, {}),
+    "batch norm": (
+        [node("BatchNormalization", "x", "g", "b", "m", "v")],
+        {"x": (3, 4, 2)},
+        {"g": random(4), "b": random(4), "m": random(4), "v": abs(random(4)) + 0.1},
+    ),
+    "cast": (
+        [
+            node("Cast", "x", to=TensorProto.FLOAT),
+        ],
+        {"x": (3, 4)},
+        {},
+    ),
 }
 
 
@@ -140,7 +169,9 @@ def test_operators_compute_what_onnxruntime_does(name: str, version: str) -> Non
 @pytest.mark.parametrize("kind", ["Neg", "Abs", "Sqrt", "Reciprocal", "Relu", "LeakyRelu", "Exp", "Sigmoid", "Tanh", "Sign", "Log", "Elu",
                                   "Softplus", "Erf", "Floor", "HardSigmoid"])  # fmt: skip
 def test_functions_of_one_number(kind: str, version: str) -> None:
-    x = np.concatenate((random(200, scale=3), random(60, scale=1e-3), random(60, scale=40), np.float32([0, 1, -1, 88, -88, 1e-30, 100, -104])))
+    x = np.concatenate(
+        (random(200, scale=3), random(60, scale=1e-3), random(60, scale=40), np.float32([0, 1, -1, 88, -88, 1e-30, 100, -104]))
+    )
     if kind in ("Sqrt", "Log"):
         x = abs(x)
     agree(graph_of([node(kind, "x")], {"x": (len(x),)}), {"x": x}, rtol=3e-6, atol=1e-7)
@@ -169,7 +200,7 @@ def test_recurrent_layers(kind: str, direction: str, hidden: int, version: str) 
     attributes = {} if kind == "LSTM" else {"linear_before_reset": 1}
     outputs = "y last cell" if kind == "LSTM" else "y last"
     made = node(kind, "x", "w", "r", "b", "", *first, out=outputs, hidden_size=hidden, direction=direction, **attributes)
-    shapes: dict[str, tuple[int, ...]] = {"x": (6, 5, 9)} | {name: (both, 5, hidden) for name in first}
+    shapes: dict[str, tuple[int, ...]] = {"x": (6, 5, 9)} | dict.fromkeys(first, (both, 5, hidden))
     agree(graph_of([made], shapes, constants, outputs), {k: random(*s) for k, s in shapes.items()}, atol=1e-5)
     plain = node(kind, "t", "w", "r", out="z", hidden_size=hidden, direction=direction, **attributes)
     turned = [node("Transpose", "x", out="t", perm=[1, 0, 2]), plain, node("Tanh", "z")]
@@ -237,7 +268,9 @@ def test_what_it_has_not_is_refused_by_name(name: str) -> None:
 
 def test_a_model_in_another_type_or_for_another_device_is_refused(tmp_path: Path) -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["rows", 3]) for name in "xy")
-    made = helper.make_model(helper.make_graph([node("Tanh", "x")], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    made = helper.make_model(
+        helper.make_graph([node("Tanh", "x")], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
     onnx.save(made, tmp_path / "double.onnx")
     with pytest.raises(UnsupportedModelError, match="float32 alone"):
         backends()["fused"].compile(rt.load(tmp_path / "double.onnx"), "cpu", 1)

@@ -302,14 +302,6 @@ TARGET static void gemm(int32_t rows, int32_t columns, int32_t depth, const floa
 #undef STRIP
 }
 
-INLINE void activate(const Instruction *in, float *c, ptrdiff_t ldc) {
-    if (in->flag != RELU)
-        return;
-    for (int32_t m = 0; m < in->shape[2]; m++)
-        for (int32_t n = 0; n < in->shape[3]; n++)
-            c[m * ldc + n] = c[m * ldc + n] < 0 ? 0 : c[m * ldc + n];
-}
-
 /* Operands C, A, B in panels and, if there is a fourth, what the sums start from; loops batch, batch, rows, columns, depth. */
 INLINE void packed(const Instruction *in, float **base) {
     const float *b = POINTER(2);
@@ -319,7 +311,6 @@ INLINE void packed(const Instruction *in, float **base) {
             const float *a = POINTER(1) + i0 * STRIDE(1, 0) + i1 * STRIDE(1, 1);
             const float *start = in->operands > 3 ? POINTER(3) + i0 * STRIDE(3, 0) + i1 * STRIDE(3, 1) : NULL;
             gemm(in->shape[2], in->shape[3], in->shape[4], a, STRIDE(1, 2), b, start, in->operands > 3 ? STRIDE(3, 2) : 0, c, STRIDE(0, 2));
-            activate(in, c, STRIDE(0, 2));
         }
 }
 

@@ -19,7 +19,7 @@ typedef struct {
 } Operand;
 
 typedef struct {
-    int32_t kind, flag, shape[DIMS], operands;
+    int32_t kind, flag /* recurrent layers: from the last step on */, shape[DIMS], operands;
     Operand operand[OPERANDS];
     float alpha, beta;
 } Instruction;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -158,7 +159,7 @@ def _clip(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None],
     for place, name, kind in ((1, "min", "Max"), (2, "max", "Min")):
         limit = inputs[place] if len(inputs) > place else None
         if limit is None and name in attributes:
-            limit = np.float32(attributes[name]).reshape(())
+            limit = np.array(attributes[name], np.float32)
         if limit is not None:
             result = lowering.builder.binary(kind, result, lowering.view(limit))
     return [result]
@@ -209,11 +210,11 @@ def _expand(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
 def _slice(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None], attributes: dict[str, Any]) -> list[Value]:
     x = lowering.view(inputs[0])
     names = ("starts", "ends", "axes", "steps")
-    parts = [_known(v, "a slice").ravel().tolist() if v is not None else None for v in (*inputs[1:], *[None] * 4)][:4]
-    starts, ends, axes, steps = (part if part is not None else attributes.get(name) for part, name in zip(parts, names, strict=True))
+    given = dict(zip(names, (_known(v, "a slice").ravel().tolist() if v is not None else None for v in inputs[1:]), strict=False))
+    starts, ends, axes, steps = (given.get(name) or attributes.get(name) or [] for name in names)
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis, step = (axes[i] if axes else i) % len(x.shape), steps[i] if steps else 1
-        taken = range(*slice(start, end if end > -(1 << 60) else None, step).indices(x.shape[axis]))
+        taken = range(*slice(start, end, step).indices(x.shape[axis]))
         if not taken:
             raise UnsupportedModelError("a slice without elements")
         x = x.picked(axis, taken[0], step, len(taken))
@@ -225,7 +226,7 @@ def _gather(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
     x, indices = lowering.view(inputs[0]), _known(inputs[1], "what is gathered")
     axis = attributes.get("axis", 0) % len(x.shape)
     flat = [int(i) % x.shape[axis] for i in indices.ravel()]
-    steps = {b - a for a, b in zip(flat, flat[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(flat)}
     if len(steps) <= 1:
         found = x.picked(axis, flat[0], steps.pop() if steps else 1, len(flat))
     else:
@@ -242,7 +243,7 @@ def _gather(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
 def _split(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None], attributes: dict[str, Any]) -> list[Value]:
     x = lowering.view(inputs[0])
     axis, parts = attributes.get("axis", 0) % len(x.shape), len(node.output)
-    given = inputs[1] if len(inputs) > 1 else attributes.get("split")
+    given = _known(inputs[1], "the sizes") if len(inputs) > 1 and inputs[1] is not None else attributes.get("split")
     each = -(-x.shape[axis] // parts)
     sizes = [int(n) for n in np.ravel(given)] if given is not None else [min(each, x.shape[axis] - each * i) for i in range(parts)]
     starts = np.cumsum([0, *sizes]).tolist()
@@ -302,7 +303,7 @@ def _layer_norm(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | 
     axes = list(range(attributes.get("axis", -1) % len(x.shape), len(x.shape)))
     centred = build.binary("Sub", x, build.reduced("ReduceMean", x, axes, keep=True))
     variance = build.reduced("ReduceMean", build.binary("Mul", centred, centred), axes, keep=True)
-    epsilon = build.constant(np.float32(attributes.get("epsilon", 1e-5)))
+    epsilon = build.constant(np.array(attributes.get("epsilon", 1e-5)))
     result = build.binary("Div", centred, build.unary("Sqrt", build.binary("Add", variance, epsilon)))
     result = build.binary("Mul", result, lowering.view(inputs[1]))
     return [build.binary("Add", result, lowering.view(inputs[2])) if len(inputs) > 2 and inputs[2] is not None else result]
@@ -330,7 +331,7 @@ def _gemm(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None],
     if isinstance(start, np.ndarray):
         start = build.constant(start * np.float32(beta))
     elif start is not None and beta != 1:
-        start = build.binary("Mul", start, build.constant(np.float32(beta)))
+        start = build.binary("Mul", start, build.constant(np.array(beta)))
     if isinstance(inputs[1], np.ndarray):
         weights = inputs[1].T if attributes.get("transB", 0) else inputs[1]
         return [build.product(a, weights * np.float32(alpha), start)]
@@ -338,7 +339,7 @@ def _gemm(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None],
     b = b.transposed((1, 0)) if attributes.get("transB", 0) else b
     result = build.contraction(_batched(a), _batched(b))
     result = build.reshaped(result, result.shape[1:])
-    result = result if alpha == 1 else build.binary("Mul", result, build.constant(np.float32(alpha)))
+    result = result if alpha == 1 else build.binary("Mul", result, build.constant(np.array(alpha)))
     return [result if start is None else build.binary("Add", result, start)]
 
 
@@ -370,9 +371,8 @@ def _einsum(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
     if "->" not in equation or "." in equation or len(labels) != 2 or any(len(set(text)) != len(text) for text in (*labels, out)):
         raise UnsupportedModelError(f"the fused kernel has no Einsum {equation!r}")
     left, right = labels
-    if alone := set(left) ^ set(right):
-        if lost := alone - set(out):
-            raise UnsupportedModelError(f"the fused kernel has no Einsum {equation!r}, which sums {min(lost)!r} of one operand alone")
+    if (alone := set(left) ^ set(right)) and (lost := alone - set(out)):
+        raise UnsupportedModelError(f"the fused kernel has no Einsum {equation!r}, which sums {min(lost)!r} of one operand alone")
     batch, rows = [c for c in out if c in left and c in right], [c for c in left if c not in right]
     columns, depth = [c for c in right if c not in left], [c for c in left if c in right and c not in out]
     a, b = lowering.view(inputs[0]), lowering.view(inputs[1])
@@ -384,7 +384,12 @@ def _einsum(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
             if group:
                 view = lowering.builder.one(view, place, place + len(group))
             else:
-                view = View(view.buffer, (*view.shape[:place], 1, *view.shape[place:]), (*view.strides[:place], 0, *view.strides[place:]), view.offset)
+                view = View(
+                    view.buffer,
+                    (*view.shape[:place], 1, *view.shape[place:]),
+                    (*view.strides[:place], 0, *view.strides[place:]),
+                    view.offset,
+                )
         return view
 
     result = lowering.builder.contraction(grouped(a, left, (batch, rows, depth)), grouped(b, right, (batch, depth, columns)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class View:
     def merged(self, start: int, end: int) -> Self | None:
         """With the axes from `start` to before `end` as one; None where their elements don't lie at one distance."""
         kept = [(n, s) for n, s in zip(self.shape[start:end], self.strides[start:end], strict=True) if n != 1]
-        if any(a[1] != b[1] * b[0] for a, b in zip(kept, kept[1:], strict=False)):
+        if any(a[1] != b[1] * b[0] for a, b in itertools.pairwise(kept)):
             return None
         one = (math.prod(self.shape[start:end]),), (kept[-1][1] if kept else 0,)
         return replace(
@@ -154,13 +155,17 @@ class Builder:
         """A step in loops of `shape`: each operand has a stride for each of them."""
         self._steps.append(_Step(kind, tuple(shape), operands, flag, alpha, beta))
         if len(self._steps) > MOST_INSTRUCTIONS:
-            raise UnsupportedModelError(f"the network needs more than {MOST_INSTRUCTIONS} instructions; the fused kernel is made for small ones")
+            raise UnsupportedModelError(
+                f"the network needs more than {MOST_INSTRUCTIONS} instructions; the fused kernel is made for small ones"
+            )
 
     def spend(self, multiplications: int) -> None:
         """Count work. Raises UnsupportedModelError where it is more than `most_work`."""
         self.work += multiplications
         if self.most_work is not None and self.work > self.most_work:
-            raise UnsupportedModelError(f"a run takes more than {self.most_work} multiplications; the fused kernel is made for small networks")
+            raise UnsupportedModelError(
+                f"a run takes more than {self.most_work} multiplications; the fused kernel is made for small networks"
+            )
 
     def new(self, shape: Sequence[int]) -> View:
         """A tensor to be written."""
@@ -222,7 +227,7 @@ class Builder:
         self.emit(kind, (*shape, to.shape[-1]), views)
         return to.transposed(np.argsort(order).tolist())
 
-    def product(self, a: View, b: View | NDArray[np.float32], start: View | None = None, relu: bool = False) -> View:
+    def product(self, a: View, b: NDArray[np.float32], start: View | None = None) -> View:
         """start + a (rows, depth) @ b (depth, columns), where b is constant; `start` is (columns,) or (rows, columns)."""
         rows, depth = a.shape
         columns = b.shape[1]
@@ -230,7 +235,6 @@ class Builder:
         if depth > 1 and a.strides[1] != 1:
             a = self.reshaped(self.unary("Copy", a), a.shape)
         to = self.new((rows, columns))
-        assert isinstance(b, np.ndarray)
         shape = (1, 1, rows, columns, depth)
         views = [
             replace(to, strides=(0, 0, columns, 1, 0)),
@@ -238,9 +242,13 @@ class Builder:
             replace(self.panels(b), strides=(0,) * DIMS),
         ]
         if start is not None:
-            wide = self.contiguous(start).broadcast((rows, columns)) if start.shape[-1] == columns else self.unary("Copy", start.broadcast((rows, columns)))
+            wide = (
+                self.contiguous(start).broadcast((rows, columns))
+                if start.shape[-1] == columns
+                else self.unary("Copy", start.broadcast((rows, columns)))
+            )
             views.append(replace(wide, strides=(0, 0, wide.strides[0], 1, 0)))
-        self.emit("Gemm", shape, views, flag=KINDS["Relu"] if relu else 0)
+        self.emit("Gemm", shape, views)
         return to
 
     def contraction(self, a: View, b: View) -> View:

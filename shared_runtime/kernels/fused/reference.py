@@ -67,7 +67,8 @@ def _sigmoid(x: Array) -> Array:
 def _view(step: Any, place: int, spaces: list[Array], shape: tuple[int, ...]) -> Array:
     operand = step["operand"][place]
     start = spaces[operand["space"]][operand["offset"] :]
-    return as_strided(start, shape, [4 * int(s) for s in operand["stride"][: len(shape)]])
+    view: Array = as_strided(start, shape, [4 * int(s) for s in operand["stride"][: len(shape)]])
+    return view
 
 
 def _do(step: Any, spaces: list[Array]) -> None:
@@ -89,8 +90,7 @@ def _do(step: Any, spaces: list[Array]) -> None:
         *outer, columns, depth = shape
         rows = _view(step, 1, spaces, (*outer, 1, depth))[..., 0, :]
         start = _view(step, 3, spaces, (*outer, columns)) if step["operands"] > 3 else np.zeros(1, np.float32)
-        result = start + rows @ _panels(step, 2, spaces, columns, depth)
-        _view(step, 0, spaces, (*outer, columns))[...] = np.maximum(result, 0) if step["flag"] == KINDS["Relu"] else result
+        _view(step, 0, spaces, (*outer, columns))[...] = start + rows @ _panels(step, 2, spaces, columns, depth)
     else:
         _recurrent(step, spaces, kind, *shape[: DIMS - 2])
 
@@ -98,7 +98,8 @@ def _do(step: Any, spaces: list[Array]) -> None:
 def _panels(step: Any, place: int, spaces: list[Array], columns: int, depth: int) -> Array:
     operand, wide = step["operand"][place], -(-columns // LANES)
     flat = spaces[operand["space"]][operand["offset"] :][: wide * LANES * depth]
-    return flat.reshape(wide, depth, LANES).transpose(1, 0, 2).reshape(depth, -1)[:, :columns]
+    panels: Array = flat.reshape(wide, depth, LANES).transpose(1, 0, 2).reshape(depth, -1)[:, :columns]
+    return panels
 
 
 def _recurrent(step: Any, spaces: list[Array], kind: str, steps: int, batch: int, hidden: int) -> None:
