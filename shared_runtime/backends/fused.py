@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from shared_runtime.backends.base import Availability, Executable, refuse_foreign, refuse_unknown_mode, zero_rows
-from shared_runtime.backends.streams import StreamedExecutable
+from shared_runtime.backends.streams import StreamedExecutable, difference_of_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.kernels.fused.lowering import lower, refuse_unknown_operators
 from shared_runtime.model import Model
@@ -22,8 +23,12 @@ from shared_runtime.variants import FLOAT, Variant
 KERNEL = "shared_runtime.kernels.fused._cpu"
 MOST_WORK = 20_000_000
 """Most multiplications of a run that the kernel is prepared for: beyond them the engines' blocking for the caches wins."""
-MOST_PROGRAMS = 16
-"""Programs that are kept, one for each combination of input shapes; the one not used for longest goes first."""
+MOST_PROGRAMS = 32
+"""Programs that are kept, one for each combination of input shapes; the oldest goes first."""
+MOST_ROWS = 64
+"""Rows that do not depend on one another go through the kernel in parts of 1, 2, 4 ... 64: a few programs serve any number."""
+TOLERANCE = 1e-5
+"""Largest difference, relative, of two rows together from each alone: sums in another order."""
 
 
 class FusedExecutable:
@@ -31,11 +36,12 @@ class FusedExecutable:
 
     device, precision = "cpu", FLOAT
 
-    def __init__(self, proto: onnx.ModelProto, name: str, inputs: Sequence[str], threads: int = 1) -> None:
-        """`threads`: how many requests `run_at_once` runs side by side."""
+    def __init__(self, proto: onnx.ModelProto, name: str, inputs: Sequence[str], has_rows: bool, threads: int = 1) -> None:
+        """`has_rows`: every tensor counts rows on its first axis. `threads`: requests that `run_at_once` runs side by side."""
         from shared_runtime.kernels.fused import _cpu
 
         self._proto, self._name, self._inputs, self._kernel = proto, name, tuple(inputs), _cpu
+        self._by_rows: bool | None = None if has_rows else False  # not known yet, or whether rows may be parted
         self._programs: dict[tuple[Any, ...], tuple[Any, dict[str, tuple[int, ...]]]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads - 1, "fused") if threads > 1 else None
@@ -43,14 +49,11 @@ class FusedExecutable:
     def run(self, inputs: Tensors) -> Tensors:
         arrays = [inputs[name] for name in self._inputs]
         found = self._programs.get(tuple(array.shape for array in arrays))
-        if found is None:
-            if (empty := zero_rows(self, inputs)) is not None:
-                return empty
-            found = self._program(inputs)
-        program, shapes = found
-        outputs = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        self._kernel.run(program, *arrays, *outputs.values())
-        return outputs
+        if found is not None:
+            return self._whole(found, arrays)
+        if (empty := zero_rows(self, inputs)) is not None:
+            return empty
+        return self._parted(arrays) if self._may_part(inputs) else self._whole(self._program(arrays), arrays)
 
     def run_at_once(self, parts: Sequence[Tensors]) -> list[Tensors]:
         """The outputs of several requests; this thread runs the first."""
@@ -62,7 +65,8 @@ class FusedExecutable:
     def specialise(self, inputs: Tensors) -> None:
         """Make the program for these shapes. Raises UnsupportedModelError where the kernel can't run it."""
         if all(all(value.shape) for value in inputs.values()):
-            self._program(inputs, MOST_WORK)
+            self._program([inputs[name] for name in self._inputs], MOST_WORK)
+            self._may_part(inputs)
 
     def prepare_any(self) -> None:
         """Nothing: a program is made when its shapes come, in some milliseconds."""
@@ -76,8 +80,39 @@ class FusedExecutable:
             self._pool.shutdown()
         self._programs.clear()
 
-    def _program(self, inputs: Tensors, most_work: int | None = None) -> tuple[Any, dict[str, tuple[int, ...]]]:
-        key = tuple(inputs[name].shape for name in self._inputs)
+    def _whole(self, found: tuple[Any, dict[str, tuple[int, ...]]], arrays: Sequence[NDArray[Any]]) -> Tensors:
+        program, shapes = found
+        outputs = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        self._kernel.run(program, *arrays, *outputs.values())
+        return outputs
+
+    def _parted(self, arrays: Sequence[NDArray[Any]]) -> Tensors:
+        rows, start = len(arrays[0]), 0
+        outputs: dict[str, NDArray[np.float32]] = {}
+        while start < rows:
+            end = start + min(MOST_ROWS, 1 << (rows - start).bit_length() - 1)
+            part = [array[start:end] for array in arrays]
+            program, shapes = self._program(part)
+            if not outputs:
+                outputs = {name: np.empty((rows, *shape[1:]), np.float32) for name, shape in shapes.items()}
+            self._kernel.run(program, *part, *(output[start:end] for output in outputs.values()))
+            start = end
+        return outputs
+
+    def _may_part(self, inputs: Tensors) -> bool:
+        """Whether rows don't depend on one another; tried once."""
+        if self._by_rows is None:
+            self._by_rows = difference_of_rows(self._alone, inputs) <= TOLERANCE
+        return self._by_rows
+
+    def _alone(self, inputs: Tensors) -> Tensors:
+        arrays = [inputs[name] for name in self._inputs]
+        return self._whole(self._program(arrays), arrays)
+
+    def _program(self, arrays: Sequence[NDArray[Any]], most_work: int | None = None) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        key = tuple(array.shape for array in arrays)
+        if (found := self._programs.get(key)) is not None:
+            return found
         with self._lock:
             if key not in self._programs:
                 try:
@@ -116,7 +151,7 @@ class FusedBackend:
         if strange := [spec for spec in (*model.signature.inputs, *model.signature.outputs) if spec.dtype != "float32"]:
             raise UnsupportedModelError(f"{model.name!r} has {strange[0].describe()}; the fused kernel computes in float32 alone")
         refuse_unknown_operators(onnx.load(str(model.graph), load_external_data=False))
-        inner = FusedExecutable(
-            onnx.load(str(model.graph)), model.name, [spec.name for spec in model.signature.inputs], threads if mode == "streams" else 1
-        )
-        return StreamedExecutable(inner, threads, model.signature, model.name) if mode == "streams" and threads > 1 else inner
+        streams = threads if mode == "streams" else 1
+        names = [spec.name for spec in model.signature.inputs]
+        inner = FusedExecutable(onnx.load(str(model.graph)), model.name, names, model.signature.has_rows, streams)
+        return inner if streams == 1 else StreamedExecutable(inner, streams, model.signature, model.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -85,13 +85,18 @@ class StreamedExecutable:
         return [{n: v[low:high] for n, v in inputs.items()} for low, high in pairwise(bounds)]
 
     def _try_rows(self, inputs: Tensors) -> None:
-        one = {name: value[:1] for name, value in inputs.items()}
-        other = {name: value * value.dtype.type(0.9) if value.dtype.kind == "f" else value for name, value in one.items()}
-        together = self._inner.run({name: np.concatenate([one[name], other[name]]) for name in one})
-        apart = [self._inner.run(row) for row in (one, other)]
-        error = difference(together, {name: np.concatenate([row[name] for row in apart]) for name in together})
+        error = difference_of_rows(self._inner.run, inputs)
         if not error <= TOLERANCE:
             raise UnsupportedModelError(
                 f"the rows of {self._name!r} depend on one another: two together differ by {error:.1e} from each alone"
             )
         self._independent = True
+
+
+def difference_of_rows(run: Callable[[Tensors], Tensors], inputs: Tensors) -> float:
+    """How far two rows together are from each alone: zero, or some rounding, where rows don't depend on one another."""
+    one = {name: value[:1] for name, value in inputs.items()}
+    other = {name: value * value.dtype.type(0.9) if value.dtype.kind == "f" else value for name, value in one.items()}
+    together = run({name: np.concatenate([one[name], other[name]]) for name in one})
+    apart = [run(row) for row in (one, other)]
+    return difference(together, {name: np.concatenate([row[name] for row in apart]) for name in together})

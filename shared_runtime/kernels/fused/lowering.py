@@ -370,19 +370,23 @@ def _einsum(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
     labels = sources.split(",")
     if "->" not in equation or "." in equation or len(labels) != 2 or any(len(set(text)) != len(text) for text in (*labels, out)):
         raise UnsupportedModelError(f"the fused kernel has no Einsum {equation!r}")
-    left, right = labels
-    if (alone := set(left) ^ set(right)) and (lost := alone - set(out)):
-        raise UnsupportedModelError(f"the fused kernel has no Einsum {equation!r}, which sums {min(lost)!r} of one operand alone")
+    build, views = lowering.builder, [lowering.view(value) for value in inputs]
+    for place, other in ((0, 1), (1, 0)):  # what one operand alone sums over
+        if lost := [axis for axis, c in enumerate(labels[place]) if c not in labels[other] + out]:
+            views[place] = build.reduced("ReduceSum", views[place], lost, keep=False)
+            labels[place] = "".join(c for axis, c in enumerate(labels[place]) if axis not in lost)
+    (left, right), (a, b) = labels, views
     batch, rows = [c for c in out if c in left and c in right], [c for c in left if c not in right]
     columns, depth = [c for c in right if c not in left], [c for c in left if c in right and c not in out]
-    a, b = lowering.view(inputs[0]), lowering.view(inputs[1])
-    sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    sizes = dict(zip(left, a.shape, strict=True))
+    if any(sizes.setdefault(c, n) != n for c, n in zip(right, b.shape, strict=True)):
+        raise UnsupportedModelError(f"Einsum {equation!r} of tensors of shape {list(a.shape)} and {list(b.shape)}")
 
     def grouped(view: View, own: str, groups: Sequence[list[str]]) -> View:
         view = view.transposed([own.index(c) for group in groups for c in group])
         for place, group in enumerate(groups):
             if group:
-                view = lowering.builder.one(view, place, place + len(group))
+                view = build.one(view, place, place + len(group))
             else:
                 view = View(
                     view.buffer,
@@ -392,9 +396,9 @@ def _einsum(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
                 )
         return view
 
-    result = lowering.builder.contraction(grouped(a, left, (batch, rows, depth)), grouped(b, right, (batch, depth, columns)))
+    result = build.contraction(grouped(a, left, (batch, rows, depth)), grouped(b, right, (batch, depth, columns)))
     order = [*batch, *rows, *columns]
-    result = lowering.builder.reshaped(result, [sizes[c] for c in order])
+    result = build.reshaped(result, [sizes[c] for c in order])
     return [result.transposed([order.index(c) for c in out])]
 
 
