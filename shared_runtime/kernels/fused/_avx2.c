@@ -1,6 +1,7 @@
 /* AVX2 with FMA. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TARGET __attribute__((target("avx2,fma")))
+#define WIDTH 8
 #define EXECUTE fused_execute_avx2
 #include "_network.h"
 #else

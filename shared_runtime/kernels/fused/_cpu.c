@@ -1,7 +1,7 @@
 /* Small networks in float32, run whole in one call: see program.py for the instructions, reference.py for what they compute.
  *
- * An instruction is a nest of five loops over strided operands. Weights lie in panels of 16 columns. _network.h is written for 16
- * floats at a time and compiled for AVX-512, for AVX2 and for any processor; the fitting version is run.
+ * An instruction is a nest of five loops over strided operands. Weights lie in panels of 16 columns. _network.h is written with
+ * vectors and compiled for AVX-512, for AVX2 and for any processor; the fitting version is run.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000

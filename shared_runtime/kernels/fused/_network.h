@@ -1,6 +1,7 @@
-/* What the instructions of a program do, sixteen floats at a time.
+/* What the instructions of a program do.
  *
- * Included by a file for each set of processor instructions: TARGET tells the compiler which, EXECUTE is the function's name.
+ * Included by a file for each set of processor instructions: TARGET tells the compiler which, WIDTH is the number of floats of
+ * its vectors, EXECUTE the function's name.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -10,79 +11,82 @@
 
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH), aligned(4)));
+#define VECTORS (LANES / WIDTH) /* of a panel's row */
 
-/* ---- sixteen at a time ---- */
+/* ---- a vector at a time ---- */
 
-#define SPLAT(value) ((v16){0} + (value))
+#define SPLAT(value) ((vec){0} + (value))
 
-INLINE v16 choose(i16 mask, v16 yes, v16 no) { return (v16)(((i16)yes & mask) | ((i16)no & ~mask)); }
+INLINE vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-INLINE v16 load(const float *from, int32_t n) {
-    v16 x = {0};
-    if (n >= LANES)
-        return *(const v16 *)from;
-    memcpy(&x, from, (size_t)n * sizeof(float));
+/* The first `n` numbers, if there are so many; zeros behind them. */
+INLINE vec load(const float *from, int32_t n) {
+    vec x = {0};
+    if (n >= WIDTH)
+        return *(const vec *)from;
+    if (n > 0)
+        memcpy(&x, from, (size_t)n * sizeof(float));
     return x;
 }
 
-INLINE void store(float *to, v16 x, int32_t n) {
-    if (n >= LANES)
-        *(v16 *)to = x;
-    else
+INLINE void store(float *to, vec x, int32_t n) {
+    if (n >= WIDTH)
+        *(vec *)to = x;
+    else if (n > 0)
         memcpy(to, &x, (size_t)n * sizeof(float));
 }
 
 /* e^r by its series, |r| <= log(2) / 2, of x = k log(2) + r; `whole` becomes k. */
-INLINE v16 mantissa(v16 x, i16 *whole) {
-    v16 shifted = x * 1.44269504f + 12582912.f, k = shifted - 12582912.f, r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    *whole = (i16)shifted - 0x4B400000;
+INLINE vec mantissa(vec x, ints *whole) {
+    vec shifted = x * 1.44269504f + 12582912.f, k = shifted - 12582912.f, r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    *whole = (ints)shifted - 0x4B400000;
     return 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720 + r * (1.f / 5040)))))));
 }
 
-INLINE v16 between(v16 x, float least, float most) {
+INLINE vec between(vec x, float least, float most) {
     x = choose(x > SPLAT(most), SPLAT(most), x); /* NaN stays */
     return choose(x < SPLAT(least), SPLAT(least), x);
 }
 
-INLINE v16 exp16(v16 x) {
-    i16 whole;
-    v16 e = mantissa(between(x, -104, 89), &whole);
-    i16 half = whole >> 1;
-    return e * (v16)((half + 127) << 23) * (v16)((whole - half + 127) << 23);
+INLINE vec vec_exp(vec x) {
+    ints whole;
+    vec e = mantissa(between(x, -104, 89), &whole);
+    ints half = whole >> 1;
+    return e * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
 }
 
 /* e^x where it is neither tiny nor huge. */
-INLINE v16 bounded_exp16(v16 x, float most) {
-    i16 whole;
-    v16 e = mantissa(between(x, -most, most), &whole);
-    return e * (v16)((whole + 127) << 23);
+INLINE vec vec_bounded_exp(vec x, float most) {
+    ints whole;
+    vec e = mantissa(between(x, -most, most), &whole);
+    return e * (vec)((whole + 127) << 23);
 }
 
-INLINE v16 sigmoid16(v16 x) { return 1 / (1 + exp16(-x)); }
+INLINE vec vec_sigmoid(vec x) { return 1 / (1 + vec_exp(-x)); }
 
 /* sigmoid(x) tanh(y) in one division; what is lost of tanh near zero is less than 1e-7. */
-INLINE v16 gated16(v16 x, v16 y) {
-    v16 e = bounded_exp16(-2 * y, 40);
-    return (1 - e) / ((1 + bounded_exp16(-x, 80)) * (1 + e));
+INLINE vec vec_gated(vec x, vec y) {
+    vec e = vec_bounded_exp(-2 * y, 40);
+    return (1 - e) / ((1 + vec_bounded_exp(-x, 80)) * (1 + e));
 }
 
 /* (1 - e^-2|x|) / (1 + e^-2|x|); by its series near zero, where that loses digits. */
-INLINE v16 tanh16(v16 x) {
-    v16 e = exp16(-2 * (v16)((i16)x & 0x7FFFFFFF)), big = (1 - e) / (1 + e), s = x * x;
-    v16 small = x * (1 + s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835)))));
-    big = (v16)((i16)big | ((i16)x & (int32_t)0x80000000));
+INLINE vec vec_tanh(vec x) {
+    vec e = vec_exp(-2 * (vec)((ints)x & 0x7FFFFFFF)), big = (1 - e) / (1 + e), s = x * x;
+    vec small = x * (1 + s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835)))));
+    big = (vec)((ints)big | ((ints)x & (int32_t)0x80000000));
     return choose(s < SPLAT(.0625f), small, big);
 }
 
 /* x = 2^k m with m about 1: k log(2) + 2 atanh((m - 1) / (m + 1)). */
-INLINE v16 log16(v16 x) {
-    i16 tiny = x < SPLAT(1.17549435e-38f);
-    v16 scaled = choose(tiny, x * 8388608.f, x);
-    i16 k = ((i16)scaled - 0x3F3504F3) >> 23;
-    v16 m = (v16)((i16)scaled - (k << 23)), s = (m - 1) / (m + 1), q = s * s;
-    v16 whole = __builtin_convertvector(k - (tiny & 23), v16), y = 2 * s * (1 + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * (1.f / 9)))));
+INLINE vec vec_log(vec x) {
+    ints tiny = x < SPLAT(1.17549435e-38f);
+    vec scaled = choose(tiny, x * 8388608.f, x);
+    ints k = ((ints)scaled - 0x3F3504F3) >> 23;
+    vec m = (vec)((ints)scaled - (k << 23)), s = (m - 1) / (m + 1), q = s * s;
+    vec whole = __builtin_convertvector(k - (tiny & 23), vec), y = 2 * s * (1 + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * (1.f / 9)))));
     y += whole * -2.12194440e-4f;
     y += whole * 0.693359375f;
     y = choose(x > SPLAT(3.4028235e38f), x, y);
@@ -120,7 +124,7 @@ INLINE v16 log16(v16 x) {
             }                                                                                                                             \
     })
 
-INLINE v16 curve(int32_t kind, v16 x) { return kind == EXP ? exp16(x) : kind == SIGMOID ? sigmoid16(x) : kind == TANH ? tanh16(x) : log16(x); }
+INLINE vec curve(int32_t kind, vec x) { return kind == EXP ? vec_exp(x) : kind == SIGMOID ? vec_sigmoid(x) : kind == TANH ? vec_tanh(x) : vec_log(x); }
 
 INLINE void curves(const Instruction *in, float **base) {
     const int32_t n = in->shape[4];
@@ -128,9 +132,9 @@ INLINE void curves(const Instruction *in, float **base) {
     NEST({
         float *to = AT(0);
         const float *from = AT(1);
-        for (int32_t i = 0; i < n; i += LANES) {
-            int32_t some = n - i < LANES ? n - i : LANES;
-            v16 x = {0};
+        for (int32_t i = 0; i < n; i += WIDTH) {
+            int32_t some = n - i < WIDTH ? n - i : WIDTH;
+            vec x = {0};
             if (sa == 1)
                 x = load(from + i, some);
             else
@@ -225,9 +229,9 @@ INLINE void softmax(const Instruction *in, float **base) {
         float *to = AT(0), most = from[0], total = 0;
         for (int32_t i = 1; i < n; i++)
             most = from[i] > most || from[i] != from[i] ? from[i] : most;
-        for (int32_t i = 0; i < n; i += LANES) {
-            v16 e = exp16(load(from + i, n - i) - most);
-            for (int32_t j = 0; j < LANES && j < n - i; j++)
+        for (int32_t i = 0; i < n; i += WIDTH) {
+            vec e = vec_exp(load(from + i, n - i) - most);
+            for (int32_t j = 0; j < WIDTH && j < n - i; j++)
                 total += e[j];
             store(to + i, e, n - i);
         }
@@ -242,37 +246,52 @@ INLINE void softmax(const Instruction *in, float **base) {
 
 /* ---- products with weights in panels ---- */
 
-/* `rows` rows of C (columns of `panels` panels, the last one `last` wide) = start + A B; both counts are constants where it is inlined. */
+/* `rows` rows of C (columns of `panels` panels, `columns` of them) = start + A B; both counts are constants where it is inlined. */
 INLINE void tile(const int rows, const int panels, const float *a, ptrdiff_t lda, const float *b, int32_t depth, const float *start,
-                 ptrdiff_t lds, float *c, ptrdiff_t ldc, int32_t last) {
-    v16 sum[6][3], more[3] = {{0}, {0}, {0}};
+                 ptrdiff_t lds, float *c, ptrdiff_t ldc, int32_t columns) {
+    const int vectors = panels * VECTORS;
+    vec sum[6][3 * VECTORS], more[3 * VECTORS];
+#pragma GCC unroll 12
+    for (int p = 0; p < vectors; p++) {
+        more[p] = SPLAT(0);
 #pragma GCC unroll 6
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 3
-        for (int p = 0; p < panels; p++)
-            sum[m][p] = start == NULL ? (v16){0} : load(start + m * lds + p * LANES, p + 1 == panels ? last : LANES);
+        for (int m = 0; m < rows; m++)
+            sum[m][p] = start == NULL ? SPLAT(0) : load(start + m * lds + p * WIDTH, columns - p * WIDTH);
+    }
+#define WEIGHTS(p, k) (*(const vec *)(b + ((ptrdiff_t)((p) / VECTORS) * depth + (k)) * LANES + (p) % VECTORS * WIDTH))
     int32_t k = 0;
     if (rows == 1) /* two chains of sums: one would wait for itself */
         for (; k + 2 <= depth; k += 2)
-#pragma GCC unroll 3
-            for (int p = 0; p < panels; p++) {
-                const float *at = b + ((ptrdiff_t)p * depth + k) * LANES;
-                sum[0][p] += a[k] * *(const v16 *)at;
-                more[p] += a[k + 1] * *(const v16 *)(at + LANES);
+#pragma GCC unroll 12
+            for (int p = 0; p < vectors; p++) {
+                sum[0][p] += a[k] * WEIGHTS(p, k);
+                more[p] += a[k + 1] * WEIGHTS(p, k + 1);
             }
     for (; k < depth; k++)
-#pragma GCC unroll 3
-        for (int p = 0; p < panels; p++) {
-            v16 weights = *(const v16 *)(b + ((ptrdiff_t)p * depth + k) * LANES);
+        if (rows > vectors) { /* as many operands as there can be stay in registers */
+            vec weights[3 * VECTORS];
+#pragma GCC unroll 12
+            for (int p = 0; p < vectors; p++)
+                weights[p] = WEIGHTS(p, k);
 #pragma GCC unroll 6
             for (int m = 0; m < rows; m++)
-                sum[m][p] += a[m * lda + k] * weights;
-        }
+#pragma GCC unroll 12
+                for (int p = 0; p < vectors; p++)
+                    sum[m][p] += a[m * lda + k] * weights[p];
+        } else
+#pragma GCC unroll 12
+            for (int p = 0; p < vectors; p++) {
+                vec weights = WEIGHTS(p, k);
+#pragma GCC unroll 6
+                for (int m = 0; m < rows; m++)
+                    sum[m][p] += a[m * lda + k] * weights;
+            }
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
-#pragma GCC unroll 3
-        for (int p = 0; p < panels; p++)
-            store(c + m * ldc + p * LANES, rows == 1 ? sum[m][p] + more[p] : sum[m][p], p + 1 == panels ? last : LANES);
+#pragma GCC unroll 12
+        for (int p = 0; p < vectors; p++)
+            store(c + m * ldc + p * WIDTH, rows == 1 ? sum[m][p] + more[p] : sum[m][p], columns - p * WIDTH);
+#undef WEIGHTS
 }
 
 /* C (rows, columns) = start + A (rows, depth) B; `b` in panels, `start` may be NULL. */
@@ -284,7 +303,7 @@ TARGET static void gemm(int32_t rows, int32_t columns, int32_t depth, const floa
         int32_t left = columns - n;                                                                                                       \
         const float *panel = b + (ptrdiff_t)n * depth, *s = start == NULL ? NULL : start + m * lds + n;                                   \
         if (wide >= 3 && left > 2 * LANES) {                                                                                              \
-            tile(count, 3, a + m * lda, lda, panel, depth, s, lds, c + m * ldc + n, ldc, left - 2 * LANES);                               \
+            tile(count, 3, a + m * lda, lda, panel, depth, s, lds, c + m * ldc + n, ldc, left);                               \
             n += 3 * LANES;                                                                                                               \
         } else {                                                                                                                          \
             tile(count, 1, a + m * lda, lda, panel, depth, s, lds, c + m * ldc + n, ldc, left);                                           \
@@ -334,13 +353,13 @@ INLINE void matmul(const Instruction *in, float **base) {
                     }
                 } else
                     for (int32_t n = 0; n < columns; n++) {
-                        v16 sum = {0};
+                        vec sum = {0};
                         float all = 0;
                         int32_t k = 0;
                         if (ka == 1 && kb == 1)
-                            for (; k + LANES <= depth; k += LANES)
-                                sum += *(const v16 *)(a + k) * *(const v16 *)(b + n * nb + k);
-                        for (int32_t j = 0; j < LANES; j++)
+                            for (; k + WIDTH <= depth; k += WIDTH)
+                                sum += *(const vec *)(a + k) * *(const vec *)(b + n * nb + k);
+                        for (int32_t j = 0; j < WIDTH; j++)
                             all += sum[j];
                         for (; k < depth; k++)
                             all += a[k * ka] * b[k * kb + n * nb];
@@ -369,16 +388,16 @@ INLINE void recurrent(const Instruction *in, float **base) {
         for (int32_t r = 0; r < batch; r++) {
             const float *g = work + (ptrdiff_t)r * gates, *x = given + r * STRIDE(1, 1), *h = before + r * ahead;
             float *out = state + r * STRIDE(0, 1), *cell = POINTER(5) + r * STRIDE(5, 1);
-            for (int32_t j = 0; j < hidden; j += LANES) {
+            for (int32_t j = 0; j < hidden; j += WIDTH) {
                 int32_t n = hidden - j;
                 if (lstm) {
-                    v16 c = load(cell + j, n) / (1 + bounded_exp16(-load(g + 2 * hidden + j, n), 80));
-                    c += gated16(load(g + j, n), load(g + 3 * hidden + j, n));
+                    vec c = load(cell + j, n) / (1 + vec_bounded_exp(-load(g + 2 * hidden + j, n), 80));
+                    c += vec_gated(load(g + j, n), load(g + 3 * hidden + j, n));
                     store(cell + j, c, n);
-                    store(out + j, gated16(load(g + hidden + j, n), c), n);
+                    store(out + j, vec_gated(load(g + hidden + j, n), c), n);
                 } else {
-                    v16 z = sigmoid16(load(g + j, n) + load(x + j, n)), reset = sigmoid16(load(g + hidden + j, n) + load(x + hidden + j, n));
-                    v16 next = tanh16(load(x + 2 * hidden + j, n) + reset * load(g + 2 * hidden + j, n));
+                    vec z = vec_sigmoid(load(g + j, n) + load(x + j, n)), reset = vec_sigmoid(load(g + hidden + j, n) + load(x + hidden + j, n));
+                    vec next = vec_tanh(load(x + 2 * hidden + j, n) + reset * load(g + 2 * hidden + j, n));
                     store(out + j, next + z * (load(h + j, n) - next), n);
                 }
             }
