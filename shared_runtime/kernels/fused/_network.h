@@ -9,6 +9,11 @@
 
 #include "_program.h"
 
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 12")
+#endif
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -251,10 +256,10 @@ INLINE void tile(const int rows, const int panels, const float *a, ptrdiff_t lda
                  ptrdiff_t lds, float *c, ptrdiff_t ldc, int32_t columns) {
     const int vectors = panels * VECTORS;
     vec sum[6][3 * VECTORS], more[3 * VECTORS];
-#pragma GCC unroll 12
+UNROLL
     for (int p = 0; p < vectors; p++) {
         more[p] = SPLAT(0);
-#pragma GCC unroll 6
+UNROLL
         for (int m = 0; m < rows; m++)
             sum[m][p] = start == NULL ? SPLAT(0) : load(start + m * lds + p * WIDTH, columns - p * WIDTH);
     }
@@ -262,7 +267,7 @@ INLINE void tile(const int rows, const int panels, const float *a, ptrdiff_t lda
     int32_t k = 0;
     if (rows == 1) /* two chains of sums: one would wait for itself */
         for (; k + 2 <= depth; k += 2)
-#pragma GCC unroll 12
+UNROLL
             for (int p = 0; p < vectors; p++) {
                 sum[0][p] += a[k] * WEIGHTS(p, k);
                 more[p] += a[k + 1] * WEIGHTS(p, k + 1);
@@ -270,25 +275,25 @@ INLINE void tile(const int rows, const int panels, const float *a, ptrdiff_t lda
     for (; k < depth; k++)
         if (rows > vectors) { /* as many operands as there can be stay in registers */
             vec weights[3 * VECTORS];
-#pragma GCC unroll 12
+UNROLL
             for (int p = 0; p < vectors; p++)
                 weights[p] = WEIGHTS(p, k);
-#pragma GCC unroll 6
+UNROLL
             for (int m = 0; m < rows; m++)
-#pragma GCC unroll 12
+UNROLL
                 for (int p = 0; p < vectors; p++)
                     sum[m][p] += a[m * lda + k] * weights[p];
         } else
-#pragma GCC unroll 12
+UNROLL
             for (int p = 0; p < vectors; p++) {
                 vec weights = WEIGHTS(p, k);
-#pragma GCC unroll 6
+UNROLL
                 for (int m = 0; m < rows; m++)
                     sum[m][p] += a[m * lda + k] * weights;
             }
-#pragma GCC unroll 6
+UNROLL
     for (int m = 0; m < rows; m++)
-#pragma GCC unroll 12
+UNROLL
         for (int p = 0; p < vectors; p++)
             store(c + m * ldc + p * WIDTH, rows == 1 ? sum[m][p] + more[p] : sum[m][p], columns - p * WIDTH);
 #undef WEIGHTS
