@@ -24,6 +24,8 @@ from shared_runtime.variants import Variant
 MOST_CAPTURES = 8
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 """Where a driver shows itself without nvidia-smi: natively, on WSL, on Jetson."""
+COPY_ALONE = 1 << 18
+"""Numbers up to which one core copies to and from the GPU's staging: waking the others takes about as long, and much longer on a busy host."""
 
 
 @dataclass
@@ -113,8 +115,8 @@ class TorchExecutable:
         rows = len(next(iter(inputs.values())))
         for name, value in inputs.items():
             staged = capture.staged_inputs[name][:rows]
-            if value.flags.writeable and value.flags.c_contiguous:
-                staged.copy_(torch.from_numpy(value))  # on all cores, where numpy would copy on one
+            if value.size > COPY_ALONE and value.flags.writeable and value.flags.c_contiguous:
+                staged.copy_(torch.from_numpy(value))  # on all cores, where numpy copies on one
             else:
                 np.copyto(staged.numpy(), value)
             capture.inputs[name][:rows].copy_(staged, non_blocking=True)
@@ -122,7 +124,8 @@ class TorchExecutable:
         for name, value in capture.outputs.items():
             capture.staged_outputs[name][:rows].copy_(value[:rows], non_blocking=True)
         torch.cuda.synchronize()
-        return {name: value[:rows].clone().numpy() for name, value in capture.staged_outputs.items()}
+        staged_outputs = {name: value[:rows] for name, value in capture.staged_outputs.items()}
+        return {n: v.clone().numpy() if v.numel() > COPY_ALONE else v.numpy().copy() for n, v in staged_outputs.items()}
 
     def _numerics(self) -> AbstractContextManager[Any]:
         """float32 means float32: TF32 only in the variant of that name; threads as asked."""
