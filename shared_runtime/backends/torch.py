@@ -25,7 +25,7 @@ MOST_CAPTURES = 8
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 """Where a driver shows itself without nvidia-smi: natively, on WSL, on Jetson."""
 COPY_ALONE = 1 << 18
-"""Numbers up to which one core copies to and from the GPU's staging: waking the others takes about as long, and much longer on a busy host."""
+"""Numbers up to which one core copies to and from the GPU's staging: waking others takes about as long, much longer on a busy host."""
 
 
 @dataclass
