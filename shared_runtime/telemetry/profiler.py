@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import read_whole
@@ -122,6 +123,8 @@ def profile(session: Session, inputs: Mapping[str, Any] | None = None, runs: int
     elif plan.backend == "openvino":
         rest = FLOAT if plan.variant == FLOAT else model.variant(plan.variant).facts.rest
         timed, costs = _openvino(graph, checked, plan.threads, rest, runs), _costs(model.graph, checked)
+    elif plan.backend == "fused":
+        timed, costs = _fused(graph, checked, runs), _costs(graph, checked)
     elif plan.backend == "torch":
         timed, costs = _torch(graph, checked, plan.device, runs), _costs(graph, checked)
     else:
@@ -217,6 +220,25 @@ def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) 
     for item in timed.values():
         item.start_us = start
         start += 1e6 * item.seconds
+    return list(timed.values())
+
+
+def _fused(graph: Path, inputs: Tensors, runs: int) -> list[_Timed]:
+    from shared_runtime.kernels.fused import _cpu
+    from shared_runtime.kernels.fused.lowering import lower
+
+    made = lower(read_whole(graph), {name: value.shape for name, value in inputs.items()})
+    program = _cpu.prepare(made.instructions, made.constants, made.scratch, made.sizes, made.work)
+    arrays = [inputs[name] for name in made.inputs] + [np.empty(shape, np.float32) for shape in made.outputs.values()]
+    _cpu.run(program, *arrays)
+    seconds = np.zeros(len(made.instructions))
+    for _ in range(runs):
+        _cpu.timed(program, seconds, *arrays)
+    timed: dict[str, _Timed] = {}
+    start = 0.0
+    for (name, kind), taken in zip(made.sources, (seconds / runs).tolist(), strict=True):
+        timed.setdefault(name, _Timed(name, kind, "cpu", 1, 0.0, start)).seconds += taken
+        start += 1e6 * taken
     return list(timed.values())
 
 

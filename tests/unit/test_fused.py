@@ -337,4 +337,8 @@ def test_no_program_leads_outside_of_its_arrays() -> None:
         _cpu.run(prepared, x[:2], np.empty(program.outputs["y"], np.float32))
     with pytest.raises(ValueError, match="1 arrays, expected 2"):
         _cpu.run(prepared, x)
+    with pytest.raises(ValueError, match="seconds of"):
+        _cpu.timed(prepared, np.zeros(1), x, np.empty(program.outputs["y"], np.float32))
+    with pytest.raises(TypeError, match="missing"):
+        _cpu.run()  # type: ignore[call-arg]
     assert KINDS["Copy"] == 0

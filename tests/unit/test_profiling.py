@@ -18,6 +18,7 @@ from shared_runtime.planning import contenders
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
 from shared_runtime.planning.objective import energy_counter
 from shared_runtime.telemetry.trace import Tracer
+from tests.conftest import absent
 from tests.networks import classifier
 
 
@@ -40,6 +41,19 @@ def test_a_profile_accounts_for_the_whole_run(device_backend: str, tmp_path: Pat
     assert len(events) == len(found.operators)
     assert json.dumps(found.json())
     assert heaviest.name[:20] in found.table()
+
+
+def test_the_fused_kernel_says_what_its_operators_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacks := backends()["fused"].availability("cpu").lacks:
+        absent(f"the fused kernel lacks {lacks}")
+    every = contenders._ways
+    monkeypatch.setattr(contenders, "_ways", lambda *asked: (way for way in every(*asked) if way[0].name in ("onnxruntime", "fused")))
+    with rt.Session(rt.load("fraud-sequence"), threads=1, plans=tmp_path, ladder=(1,), budget_s=1.0) as session:
+        if session.plan.backend != "fused":
+            pytest.skip(f"here another one is faster: {session.plan.why}")
+        found = rt.profile(session, runs=20)
+    assert [o.kind for o in sorted(found.operators, key=lambda o: -o.mean_ms)[:3]] == ["LSTM"] * 3
+    assert 0.2 * found.wall_ms < sum(o.mean_ms for o in found.operators) < 3 * found.wall_ms
 
 
 def test_costs_are_those_of_the_arithmetic(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 #include <Python.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "_program.h"
 
@@ -171,25 +172,16 @@ failed:
     return NULL;
 }
 
-PyDoc_STRVAR(run_doc, "run(program, *arrays, /)\n--\n\nRun on contiguous float32 inputs, then outputs, of the sizes that were prepared.");
-
-static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    Program *p = given ? PyCapsule_GetPointer(args[0], NAME) : NULL;
-    if (p == NULL) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "run takes a program, its inputs and its outputs");
-        return NULL;
-    }
-    if (given - 1 != p->spaces - GIVEN) {
-        PyErr_Format(PyExc_ValueError, "%zd arrays, expected %zd", given - 1, p->spaces - GIVEN);
-        return NULL;
-    }
+/* Run on arrays; with `seconds`, an instruction at a time, adding to them how long each took. */
+static PyObject *call(Program *p, PyObject *const *arrays, Py_ssize_t given, double *seconds) {
+    if (given != p->spaces - GIVEN)
+        return PyErr_Format(PyExc_ValueError, "%zd arrays, expected %zd", given, p->spaces - GIVEN);
     Py_buffer views[SPACES];
     float *base[SPACES], *scratch = NULL;
     Py_ssize_t held = 0;
     int failed = 1;
-    for (; held < given - 1; held++) {
-        if (PyObject_GetBuffer(args[1 + held], &views[held], PyBUF_C_CONTIGUOUS) < 0)
+    for (; held < given; held++) {
+        if (PyObject_GetBuffer(arrays[held], &views[held], PyBUF_C_CONTIGUOUS) < 0)
             goto done;
         base[GIVEN + held] = views[held].buf;
         if (views[held].len != p->sizes[GIVEN + held] * (Py_ssize_t)sizeof(float)) {
@@ -204,8 +196,19 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t given) {
         goto done;
     }
     base[CONSTANTS] = p->constants, base[SCRATCH] = scratch;
+    void (*execute)(const Steps *, float **) = versions[chosen].execute;
     PyThreadState *state = p->work > LONG ? PyEval_SaveThread() : NULL;
-    versions[chosen].execute(&p->steps, base);
+    if (seconds == NULL)
+        execute(&p->steps, base);
+    else
+        for (ptrdiff_t i = 0; i < p->steps.instructions; i++) {
+            Steps one = {1, p->steps.instruction + i};
+            struct timespec begin, end;
+            timespec_get(&begin, TIME_UTC);
+            execute(&one, base);
+            timespec_get(&end, TIME_UTC);
+            seconds[i] += (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+        }
     if (state != NULL)
         PyEval_RestoreThread(state);
     if (p->spare == NULL && p->scratch <= SPARE)
@@ -219,6 +222,36 @@ done:
     if (failed)
         return NULL;
     Py_RETURN_NONE;
+}
+
+static Program *program_of(PyObject *const *args, Py_ssize_t given, Py_ssize_t least) {
+    if (given >= least)
+        return PyCapsule_GetPointer(args[0], NAME);
+    PyErr_SetString(PyExc_TypeError, "a program is missing, or what to run it on");
+    return NULL;
+}
+
+PyDoc_STRVAR(run_doc, "run(program, *arrays, /)\n--\n\nRun on contiguous float32 inputs, then outputs, of the sizes that were prepared.");
+
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Program *p = program_of(args, given, 1);
+    return p == NULL ? NULL : call(p, args + 1, given - 1, NULL);
+}
+
+PyDoc_STRVAR(timed_doc, "timed(program, seconds, *arrays, /)\n--\n\nAs `run`; add what each instruction took to `seconds`, float64.");
+
+static PyObject *timed(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Program *p = program_of(args, given, 2);
+    Py_buffer seconds;
+    if (p == NULL || PyObject_GetBuffer(args[1], &seconds, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0)
+        return NULL;
+    PyObject *result = NULL;
+    if (seconds.len != p->steps.instructions * (Py_ssize_t)sizeof(double))
+        PyErr_Format(PyExc_ValueError, "%zd bytes for the seconds of %zd instructions", seconds.len, (Py_ssize_t)p->steps.instructions);
+    else
+        result = call(p, args + 2, given - 2, seconds.buf);
+    PyBuffer_Release(&seconds);
+    return result;
 }
 
 PyDoc_STRVAR(version_doc, "version(name=None, /)\n--\n\nWhich version of the kernel runs, after choosing another one where `name` is given.");
@@ -240,6 +273,7 @@ static PyMethodDef methods[] = {
     {"prepare", prepare, METH_VARARGS, prepare_doc},
     {"version", version, METH_VARARGS, version_doc},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, run_doc},
+    {"timed", (PyCFunction)(void (*)(void))timed, METH_FASTCALL, timed_doc},
     {NULL, NULL, 0, NULL},
 };
 

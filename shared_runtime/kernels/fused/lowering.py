@@ -59,6 +59,7 @@ class _Lowering:
         """Add what a node computes."""
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedModelError(f"the fused kernel has no operator {node.domain}.{node.op_type}")
+        self.builder.source = node.name or node.output[0], node.op_type
         inputs = [self.values[name] if name else None for name in node.input]
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         if node.op_type == "Shape" and isinstance(inputs[0], View):

@@ -90,7 +90,7 @@ def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
 class Program:
     """What the kernel needs: instructions (N,) INSTRUCTION, constants (M,) float32, floats of scratch, shapes of inputs and outputs.
 
-    `work`: multiplications of a run.
+    `work`: multiplications of a run. `sources`: for each instruction, the name and the operator of the node it comes from.
     """
 
     instructions: NDArray[Any]
@@ -99,6 +99,7 @@ class Program:
     inputs: Mapping[str, tuple[int, ...]]
     outputs: Mapping[str, tuple[int, ...]]
     work: int
+    sources: tuple[tuple[str, str], ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -111,6 +112,7 @@ class _Step:
     kind: str
     shape: tuple[int, ...]
     operands: list[View]
+    source: tuple[str, str]
     flag: int = 0
     alpha: float = 0.0
     beta: float = 0.0
@@ -127,6 +129,8 @@ class Builder:
     _known: dict[tuple[Any, ...], View] = field(default_factory=dict)
     _steps: list[_Step] = field(default_factory=list)
     work: int = 0
+    source: tuple[str, str] = ("", "")
+    """Name and operator of the node that steps are for."""
 
     def __post_init__(self) -> None:
         self.given = {name: self._buffer(shape) for name, shape in self.inputs.items()}
@@ -153,7 +157,7 @@ class Builder:
 
     def emit(self, kind: str, shape: Sequence[int], operands: list[View], flag: int = 0, alpha: float = 0.0, beta: float = 0.0) -> None:
         """A step in loops of `shape`: each operand has a stride for each of them."""
-        self._steps.append(_Step(kind, tuple(shape), operands, flag, alpha, beta))
+        self._steps.append(_Step(kind, tuple(shape), operands, self.source, flag, alpha, beta))
         if len(self._steps) > MOST_INSTRUCTIONS:
             raise UnsupportedModelError(
                 f"the network needs more than {MOST_INSTRUCTIONS} instructions; the fused kernel is made for small ones"
@@ -270,6 +274,7 @@ class Builder:
         if len(self.inputs) + len(outputs) > MOST_GIVEN:
             raise UnsupportedModelError(f"{len(self.inputs) + len(outputs)} inputs and outputs; the fused kernel takes {MOST_GIVEN}")
         place = {view.buffer: (GIVEN + i, 0) for i, view in enumerate(self.given.values())}
+        self.source = ("outputs", "Copy")
         for i, view in enumerate(outputs.values()):
             target = self._buffer(view.shape)
             place[target.buffer] = (GIVEN + len(self.inputs) + i, 0)
@@ -291,7 +296,15 @@ class Builder:
             for slot, view in zip(row["operand"], step.operands, strict=False):
                 space, offset = place[view.buffer]
                 slot["space"], slot["offset"], slot["stride"] = space, offset + view.offset, _five(view.strides, 0, step.kind)
-        return Program(table, np.concatenate(constants), scratch, self.inputs, {n: v.shape for n, v in outputs.items()}, self.work)
+        return Program(
+            table,
+            np.concatenate(constants),
+            scratch,
+            self.inputs,
+            {name: view.shape for name, view in outputs.items()},
+            self.work,
+            tuple(step.source for step in self._steps),
+        )
 
     def _share(self, place: dict[int, tuple[int, int]]) -> int:
         """Give each buffer of the scratch an offset: the first gap among those that live at the same time. Returns the size."""
