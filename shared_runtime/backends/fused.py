@@ -69,7 +69,10 @@ class FusedExecutable:
             self._may_part(inputs)
 
     def prepare_any(self) -> None:
-        """Nothing: a program is made when its shapes come, in some milliseconds."""
+        """Make the programs of all parts now, so that no request waits for them; others are made when their shapes come."""
+        if self._by_rows and (shapes := next(iter(self._programs), None)) is not None:
+            for rows in (1 << power for power in range(MOST_ROWS.bit_length())):
+                self._program([np.empty((rows, *shape[1:]), np.float32) for shape in shapes])
 
     def nodes(self, inputs: Tensors) -> dict[str, int]:
         """All operators run in the kernel."""
