@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,8 @@ WEIGHTED = (*CHANNELS, "MatMul", "LSTMCell", *RECURRENT)
 SUMMING = {*WEIGHTED, "Add", "Subtract"}
 SMOOTHING = "/nncf_smooth_quant"
 """What NNCF calls the factors by which it makes a layer's input easier to quantize."""
+TELEMETRY = "openvino_telemetry"
+"""A package by which NNCF reports each use to its maker over the network; without it NNCF reports nothing."""
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -159,6 +162,7 @@ def lacks() -> str:
 def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
     if missing := lacks():
         raise BackendUnavailableError(f"INT8 for OpenVINO lacks {missing}")
+    sys.modules.setdefault(TELEMETRY, None)  # type: ignore[arg-type]
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet

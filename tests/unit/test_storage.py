@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +312,27 @@ def test_a_channel_of_zeros_leaves_the_scales_of_the_others_in_half_precision() 
     stored, scale = int8_and_scale(values, (0,))
     assert not stored[3].any()
     assert holds_in_half(scale, each=True)
+
+
+QUANTIZED = """
+import sys
+import numpy as np
+import shared_runtime as rt
+from pathlib import Path
+from tests.networks import classifier
+model = rt.load(classifier(Path(sys.argv[1]), False))
+calibration = [model.signature.random(1, seed=i) for i in range(8)]
+rt.optimize(model, calibration=calibration, metric=rt.metrics.correlation, max_drop=0.9, threads=1, precisions=["int8"], report=print)
+print("nncf" in sys.modules, sys.modules.get("openvino_telemetry"))
+"""
+
+
+def test_nncf_reports_nothing_to_its_maker(tmp_path: Path) -> None:
+    """In a process of its own: under pytest it never does. It would leave its mark in the home folder."""
+    pytest.importorskip("nncf")
+    environment = {**os.environ, "HOME": str(tmp_path), "TRISCOPE_HOME": str(tmp_path / "triscope"), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", QUANTIZED, str(tmp_path / "c.onnx")]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "True None"
+    assert not (tmp_path / "intel").exists()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 from streamlit.web.cli import main
 
+STDIN = 0
+
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(STDIN, 1):  # not by sys.stdin: its lock would be held, and a process forked from this one closes it first
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
