@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shared_runtime.backends.base import Availability, Executable, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.backends.streams import StreamedExecutable, difference_of_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.graph.check import read_whole
 from shared_runtime.kernels.fused.lowering import lower, refuse_unknown_operators
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -156,5 +157,5 @@ class FusedBackend:
         refuse_unknown_operators(onnx.load(str(model.graph), load_external_data=False))
         streams = threads if mode == "streams" else 1
         names = [spec.name for spec in model.signature.inputs]
-        inner = FusedExecutable(onnx.load(str(model.graph)), model.name, names, model.signature.has_rows, streams)
+        inner = FusedExecutable(read_whole(model.graph), model.name, names, model.signature.has_rows, streams)
         return inner if streams == 1 else StreamedExecutable(inner, streams, model.signature, model.name)

@@ -330,7 +330,12 @@ print("nncf" in sys.modules, sys.modules.get("openvino_telemetry"))
 def test_nncf_reports_nothing_to_its_maker(tmp_path: Path) -> None:
     """In a process of its own: under pytest it never does. It would leave its mark in the home folder."""
     pytest.importorskip("nncf")
-    environment = {**os.environ, "HOME": str(tmp_path), "TRISCOPE_HOME": str(tmp_path / "triscope"), "PYTHONPATH": str(Path.cwd())}
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "TRISCOPE_HOME": str(tmp_path / "triscope"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     command = [sys.executable, "-c", QUANTIZED, str(tmp_path / "c.onnx")]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert answer.returncode == 0, answer.stderr

@@ -186,13 +186,12 @@ def _reshape(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | Non
     axes = _axes(inputs, attributes)
     if node.op_type == "Squeeze":
         gone = {a % len(shape) for a in axes} if axes is not None else {a for a, n in enumerate(shape) if n == 1}
-        kept = [a for a in range(len(shape)) if a not in gone]
-        return [View(x.buffer, tuple(x.shape[a] for a in kept), tuple(x.strides[a] for a in kept), x.offset)]
-    rank = len(shape) + len(axes or [])
-    new = {a % rank for a in axes or []}
-    old = iter(zip(x.shape, x.strides, strict=True))
-    pairs = [(1, 0) if a in new else next(old) for a in range(rank)]
-    return [View(x.buffer, tuple(n for n, _ in pairs), tuple(s for _, s in pairs), x.offset)]
+        for axis in sorted(gone, reverse=True):
+            x = x.without(axis)
+        return [x]
+    for axis in sorted(a % (len(shape) + len(axes or [])) for a in axes or []):
+        x = x.inserted(axis)
+    return [x]
 
 
 @_rule("Transpose")
@@ -232,12 +231,9 @@ def _gather(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
         found = x.picked(axis, flat[0], steps.pop() if steps else 1, len(flat))
     else:
         found = _joined(lowering, [x.picked(axis, i, 1, 1) for i in flat], axis)
-    if indices.ndim == 1:
-        return [found]
-    whole = lowering.builder.contiguous(found) if indices.ndim else found
-    if indices.ndim:
-        return [lowering.builder.reshaped(whole, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))]
-    return [View(x.buffer, x.shape[:axis] + x.shape[axis + 1 :], x.strides[:axis] + x.strides[axis + 1 :], found.offset)]
+    if indices.ndim < 2:
+        return [found if indices.ndim else found.without(axis)]
+    return [lowering.builder.reshaped(found, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))]
 
 
 @_rule("Split")
@@ -338,14 +334,10 @@ def _gemm(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None],
         return [build.product(a, weights * np.float32(alpha), start)]
     b = lowering.view(inputs[1])
     b = b.transposed((1, 0)) if attributes.get("transB", 0) else b
-    result = build.contraction(_batched(a), _batched(b))
+    result = build.contraction(a.inserted(0), b.inserted(0))
     result = build.reshaped(result, result.shape[1:])
     result = result if alpha == 1 else build.binary("Mul", result, build.constant(np.array(alpha)))
     return [result if start is None else build.binary("Add", result, start)]
-
-
-def _batched(x: View) -> View:
-    return View(x.buffer, (1, *x.shape), (0, *x.strides), x.offset)
 
 
 @_rule("MatMul")
@@ -356,8 +348,8 @@ def _matmul(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
         return [build.reshaped(build.product(rows, inputs[1].astype(np.float32)), (*a.shape[:-1], inputs[1].shape[1]))]
     b = lowering.view(inputs[1])
     one_row, one_column = len(a.shape) == 1, len(b.shape) == 1
-    a = View(a.buffer, (1, *a.shape), (0, *a.strides), a.offset) if one_row else a
-    b = View(b.buffer, (*b.shape, 1), (*b.strides, 0), b.offset) if one_column else b
+    a = a.inserted(0) if one_row else a
+    b = b.inserted(1) if one_column else b
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     result = build.contraction(*(build.one(v.broadcast((*batch, *v.shape[-2:])), 0, len(batch)) for v in (a, b)))
     shape = (*batch, *(() if one_row else a.shape[-2:-1]), *(() if one_column else b.shape[-1:]))
@@ -386,15 +378,7 @@ def _einsum(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | None
     def grouped(view: View, own: str, groups: Sequence[list[str]]) -> View:
         view = view.transposed([own.index(c) for group in groups for c in group])
         for place, group in enumerate(groups):
-            if group:
-                view = build.one(view, place, place + len(group))
-            else:
-                view = View(
-                    view.buffer,
-                    (*view.shape[:place], 1, *view.shape[place:]),
-                    (*view.strides[:place], 0, *view.strides[place:]),
-                    view.offset,
-                )
+            view = build.one(view, place, place + len(group)) if group else view.inserted(place)
         return view
 
     result = build.contraction(grouped(a, left, (batch, rows, depth)), grouped(b, right, (batch, depth, columns)))
@@ -431,8 +415,7 @@ def _recurrent(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | N
             theirs[: 2 * hidden] = 0
         given = _projected(lowering, x, np.ascontiguousarray(weights[d].T), own)
         start = [_initial(lowering, inputs[place], d, batch, hidden) for place in ((5, 6) if lstm else (5,))]
-        state = states.picked(1, d, 1, 1)
-        state = View(state.buffer, (steps, batch, hidden), (state.strides[0], state.strides[2], 1), state.offset)
+        state = states.picked(1, d, 1, 1).without(1)
         build.spend(steps * batch * hidden * gates)
         extra = build.unary("Copy", start[1]) if lstm else build.constant(theirs)
         if lstm:
@@ -448,11 +431,10 @@ def _recurrent(lowering: _Lowering, node: onnx.NodeProto, inputs: list[Value | N
         ]
         operands[2] = View(operands[2].buffer, operands[2].shape, (0, 0, 0), operands[2].offset)
         build.emit(node.op_type, (steps, batch, hidden), operands, flag=int(backwards))
-        end = state.picked(0, 0 if backwards else steps - 1, 1, 1)
-        last.append(View(end.buffer, (1, batch, hidden), end.strides, end.offset))
+        last.append(state.picked(0, 0 if backwards else steps - 1, 1, 1))
     results: list[Value] = [states, _joined(lowering, last, 0) if directions > 1 else last[0]]
     if lstm:
-        stacked = [View(c.buffer, (1, batch, hidden), (0, hidden, 1), c.offset) for c in cells]
+        stacked = [cell.inserted(0) for cell in cells]
         results.append(_joined(lowering, stacked, 0) if directions > 1 else stacked[0])
     return results
 
@@ -461,8 +443,7 @@ def _initial(lowering: _Lowering, value: Value | None, direction: int, batch: in
     """The first states of one direction (batch, hidden), rows contiguous."""
     view = lowering.builder.constant(np.zeros((1,))) if value is None else lowering.view(value)
     if value is not None:
-        view = view.picked(0, direction, 1, 1)
-        view = View(view.buffer, view.shape[1:], view.strides[1:], view.offset)
+        view = view.picked(0, direction, 1, 1).without(0)
     if value is None or view.strides[1] != 1:
         view = lowering.builder.unary("Copy", view.broadcast((batch, hidden)))
     return view

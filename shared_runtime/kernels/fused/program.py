@@ -70,6 +70,14 @@ class View:
         shape[axis], strides[axis] = count, strides[axis] * step
         return replace(self, shape=tuple(shape), strides=tuple(strides), offset=self.offset + start * self.strides[axis])
 
+    def inserted(self, axis: int) -> Self:
+        """With one more axis of length 1 there."""
+        return replace(self, shape=(*self.shape[:axis], 1, *self.shape[axis:]), strides=(*self.strides[:axis], 0, *self.strides[axis:]))
+
+    def without(self, axis: int) -> Self:
+        """Its first index of an axis, and the axis no more."""
+        return replace(self, shape=self.shape[:axis] + self.shape[axis + 1 :], strides=self.strides[:axis] + self.strides[axis + 1 :])
+
     def merged(self, start: int, end: int) -> Self | None:
         """With the axes from `start` to before `end` as one; None where their elements don't lie at one distance."""
         kept = [(n, s) for n, s in zip(self.shape[start:end], self.strides[start:end], strict=True) if n != 1]
