@@ -15,6 +15,7 @@ import numpy as np
 
 from shared_runtime.backends.base import Executable
 from shared_runtime.certificate import Reversion
+from shared_runtime.errors import MetricError
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.quantization.forms import BETWEEN, Form, PackingForm
 from shared_runtime.quantization.judge import Judge, Verdict
@@ -22,9 +23,13 @@ from shared_runtime.signature import Tensors
 
 logger = logging.getLogger(__name__)
 RANKING_ITEMS = 8
+NEGLIGIBLE = 0.02
+"""Share of the loss below which a group of layers is not told apart."""
 LONG_SECONDS, TOO_SLOW = 0.5, 0.7
 """Where one run takes this long, a form in INT8 that is below this share of float's speed is not searched for one that passes."""
 SLOWER, NOTICEABLE = 1.15, 0.02
+SHOWS = 0.1
+"""Share of the drop allowed from which the drop on the items that suffer most takes part in the ranking."""
 PACKINGS = 6
 """How often storing weights of layers in float in INT8 is tried."""
 Report = Callable[[str], None]
@@ -138,24 +143,38 @@ class Guard:
         return best, _reversions(order[:high], harm)
 
     def _rank(self, outputs: Sequence[Tensors]) -> dict[str, float]:
-        """Harm of each layer: how much of the output error goes away when it alone is in float, on the items that suffer most."""
-        errors = [_error(mine, theirs) for mine, theirs in zip(outputs, self._judge.reference, strict=True)]
-        worst = [int(i) for i in np.argsort(errors)[::-1][:RANKING_ITEMS]]
-        base = float(np.mean([errors[i] for i in worst]))
+        """Harm of each layer: the share of the loss that there is when it alone is reduced, on the items that suffer most.
+
+        Reduced alone, not put back alone: of two layers that spoil the same output neither shows while the other is there.
+        Layers are measured in groups, and the group that does the most harm is halved next, until the others do little or
+        time is up; a layer has the mean of its group.
+        """
+        until = time.monotonic() + (self._end - time.monotonic()) / 2
+        loss = _Loss(self._judge, outputs)
+        floor = self._loss_with(frozenset(self._form.layers), loss)
+        groups = [(float("inf"), tuple(sorted(self._form.layers, key=lambda layer: layer == BETWEEN)))]
         harm: dict[str, float] = {}
-        start = time.monotonic()
-        room = (self._end - start) / 2
-        for layer in _from_both_ends(self._form.layers):
-            executable = self._form.compile(frozenset((layer,)), self._threads)
-            try:
-                left = [_error(executable.run(self._judge.samples[i]), self._judge.reference[i]) for i in worst]
-            finally:
-                executable.close()
-            harm[layer] = base - float(np.mean(left))
-            if time.monotonic() - start > room:
-                self._report(f"{len(harm)} of {len(self._form.layers)} layers ranked in the time there is")
-                break
+        measured = 1
+        while groups and time.monotonic() < until:
+            whole, group = groups.pop()
+            if len(group) < 2 or whole < NEGLIGIBLE:
+                continue
+            middle = len(group) - 1 if group[-1] == BETWEEN else len(group) // 2
+            for half in (group[:middle], group[middle:]):
+                lost = self._loss_with(frozenset(self._form.layers) - set(half), loss) - floor
+                harm |= dict.fromkeys(half, lost / len(half))
+                groups.append((lost, half))
+                measured += 1
+            groups.sort(key=lambda each: each[0])
+        self._report(f"{self._form.facts.name}: {len(self._form.layers)} layers ranked by {measured} measurements")
         return harm
+
+    def _loss_with(self, reverted: frozenset[str], loss: _Loss) -> float:
+        executable = self._form.compile(reverted, self._threads)
+        try:
+            return loss([executable.run(self._judge.samples[item]) for item in loss.items])
+        finally:
+            executable.close()
 
     def _too_slow(self) -> float | None:
         """The share of float's speed, everything reduced, where it is too little for a long search; None otherwise."""
@@ -226,12 +245,38 @@ class Guard:
         return replace(best, speedup=speedup) if speedup > found.speedup / SLOWER else found
 
 
-def _from_both_ends(layers: Sequence[str]) -> list[str]:
-    """The order of ranking, should time run out: what lies between layers, then those nearest to the outputs and the inputs, which
-    most often do the harm."""
-    rest = [layer for layer in layers if layer != BETWEEN]
-    ends = [layer for pair in zip(reversed(rest), rest, strict=True) for layer in pair]
-    return [*(layer for layer in layers if layer == BETWEEN), *ends[: len(rest)]]
+class _Loss:
+    """What a form loses on the items that suffer most: the mean of the outputs' error and, where it shows on so few, of the
+    metric's drop, each as a share of what it is with every layer reduced (`outputs`)."""
+
+    def __init__(self, judge: Judge, outputs: Sequence[Tensors]) -> None:
+        errors = [_error(mine, theirs) for mine, theirs in zip(outputs, judge.reference, strict=True)]
+        self.items = [int(item) for item in np.argsort(errors)[::-1][:RANKING_ITEMS]]
+        self._judge = judge
+        self._reference = [judge.reference[item] for item in self.items]
+        self._targets = [judge.targets[item] for item in self.items]
+        self._before = self._score(self._reference)
+        chosen = [outputs[item] for item in self.items]
+        self._whole = self._error(chosen), self._drop(chosen)
+
+    def __call__(self, outputs: Sequence[Tensors]) -> float:
+        error, drop = self._whole
+        shares = [self._error(outputs) / error] if error > 0 else []
+        if drop > SHOWS * self._judge.max_drop:
+            shares.append(self._drop(outputs) / drop)
+        return float(np.mean(shares)) if shares else 0.0
+
+    def _error(self, outputs: Sequence[Tensors]) -> float:
+        return float(np.mean([_error(mine, theirs) for mine, theirs in zip(outputs, self._reference, strict=True)]))
+
+    def _drop(self, outputs: Sequence[Tensors]) -> float:
+        return self._before - self._score(outputs)
+
+    def _score(self, outputs: Sequence[Tensors]) -> float:
+        try:
+            return self._judge.score(outputs, self._targets)
+        except MetricError:
+            return 0.0  # such as one of ranks, on items of one class
 
 
 def _reversions(layers: Sequence[str], harm: dict[str, float]) -> tuple[Reversion, ...]:

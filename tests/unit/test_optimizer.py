@@ -19,8 +19,6 @@ from shared_runtime.optimize import simplified
 from shared_runtime.quantization import judge as judging
 from shared_runtime.quantization import saturation
 from shared_runtime.quantization.catalogue import PRECISIONS, forms_for
-from shared_runtime.quantization.forms import BETWEEN
-from shared_runtime.quantization.guard import _from_both_ends
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8, WeightOnlyInt8
 from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
 from shared_runtime.quantization.rounding import balanced_rounding
@@ -446,15 +444,6 @@ def test_a_missing_quantizer_is_named_and_the_others_go_on(sound: rt.Model, monk
     made = guarded(sound, precisions=["int8"])
     assert "nncf" in made.refused["int8-openvino"]
     assert "int8-onnxruntime" in made.variants
-
-
-def test_layers_are_ranked_from_both_ends() -> None:
-    for count in (0, 1, 2, 5, 8):
-        layers = [*(f"layer {i}" for i in range(count)), BETWEEN]
-        order = _from_both_ends(layers)
-        assert order[0] == BETWEEN
-        assert sorted(order) == sorted(layers)
-        assert order[1:3] == [f"layer {count - 1}", "layer 0"][: min(count, 2)]
 
 
 def test_constants_that_are_listed_as_inputs(tmp_path: Path) -> None:

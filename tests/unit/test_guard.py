@@ -1,0 +1,110 @@
+"""The guard's search: which layers go back to float, in how few measurements, whatever way their harms combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shared_runtime as rt
+from shared_runtime.quantization.forms import BETWEEN
+from shared_runtime.quantization.guard import Guard
+from shared_runtime.quantization.judge import Judge
+from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.variants import VariantFacts
+
+LAYERS = tuple(f"layer {place}" for place in range(90))
+Combine = Callable[[Iterable[float]], float]
+
+
+class Spoiling:
+    """A form whose reduced layers spoil the output: by the sum of their harms, or by the greatest alone."""
+
+    facts = VariantFacts("int8-fake", "int8", "onnxruntime", "cpu", "model.onnx")
+    passes = ("fake",)
+
+    def __init__(self, layers: Sequence[str], harm: dict[str, float], combine: Combine, always: float = 0.0) -> None:
+        self.layers, self.compiled = tuple(layers), 0
+        self._harm, self._combine, self._always = harm, combine, always
+
+    def compile(self, reverted: frozenset[str], threads: int) -> Any:
+        self.compiled += 1
+        return Shifted(self._always + self._combine([self._harm.get(name, 0.0) for name in self.layers if name not in reverted] or [0.0]))
+
+    def save(self, reverted: frozenset[str], folder: Path) -> None: ...
+
+    def saturated(self, reverted: frozenset[str], sample: Any) -> None: ...
+
+    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
+        return {}
+
+
+class Shifted:
+    def __init__(self, shift: float) -> None:
+        self._shift = np.float32(shift)
+
+    def run(self, inputs: Any) -> dict[str, np.ndarray]:
+        return {"y": inputs["x"] + self._shift}
+
+    def close(self) -> None: ...
+
+
+def searched(form: Spoiling, room: float, seconds: float = 30, metric: Any = None) -> Any:
+    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
+    generator = np.random.default_rng(0)
+    samples = read_calibration([{"x": generator.standard_normal((1, 2)).astype(np.float32)} for _ in range(12)], signature, "fake")
+    reference = [{"y": inputs["x"]} for inputs in samples]
+
+    def closeness(outputs: Any, targets: Any) -> float:
+        return -max(float(np.abs(o["y"] - t["y"]).max()) for o, t in zip(outputs, targets, strict=True))
+
+    judge = Judge(reference, samples, reference, metric or closeness, room)
+    return Guard(form, judge, Shifted(0.0), 1, seconds).search()
+
+
+@pytest.mark.parametrize("combine", [sum, max])
+@pytest.mark.parametrize("between", [0.0, 50.0])
+def test_the_few_that_spoil_the_output_are_found_among_many(combine: Combine, between: float) -> None:
+    """By their greatest harm alone: putting one of them back shows nothing while another is reduced."""
+    harm = {"layer 3": 5.0, "layer 41": 6.0, "layer 88": 5.5, BETWEEN: between}
+    form = Spoiling((*LAYERS, BETWEEN), harm, combine)
+    found = searched(form, 0.1)
+    assert found.passed
+    assert found.layers == {name for name, value in harm.items() if value}
+    assert form.compiled < len(LAYERS)
+    assert [item.value for item in found.reverted] == sorted((item.value for item in found.reverted), reverse=True)
+
+
+def test_harm_that_all_share_goes_back_in_part() -> None:
+    form = Spoiling(LAYERS, dict.fromkeys(LAYERS, 0.01), sum)
+    found = searched(form, 0.455)
+    assert found.passed
+    assert len(found.reverted) == 45
+
+
+def test_what_a_form_loses_with_every_layer_in_float_is_no_harm_of_layers() -> None:
+    form = Spoiling(LAYERS, {"layer 7": 1.0}, sum, always=20.0)
+    found = searched(form, 20.1)
+    assert found.passed
+    assert found.layers == {"layer 7"}
+
+
+def test_without_time_the_search_ends_with_a_refusal() -> None:
+    form = Spoiling(LAYERS, dict.fromkeys(LAYERS, 1.0), sum)
+    found = searched(form, 0.1, seconds=0)
+    assert not found.passed
+    assert form.compiled <= 4
+
+
+def test_a_metric_that_fails_on_a_few_items_leaves_the_ranking_to_the_outputs() -> None:
+    def needs_all(outputs: Any, targets: Any) -> float:
+        if len(outputs) < 12:
+            raise ValueError("one class only")
+        return -max(float(np.abs(o["y"] - t["y"]).max()) for o, t in zip(outputs, targets, strict=True))
+
+    form = Spoiling(LAYERS, {"layer 60": 3.0}, sum)
+    found = searched(form, 0.1, metric=needs_all)
+    assert found.layers == {"layer 60"}
