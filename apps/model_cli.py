@@ -84,6 +84,7 @@ def optimize(
     validation: Arrays = None,
     metric: Annotated[str, typer.Option(help=f"One of {', '.join(METRICS)}.")] = "agreement",
     max_drop: Annotated[float, typer.Option(help="Largest drop of the metric, absolute.")] = 0.005,
+    certain: Annotated[bool, typer.Option("--certain", help="The upper end of the drop's interval must be within it too.")] = False,
     precision: Annotated[Optional[list[str]], typer.Option(help="int8, bfloat16, float16, float8; without, the first three.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds.")] = 900.0,
     json: Json = None,
@@ -102,6 +103,7 @@ def optimize(
         threads=settings.model_threads,
         budget_s=budget,
         report=console.print,
+        certain=certain,
     )
     table = Table("variant", "precision", "metric", "drop", "95 % interval", "size", "speed")
     for variant in made.variants:

@@ -87,7 +87,7 @@ def _sequence() -> Case:
     model = rt.load("fraud-sequence")
     generator = np.random.default_rng(0)
     samples = []
-    for _ in range(64):
+    for _ in range(256):
         history = np.abs(generator.standard_normal((1, 8, 26)) * np.geomspace(1, 100, 26)).astype(np.float32)
         samples.append({"sequence": history, "mask": np.ones((1, 8), np.float32)})
     return Case(model, samples, rt.metrics.correlation)
@@ -105,7 +105,7 @@ def _texture() -> Case:
     from apps.industrial.synthesis.textures import TEXTURES, good_part
 
     generator, kinds = np.random.default_rng(0), list(DEFECTS)
-    parts = [good_part(name, generator) for _ in range(6) for name in TEXTURES]
+    parts = [good_part(name, generator) for _ in range(16) for name in TEXTURES]
     parts = [add_defect(part, kinds[place % len(kinds)], generator)[0] if place % 2 else part for place, part in enumerate(parts)]
     return Case(
         rt.load("texture-features"), [{"pixels": prepared(part)[None].astype(np.float32)} for part in parts], rt.metrics.correlation
@@ -257,6 +257,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         calibration=case.calibration,
         metric=case.metric,
         max_drop=case.max_drop,
+        certain=True,
         budget_s=case.budget * SECONDS,
         device=device,
         store=VariantStore(folder / "variants"),

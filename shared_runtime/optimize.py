@@ -77,13 +77,15 @@ def optimize(
     budget_s: float = BUDGET_SECONDS,
     store: VariantStore | None = None,
     report: Report | None = None,
+    certain: bool = False,
 ) -> Model:
     """The model with every reduced form that passed its guard on this host; `model.refused` says why others did not.
 
     `calibration`: an iterable of input dicts, read once, at most 300. `validation`: an iterable of (inputs, target);
     without it a quarter of the calibration set is held out and `metric` is agreement with the float model.
     `metric(outputs, targets)` over the lists of all outputs and targets, higher is better. `max_drop`: absolute, in
-    the metric's unit. `slices`: the slice of each validation item, or a function of (inputs, target).
+    the metric's unit; with `certain` the upper end of the drop's 95 % interval may not be above it either.
+    `slices`: the slice of each validation item, or a function of (inputs, target).
     `precisions`: of "int8", "bfloat16", "float16", "tf32", "float8"; without, all that apply.
 
     A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError.
@@ -98,7 +100,7 @@ def optimize(
     references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
     folder = tempfile.mkdtemp(prefix="triscope-optimize-")
     try:
-        judge, data = _judge(loaded, data, validation, metric, max_drop, slices, reference)
+        judge, data = _judge(loaded, data, validation, metric, max_drop, slices, reference, certain)
         job = _Job(loaded, data, judge, cores, store or VariantStore(), report, references)
         simple = simplified(loaded, Path(folder), report)
         makers = forms_for(simple, device, wanted)
@@ -162,17 +164,18 @@ def _judge(
     max_drop: float,
     slices: Callable[[Tensors, Any], str] | Sequence[str] | None,
     reference: Executable,
+    certain: bool,
 ) -> tuple[Judge, SampleStore]:
     """The judge, and the calibration set without what it judges on."""
     if validation is None:
         kept, apart = hold_out(data, model.signature, model.name)
         targets: list[Any] = [reference.run(inputs) for inputs in apart]
-        return Judge(targets, apart, targets, metric or agreement, max_drop, slice_names(slices, apart, targets)), kept
+        return Judge(targets, apart, targets, metric or agreement, max_drop, slice_names(slices, apart, targets), certain=certain), kept
     apart, targets = read_validation(validation, model.signature, model.name)
     refuse_overlap(data, apart, model.name)
     outputs = [reference.run(inputs) for inputs in apart]
     chosen, against = (agreement, outputs) if metric is None else (metric, targets)
-    return Judge(outputs, apart, against, chosen, max_drop, slice_names(slices, apart, targets)), data
+    return Judge(outputs, apart, against, chosen, max_drop, slice_names(slices, apart, targets), certain=certain), data
 
 
 def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None, str]:
@@ -261,6 +264,7 @@ class Quantizer:
     device: str = "auto"
     threads: int | None = None
     budget_s: float = BUDGET_SECONDS
+    certain: bool = False
 
     def run(self) -> Model:
         """The model with the certified variants of that precision."""
@@ -274,6 +278,7 @@ class Quantizer:
             device=self.device,
             threads=self.threads,
             budget_s=self.budget_s,
+            certain=self.certain,
         )
         if not any(made.variant(name).facts.precision.startswith(self.precision) for name in made.variants):
             reasons = "; ".join(f"{name}: {why}" for name, why in made.refused.items()) or "no engine here has it"

@@ -39,7 +39,8 @@ class Judge:
     """Measures variants against one float model on one validation set.
 
     A variant passes where the drop of the whole set is at most `max_drop`, and no slice's drop is above it with
-    confidence (the lower end of the slice's interval). `slices` names the slice of each validation item.
+    confidence (the lower end of the slice's interval). `slices` names the slice of each validation item. `certain`:
+    the drop must be at most `max_drop` with confidence as well (the upper end of its interval).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Judge:
         max_drop: float,
         slices: Sequence[str] | None = None,
         seed: int = 0,
+        certain: bool = False,
     ) -> None:
         if not max_drop >= 0:
             raise CalibrationError(f"max_drop is {max_drop}; expected 0 or more, in the metric's unit")
@@ -58,7 +60,7 @@ class Judge:
             raise CalibrationError(f"{len(slices)} slice names for {len(targets)} validation items; expected one an item")
         self.reference, self.samples, self.targets = reference, samples, targets
         self.metric, self.max_drop, self._slices = metric, max_drop, slices
-        self._seed = seed
+        self._seed, self._certain = seed, certain
         begin = time.perf_counter()
         self.before = self.score(reference, targets)
         seconds = max(1e-6, time.perf_counter() - begin)
@@ -96,6 +98,9 @@ class Judge:
         why = ""
         if not self.before - after <= self.max_drop:
             why = f"{self.name} drops by {self.before - after:.4g} ({self.before:.4g} to {after:.4g}); allowed are {self.max_drop:.4g}"
+        elif self._certain and not interval[1] <= self.max_drop:
+            drop = self.before - after
+            why = f"{self.name} drops by {drop:.4g}, by up to {interval[1]:.4g} with 95 % confidence; allowed are {self.max_drop:.4g}"
         for name, part in slices.items():
             if not why and part.drop_interval[0] > self.max_drop:
                 why = f"{self.name} drops by {part.before - part.after:.4g} in slice {name!r}; allowed are {self.max_drop:.4g}"

@@ -108,3 +108,23 @@ def test_a_metric_that_fails_on_a_few_items_leaves_the_ranking_to_the_outputs() 
     form = Spoiling(LAYERS, {"layer 60": 3.0}, sum)
     found = searched(form, 0.1, metric=needs_all)
     assert found.layers == {"layer 60"}
+
+
+def test_a_certain_judge_holds_the_interval_to_the_limit_too() -> None:
+    """Half of the items lose 0.08 and half nothing: 0.04 on average, by chance more."""
+    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
+    samples = read_calibration([{"x": np.full((1, 2), place, np.float32)} for place in range(20)], signature, "fake")
+    reference = [{"y": inputs["x"]} for inputs in samples]
+    spoiled = [{"y": item["y"] - np.float32(0.08 * (place % 2))} for place, item in enumerate(reference)]
+
+    def mean(outputs: Any, targets: Any) -> float:
+        return 1 - float(np.mean([np.abs(o["y"] - t["y"]).mean() for o, t in zip(outputs, targets, strict=True)]))
+
+    def verdict(outputs: Any, **options: Any) -> Any:
+        return Judge(reference, samples, reference, mean, 0.05, **options).judge(outputs)
+
+    assert not verdict(spoiled).why
+    why = verdict(spoiled, certain=True).why
+    assert "95 % confidence" in why
+    assert f"{verdict(spoiled).interval[1]:.4g}" in why
+    assert not verdict(reference, certain=True).why
