@@ -146,7 +146,7 @@ class Guard:
         """Harm of each layer: the share of the loss that there is when it alone is reduced, on the items that suffer most.
 
         Reduced alone, not put back alone: of two layers that spoil the same output neither shows while the other is there.
-        Layers are measured in groups, and the group that does the most harm is halved next, until the others do little or
+        Layers are measured in groups, and the group that does the most harm is quartered next, until the others do little or
         time is up; a layer has the mean of its group.
         """
         until = time.monotonic() + (self._end - time.monotonic()) / 2
@@ -159,11 +159,10 @@ class Guard:
             whole, group = groups.pop()
             if len(group) < 2 or whole < NEGLIGIBLE:
                 continue
-            middle = len(group) - 1 if group[-1] == BETWEEN else len(group) // 2
-            for half in (group[:middle], group[middle:]):
-                lost = self._loss_with(frozenset(self._form.layers) - set(half), loss) - floor
-                harm |= dict.fromkeys(half, lost / len(half))
-                groups.append((lost, half))
+            for part in _parts(group):
+                lost = self._loss_with(frozenset(self._form.layers) - set(part), loss) - floor
+                harm |= dict.fromkeys(part, lost / len(part))
+                groups.append((lost, part))
                 measured += 1
             groups.sort(key=lambda each: each[0])
         self._report(f"{self._form.facts.name}: {len(self._form.layers)} layers ranked by {measured} measurements")
@@ -277,6 +276,13 @@ class _Loss:
             return self._judge.score(outputs, self._targets)
         except MetricError:
             return 0.0  # such as one of ranks, on items of one class
+
+
+def _parts(group: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """A quarter each, one by one as soon as they are few; what lies between layers, the last of a group, is one of its own."""
+    layers = group[:-1] if group[-1] == BETWEEN else group
+    size = -(-len(layers) // 4)
+    return [layers[place : place + size] for place in range(0, len(layers), size)] + [group[-1:]] * (layers != group)
 
 
 def _reversions(layers: Sequence[str], harm: dict[str, float]) -> tuple[Reversion, ...]:
