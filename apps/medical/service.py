@@ -185,44 +185,53 @@ class MedicalService:
     def process(self, message: StudyMessage, traceparent: str = "") -> Study:
         """Segment one study, store the outcome and send it to `medical.results`.
 
-        One that has an outcome is not done again. Raises PermanentError for input that no retry mends.
+        One that has an outcome is not done again, but its outcome is sent again: a worker may have ended between storing and
+        sending it. Raises PermanentError for input that no retry mends.
         """
         known = self.store.find(message.study_id)
         if known is None:
             self.store.add(message.study_id, source=message.source, blob=message.blob)
         elif known.status in SETTLED:
             logger.info("study is done already", extra={"study_id": message.study_id})
-            return known
+            return self._send_outcome(known, traceparent)
         start = time.monotonic()
         try:
             volume, notes = self._volume(message)
         except InputError as error:
-            raise self._refuse(message, str(error), traceparent) from error
+            return self._refuse(message, str(error), traceparent)
         with private(volume.patient), tempfile.TemporaryDirectory(prefix="triscope-") as folder:
             session = self.session()
             try:
                 result = segment_hippocampi(volume, session)
             except InputError as error:
-                raise self._refuse(message, str(error), traceparent, volume) from error
+                return self._refuse(message, str(error), traceparent, volume)
             report = write_outputs(volume, result, session, time.monotonic() - start - sum(result.seconds.values()), notes, Path(folder))
             files = {path.name: self.blobs.put(path.read_bytes()) for path in sorted(Path(folder).iterdir())}
             self.store.settle(
                 message.study_id, DONE, report=report, files=files, patient=volume.patient or None, description=volume.description or None
             )
-            answer = ResultMessage(message.study_id, DONE, session.model.name, report["volumes_ml"], report["flags"], "", files)
-            RESULTS.send(self._log, answer, source="triscope/medical", traceparent=traceparent)
         studies_total.labels(DONE).inc()
         study_seconds.observe(report["seconds"]["total"])
         logger.info("study done", extra={"study_id": message.study_id, "seconds": report["seconds"]["total"]})
-        return self.store.get(message.study_id)
+        return self._send_outcome(self.store.get(message.study_id), traceparent)
 
-    def _refuse(self, message: StudyMessage, reason: str, traceparent: str, volume: Volume | None = None) -> PermanentError:
+    def _send_outcome(self, study: Study, traceparent: str) -> Study:
+        """Send the outcome of a study to `medical.results`. Raises PermanentError for one that was refused."""
+        if study.status == REFUSED:
+            answer = ResultMessage(study.study_id, REFUSED, "", reason=study.reason)
+        else:
+            report = study.report
+            answer = ResultMessage(study.study_id, DONE, report["model"]["name"], report["volumes_ml"], report["flags"], "", study.files)
+        RESULTS.send(self._log, answer, source="triscope/medical", traceparent=traceparent)
+        if study.status == REFUSED:
+            raise PermanentError(study.reason)
+        return study
+
+    def _refuse(self, message: StudyMessage, reason: str, traceparent: str, volume: Volume | None = None) -> Study:
         patient = None if volume is None else volume.patient or None
         self.store.settle(message.study_id, REFUSED, reason=reason, patient=patient)
         studies_total.labels(REFUSED).inc()
-        answer = ResultMessage(message.study_id, REFUSED, "", reason=reason)
-        RESULTS.send(self._log, answer, source="triscope/medical", traceparent=traceparent)
-        return PermanentError(reason)
+        return self._send_outcome(self.store.get(message.study_id), traceparent)
 
     def _volume(self, message: StudyMessage) -> tuple[Volume, list[str]]:
         content = self.blobs.get(message.blob)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,9 +105,9 @@ def test_a_worker_killed_at_work_leaves_the_study_to_the_next_one(commands: Comm
     second = commands.start("medical", "worker")
     eventually(lambda: service.store.get(study_id).status == "done", timeout=120)
     assert service.store.get(study_id).report["volumes_ml"]["left hippocampus"] > 1
+    eventually(lambda: sum(log.lag(GROUP, STUDIES.name).values()) == 0)  # stopped before this commit, it would read the study again
     code, seconds = commands.stop(second)
     assert (code, seconds < 5) == (0, True)
-    assert sum(log.lag(GROUP, STUDIES.name).values()) == 0
     log.close()
 
 
@@ -152,7 +153,41 @@ def test_bad_studies_go_to_the_dead_letters_and_the_good_one_is_done(settings: S
     dead = [r for r in records if r.topic == STUDIES.dead_letters]
     results = [RESULTS.decode(r).payload for r in records if r.topic == RESULTS.name]
     assert len(dead) == 4
-    assert sorted(r.status for r in results) == ["done", "refused", "refused"], "a study that comes twice is segmented once"  # type: ignore[attr-defined]
+    assert sorted(r.status for r in results) == ["done", "done", "refused", "refused"]  # type: ignore[attr-defined]
+    once, twice = (r for r in results if r.status == "done")  # type: ignore[attr-defined]
+    assert once == twice, "a study that comes twice is segmented once, and answered twice"
+    log.close()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_outcome_that_was_stored_but_not_sent_is_sent_when_the_study_comes_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """A worker that ends between the two, or a log that fails just then, must not cost the result."""
+    import threading
+
+    from apps.medical.worker import run_worker
+
+    service, log = open_medical(settings)
+    source = save_series(dicom_slices(blob(), modality="CT"), tmp_path / "ct") if refused else HEAD
+    (study_id,) = service.receive(source, "test").study_ids
+    produce, failures = log.produce, ["once"]
+
+    def failing(topic: str, *args: Any, **options: Any) -> Any:
+        if topic == RESULTS.name and failures:
+            failures.pop()
+            raise OSError("the log is gone for a moment")
+        return produce(topic, *args, **options)
+
+    monkeypatch.setattr(log, "produce", failing)
+    run_worker(service, log, threading.Event(), until_idle=True)
+    assert not failures
+    consumer = log.consumer("reader", [STUDIES.dead_letters, RESULTS.name])
+    records = [r for _ in range(10) for r in consumer.poll(0.2)]
+    consumer.close()
+    (result,) = [RESULTS.decode(r).payload for r in records if r.topic == RESULTS.name]
+    assert (result.study_id, result.status) == (study_id, "refused" if refused else "done")  # type: ignore[attr-defined]
+    assert len([r for r in records if r.topic == STUDIES.dead_letters]) == int(refused)
     log.close()
 
 
