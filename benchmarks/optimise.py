@@ -458,7 +458,7 @@ def _cuda_lines(beside: dict[str, Any]) -> list[str]:
             "",
             f"{', '.join(beside['another'])} ran on three machines. On one with an H200 Triscope lost some of the races, with plans that had",
             "been measured much faster just before; on another with an H200 it won them all. There, waking 16 sleeping cores for a copy took",
-            "3 ms in one case of ten; now one core copies up to 262,144 numbers and four copy more, which costs 3 to 12 % of the median there.",
+            "3 ms in one case of ten; now one core copies up to 262,144 numbers and four copy more, which costs 4 to 14 % of the median there.",
         ]
     return [*lines, ""]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,42 +13,23 @@ from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.guard import Guard
 from shared_runtime.quantization.judge import Judge
 from shared_runtime.quantization.samples import read_calibration
-from shared_runtime.variants import VariantFacts
+from tests.forms import Adding, FakeForm
 
 LAYERS = tuple(f"layer {place}" for place in range(90))
 Combine = Callable[[Iterable[float]], float]
 
 
-class Spoiling:
+class Spoiling(FakeForm):
     """A form whose reduced layers spoil the output: by the sum of their harms, or by the greatest alone."""
 
-    facts = VariantFacts("int8-fake", "int8", "onnxruntime", "cpu", "model.onnx")
-    passes = ("fake",)
-
     def __init__(self, layers: Sequence[str], harm: dict[str, float], combine: Combine, always: float = 0.0) -> None:
-        self.layers, self.compiled = tuple(layers), 0
+        super().__init__(layers)
+        self.compiled = 0
         self._harm, self._combine, self._always = harm, combine, always
 
     def compile(self, reverted: frozenset[str], threads: int) -> Any:
         self.compiled += 1
-        return Shifted(self._always + self._combine([self._harm.get(name, 0.0) for name in self.layers if name not in reverted] or [0.0]))
-
-    def save(self, reverted: frozenset[str], folder: Path) -> None: ...
-
-    def saturated(self, reverted: frozenset[str], sample: Any) -> None: ...
-
-    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
-        return {}
-
-
-class Shifted:
-    def __init__(self, shift: float) -> None:
-        self._shift = np.float32(shift)
-
-    def run(self, inputs: Any) -> dict[str, np.ndarray]:
-        return {"y": inputs["x"] + self._shift}
-
-    def close(self) -> None: ...
+        return Adding(self._always + self._combine([self._harm.get(name, 0.0) for name in self.layers if name not in reverted] or [0.0]))
 
 
 def searched(form: Spoiling, room: float, seconds: float = 30, metric: Any = None) -> Any:
@@ -62,7 +42,7 @@ def searched(form: Spoiling, room: float, seconds: float = 30, metric: Any = Non
         return -max(float(np.abs(o["y"] - t["y"]).max()) for o, t in zip(outputs, targets, strict=True))
 
     judge = Judge(reference, samples, reference, metric or closeness, room)
-    return Guard(form, judge, Shifted(0.0), 1, seconds).search()
+    return Guard(form, judge, Adding(0.0), 1, seconds).search()
 
 
 @pytest.mark.parametrize("combine", [sum, max])

@@ -26,7 +26,7 @@ from shared_runtime.quantization.judge import Judge
 from shared_runtime.quantization.onnxruntime_int8 import DynamicInt8, StaticInt8
 from shared_runtime.quantization.samples import read_calibration
 from shared_runtime.quantization.storage import halve, holds_in_half, int8_and_scale, pack, weights, weighty
-from shared_runtime.variants import VariantFacts
+from tests.forms import Adding, FakeForm
 
 GENERATOR = np.random.default_rng(0)
 
@@ -225,15 +225,14 @@ def test_every_int8_form_of_the_sequence_network_is_below_a_third(tmp_path: Path
         assert rt.verify(made, certificate.variant, threads=1)["holds"]
 
 
-class Harmful:
+class Harmful(FakeForm):
     """A form whose layers do known harm in INT8, and less with weights alone in it."""
 
     stored: frozenset[str] = frozenset()
-    facts = VariantFacts("int8-fake", "int8", "onnxruntime", "cpu", "model.onnx")
-    passes = ("fake",)
 
     def __init__(self, whole: dict[str, float], weights: dict[str, float], kept: frozenset[str] = frozenset()) -> None:
-        self.layers, self._whole, self._weights, self._kept = tuple(whole), whole, weights, kept
+        super().__init__(whole)
+        self._whole, self._weights, self._kept = whole, weights, kept
 
     def packed(self, layers: frozenset[str]) -> Harmful:
         return Harmful(self._whole, self._weights, layers)
@@ -243,23 +242,6 @@ class Harmful:
         reduced = [name for name in self.layers if name not in reverted]
         harm = sum(self._whole[name] for name in reduced) + sum(self._weights[name] for name in packed)
         return Adding(harm)
-
-    def save(self, reverted: frozenset[str], folder: Path) -> None: ...
-
-    def saturated(self, reverted: frozenset[str], sample: Any) -> None: ...
-
-    def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
-        return {}
-
-
-class Adding:
-    def __init__(self, harm: float) -> None:
-        self._harm = harm
-
-    def run(self, inputs: Any) -> dict[str, np.ndarray]:
-        return {"y": inputs["x"] + np.float32(self._harm)}
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1.0, {"a", "b", "c"}), (0.35, {"b", "c"}), (0.05, set())])
