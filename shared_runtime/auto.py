@@ -26,7 +26,7 @@ from shared_runtime.planning.planner import plan_and_compile
 from shared_runtime.quantization.guard import Report
 from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import read_calibration
-from shared_runtime.rewritten import apply_passes, compare, rewritten
+from shared_runtime.rewritten import apply_passes, compare, rewritten, valid_inputs
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantStore
 
@@ -95,8 +95,8 @@ def auto_optimize(
     store = store or VariantStore()
     data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)
     if data is not None:
-        loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]))
-    probe: Tensors = loaded.random() if data is None else loaded.signature.row(data[0], 0)
+        loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]), sample=loaded.signature.row(data[0], 0))
+    probe = loaded.probe()
     gains = []
     found = loaded
     if device != "cuda":  # torch takes the graph apart by itself
@@ -142,7 +142,7 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix="triscope-passes-"))
     original = read_whole(model.graph)
-    probes = [model.random(2, 3), probe]
+    probes = [valid_inputs(model), probe]
     engines = [name for name in ("onnxruntime", "openvino") if name in backends() and backends()[name].availability("cpu").available]
     useful = [name for name in SEARCHED if name in passes() and not run_pass(original, passes()[name], probes)[1].refused]
     tried: dict[tuple[str, ...], float] = {}
@@ -167,7 +167,7 @@ def _search_passes(model: Model, probe: Tensors, threads: int, store: VariantSto
         best = study.best_params
         chosen = tuple(name for name in useful if best[name])
         engine = str(best["engine"])
-        made = rewritten(model, chosen, engine, probe, threads, store)
+        made = rewritten(model, chosen, engine, threads, store)
         if made is None:
             return model, Gain("passes", 1.0, (1.0, 1.0), "the graph as it came is the fastest")
         gain = Gain("passes", made.ratio, made.interval, f"{', '.join(made.passes)} for {engine}")

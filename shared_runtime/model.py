@@ -26,7 +26,7 @@ class Model:
     """A verified model on disk. `sha256` is that of the graph file; `card` is empty for a bare file.
 
     `known` holds every variant by name, also those that are not served; `dims` the usual sizes of named dimensions;
-    `refused` says what the last `rt.optimize` tried and did not keep, and why.
+    `sample` one row of valid inputs, in memory alone; `refused` says what the last `rt.optimize` tried and did not keep, and why.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Model:
     known: Mapping[str, Variant] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    sample: Tensors | None = field(default=None, repr=False, compare=False)
 
     @property
     def version(self) -> str:
@@ -50,6 +51,10 @@ class Model:
             if variant.certificate is not None:
                 sizes |= variant.certificate.dims
         return self.signature.random(rows, seed, {**sizes, **self.dims})
+
+    def probe(self, rows: int = 1) -> Tensors:
+        """Inputs of `rows` to measure on: the sample of the calibration set that it was optimised with, else random ones."""
+        return self.random(rows) if self.sample is None else self.signature.repeated(self.sample, rows)
 
     @property
     def variants(self) -> tuple[str, ...]:

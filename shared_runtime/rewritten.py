@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -15,8 +16,9 @@ import onnx
 
 from shared_runtime.backends.base import backends, specialise
 from shared_runtime.certificate import Certificate, numerics
+from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import read_whole
-from shared_runtime.graph.passes.base import passes, run_pass
+from shared_runtime.graph.passes.base import pass_difference, passes, plain_session, run_pass
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference
@@ -25,6 +27,7 @@ from shared_runtime.quantization.samples import read_calibration
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant, VariantFacts, VariantStore, file_hashes
 
+logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_SEED = 2, 7
 FLOATS = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2}
 WORTH = 1.02
@@ -41,9 +44,10 @@ class Rewritten:
     passes: tuple[str, ...]
 
 
-def rewritten(model: Model, chosen: Sequence[str], engine: str, probe: Tensors, threads: int, store: VariantStore) -> Rewritten | None:
+def rewritten(model: Model, chosen: Sequence[str], engine: str, threads: int, store: VariantStore) -> Rewritten | None:
     """The variant `rewritten-ENGINE` by the passes in `chosen`; None where they change nothing or it is not worth it here."""
-    probes = [model.random(2, 3), probe]
+    probe = model.probe()
+    probes = [valid_inputs(model), probe]
     folder = Path(tempfile.mkdtemp(prefix="triscope-rewritten-"))
     try:
         path = folder / "model.onnx"
@@ -88,8 +92,16 @@ def compare(before: Any, after: Any, probe: Tensors) -> tuple[float, tuple[float
 
 
 def _certificate(
-    model: Model, facts: VariantFacts, path: Path, part: Path, chosen: tuple[str, ...], error: float, ratio: float, probes: list[Tensors]
+    model: Model,
+    facts: VariantFacts,
+    path: Path,
+    part: Path,
+    chosen: tuple[str, ...],
+    error: float | None,
+    ratio: float,
+    probes: list[Tensors],
 ) -> Certificate:
+    drop = pass_difference(read_whole(model.graph), onnx.load(path), probes) if error is None else error
     shutil.copy(path, part / facts.graph)
     digest = read_calibration(probes, model.signature, model.name).digest
     return Certificate(
@@ -99,7 +111,7 @@ def _certificate(
         precision=FLOAT,
         files=file_hashes(part),
         metric="relative difference from the graph as it came",
-        drop_interval=(error, error),
+        drop_interval=(drop, drop),
         slices={},
         calibration=None,
         validation=digest,
@@ -113,8 +125,8 @@ def _certificate(
         host=host().fingerprint,
         created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         before=1.0,
-        after=1.0 - error,
-        drop=error,
+        after=1.0 - drop,
+        drop=drop,
         max_drop=1e-4,
     )
 
@@ -127,11 +139,28 @@ def float_bytes(model: Model) -> int:
     return int(proto.ByteSize()) - stored + 4 * sum(int(np.prod(item.dims)) for item in floats)
 
 
-def probe_difference(model: Model, executable: Any, threads: int) -> float:
-    """Relative difference of an executable from the float reference on the signature's own seeded inputs."""
+def valid_inputs(model: Model) -> Tensors:
+    """Inputs that passes are verified on: random ones, or the model's sample where it can't run on those."""
+    inputs = model.random(2, 3)
+    if model.sample is not None:
+        try:
+            plain_session(model.graph).run(None, inputs)
+        except Exception as error:
+            logger.info("%s does not run on random inputs, its sample is taken: %s", model.name, " ".join(str(error).split())[:200])
+            return model.sample
+    return inputs
+
+
+def probe_difference(model: Model, executable: Any, threads: int) -> float | None:
+    """Relative difference of an executable from the float reference on the signature's own seeded inputs; None where the reference
+    does not run on them."""
     probe = model.random(PROBE_ROWS, PROBE_SEED)
     reference = backends()["onnxruntime"].compile(model, "cpu", threads)
     try:
-        return difference(executable.run(probe), reference.run(probe))
+        expected = reference.run(probe)
+    except UnsupportedModelError:
+        return None
+    else:
+        return difference(executable.run(probe), expected)
     finally:
         reference.close()

@@ -106,7 +106,7 @@ class Signature(msgspec.Struct, frozen=True):
         """One row of the inputs, as inputs of one row; all of them where the model takes a fixed number of rows."""
         names, one = self._row_names, slice(place, place + 1)
         cuts = {spec.name: tuple(one if size in names else slice(None) for size in spec.shape) for spec in self.inputs}
-        return {name: value[cuts[name]] for name, value in inputs.items()}
+        return {name: np.asarray(value[cuts[name]]) for name, value in inputs.items()}
 
     def repeated(self, one: Tensors, rows: int) -> Tensors:
         """Inputs of `rows` rows from inputs of one; what has that many, or counts none, is left as it is."""
@@ -119,9 +119,11 @@ class Signature(msgspec.Struct, frozen=True):
 
     @property
     def has_rows(self) -> bool:
-        """Whether every tensor has the same free leading dimension: the rows of a request."""
-        leading = {spec.shape[0] if spec.shape else None for spec in (*self.inputs, *self.outputs)}
-        return len(leading) == 1 and isinstance(leading.pop(), str)
+        """Whether all inputs have the same free leading dimension, and each output has one (exporters may call it otherwise):
+        the rows of a request."""
+        leading = {spec.shape[0] if spec.shape else None for spec in self.inputs}
+        free = all(spec.shape and isinstance(spec.shape[0], str) for spec in self.outputs)
+        return len(leading) == 1 and isinstance(leading.pop(), str) and free
 
     def dims_of(self, inputs: Tensors) -> dict[str, int]:
         """The sizes that the named dimensions other than the batch have in `inputs`."""
@@ -133,17 +135,27 @@ class Signature(msgspec.Struct, frozen=True):
                     found[size] = int(inputs[spec.name].shape[axis])
         return found
 
-    def random(self, rows: int = 1, seed: int = 0, dims: Mapping[str, int] | None = None) -> Tensors:
-        """Standard normal inputs (0 or 1 for integers) of `rows`. Other named dimensions have the size in `dims`, or that of
-        a small picture (64), a small volume (32) or a short sequence (8)."""
-        generator, names = np.random.default_rng(seed), self._row_names
-        made: Tensors = {}
+    def sizes(self, scale: int = 1) -> dict[str, int]:
+        """Sizes for named dimensions other than the batch: those of a small picture (64), a small volume (32), a short
+        sequence (8), times `scale`; the largest of them where a name is of several."""
+        found: dict[str, int] = {}
         for spec in self.inputs:
             usual = {4: 64, 5: 32}.get(len(spec.shape), 8)
-            named = [size if isinstance(size, int) else (rows if size in names else (dims or {}).get(size, usual)) for size in spec.shape]
+            for size in spec.shape:
+                if isinstance(size, str) and size not in self._row_names:
+                    found[size] = max(found.get(size, 0), usual * scale)
+        return found
+
+    def random(self, rows: int = 1, seed: int = 0, dims: Mapping[str, int] | None = None) -> Tensors:
+        """Standard normal inputs (0 or 1 for integers) of `rows`. Other named dimensions have the size in `dims`, or that of
+        `sizes`."""
+        generator, sizes = np.random.default_rng(seed), {**self.sizes(), **(dims or {}), **dict.fromkeys(self._row_names, rows)}
+        made: Tensors = {}
+        for spec in self.inputs:
+            named = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
             dtype = np.dtype(spec.dtype)
             values = generator.standard_normal(named) if dtype.kind == "f" else generator.integers(0, 2, named)
-            made[spec.name] = values.astype(str if dtype.kind == "O" else dtype).astype(dtype)
+            made[spec.name] = np.asarray(values).astype(str if dtype.kind == "O" else dtype).astype(dtype)
         return made
 
 
@@ -192,7 +204,7 @@ def _fit(array: NDArray[Any], spec: TensorSpec, model: str, bound: dict[str, tup
             size, owner = bound.setdefault(want, (have, spec.name))
             if size != have:
                 raise InputError(f"model {model!r}: dimension {want!r} is {size} in {owner!r} and {have} in {spec.name!r}; they must agree")
-    return np.ascontiguousarray(array, dtype=wanted)
+    return np.asarray(array, wanted, order="C")
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -204,8 +216,9 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     shape: list[int | str] = []
     for axis, dimension in enumerate(tensor.shape.dim):
-        if dimension.HasField("dim_value"):
+        if dimension.HasField("dim_value") and dimension.dim_value >= 0:
             shape.append(int(dimension.dim_value))
-        else:
-            shape.append(dimension.dim_param or ("batch" if axis == 0 else f"{value.name}_{axis}"))
+        else:  # -1 and "?" are how some exporters write a size that is not known: each is a name of its own
+            known = any(character.isalnum() for character in dimension.dim_param)
+            shape.append(dimension.dim_param if known else "batch" if axis == 0 else f"{value.name}_{axis}")
     return TensorSpec(value.name, tuple(shape), str(dtype))

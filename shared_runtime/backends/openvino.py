@@ -6,9 +6,12 @@ import gzip
 import importlib.metadata
 import importlib.util
 import lzma
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from shared_runtime.backends.base import Availability, Executable, precision_of,
 from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.backends.streams import StreamedExecutable
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.graph.check import has_subgraphs
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
@@ -26,6 +30,8 @@ HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 """How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
+READ = "import sys, openvino; core = openvino.Core(); core.compile_model(core.read_model(sys.argv[1]), 'CPU')"
+"""What is tried in a process of its own."""
 
 
 class OpenVinoExecutable:
@@ -180,6 +186,13 @@ def compile_graph(
     return OpenVinoExecutable(network, properties, outputs, precision)
 
 
+@lru_cache(maxsize=64)
+def _killer(path: Path, changed: int) -> int:
+    """The signal that ends a process in which OpenVINO reads and compiles a graph, or 0: some loops (ONNX's Scan) do that to it."""
+    ended = subprocess.run([sys.executable, "-c", READ, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return max(0, -ended.returncode)
+
+
 def save_network(network: Any, path: Path) -> None:
     """Write an `openvino.Model`: its description to `path` (.xml.xz: plain, it may outweigh small weights), its weights beside."""
     import openvino
@@ -191,10 +204,14 @@ def save_network(network: Any, path: Path) -> None:
 
 
 def read_network(path: Path) -> Any:
-    """An `openvino.Model` from what `save_network` wrote, or from any file that OpenVINO reads. Raises RuntimeError as it does."""
+    """An `openvino.Model` from what `save_network` wrote, or from any file that OpenVINO reads.
+
+    Raises RuntimeError as it does, UnsupportedModelError where it would crash."""
     import openvino
 
     if path.suffix not in UNPACK:
+        if path.suffix == ".onnx" and has_subgraphs(path) and (signal := _killer(path, path.stat().st_mtime_ns)):
+            raise UnsupportedModelError(f"OpenVINO would end this process by signal {signal} when it reads {path.name}")
         return openvino.Core().read_model(str(path))
     weights = np.fromfile(path.with_suffix("").with_suffix(".bin"), np.uint8)
     return openvino.Core().read_model(UNPACK[path.suffix](path.read_bytes()), weights.tobytes())

@@ -65,6 +65,11 @@ def precision(path: Path) -> str:
     return next((name for kind, name in _FLOATS.items() if kind in kinds), "float32")
 
 
+def has_subgraphs(path: Path) -> bool:
+    """Whether a graph branches or loops (If, Loop, Scan)."""
+    return any(attribute.type == onnx.AttributeProto.GRAPH for node in read_graph(path).graph.node for attribute in node.attribute)
+
+
 def opset(proto: onnx.ModelProto) -> int:
     """The version of the standard operators that a graph uses."""
     return next((int(item.version) for item in proto.opset_import if item.domain in ("", "ai.onnx")), OLDEST)

@@ -162,7 +162,7 @@ def _run(module: Any, given: Mapping[str, Any], inputs: Tensors) -> Any:
     was_training = module.training
     try:
         with torch.inference_mode():
-            return module.eval()(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in given))
+            return module.eval()(*(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in given))
     finally:
         module.train(was_training)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
+import numpy as np
 
 from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, one_thread, specialise
 from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.cost import GraphCost
 from shared_runtime.model import Model
-from shared_runtime.numeric import difference
+from shared_runtime.numeric import difference, disagreeing
 from shared_runtime.planning.ceiling import lower_bound_ms
 from shared_runtime.planning.measure import Timed
 from shared_runtime.planning.plan import Candidate, Timing
@@ -133,7 +135,10 @@ def find_contenders(
             plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
             wanted = outputs if plain else reference(model, threads, probe)
         error = difference(outputs, wanted)
-        if not error <= (TOLERANCE if variant is None else float("1e30")):
+        broken = not np.isfinite(error)
+        if broken or (
+            variant is None and disagreeing(outputs, wanted, TOLERANCE, probe, executable.run, partial(reference, model, threads))
+        ):
             executable.close()
             lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
             continue

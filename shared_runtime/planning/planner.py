@@ -28,7 +28,7 @@ from shared_runtime.graph.check import structure_hash
 from shared_runtime.graph.cost import GraphCost, graph_cost
 from shared_runtime.host import host
 from shared_runtime.model import Model
-from shared_runtime.numeric import difference
+from shared_runtime.numeric import difference, disagreeing
 from shared_runtime.planning.apart import plan_apart
 from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, backend_of, find_contenders, reference
 from shared_runtime.planning.measure import Timed, interleave
@@ -165,7 +165,7 @@ def _cached(file: Path, model: Model) -> Plan | None:
 
 
 def _one_row(model: Model, probe: Tensors | None) -> Tensors:
-    return model.random() if probe is None else model.signature.row(probe, 0)
+    return model.probe() if probe is None else model.signature.row(probe, 0)
 
 
 def _structure(model: Model, probe: Tensors | None) -> str:
@@ -200,10 +200,10 @@ def _checked(model: Model, plan: Plan, threads: int, probe: Tensors | None) -> L
         made = _compile(model, plan, probe)
         for rung in plan.ladder:
             inputs = model.signature.repeated(one, rung.rows)
-            apart = difference(made.run(inputs), reference(model, threads, inputs))
-            if not apart <= TOLERANCE:
+            outputs, wanted = made.run(inputs), reference(model, threads, inputs)
+            if disagreeing(outputs, wanted, TOLERANCE, inputs, made.run, partial(reference, model, threads)):
                 made.close()
-                raise UnsupportedModelError(f"its outputs differ from the reference by {apart:.1e}")
+                raise UnsupportedModelError(f"its outputs differ from the reference by {difference(outputs, wanted):.1e}")
     except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as error:
         logger.warning("%s is planned anew, as it can't be run like %s: %s", model.name, plan.model, error)
         return None
@@ -250,8 +250,14 @@ def _measure(contenders: Sequence[Contender], signature: Signature, probe: Tenso
                 if rows == min(ladder):
                     contender.timed[rows] = Timed(lambda: None, [contender.first])
                 continue
-            specialise(contender.executable, inputs)
-            contender.executable.run(inputs)
+            try:
+                specialise(contender.executable, inputs)
+                contender.executable.run(inputs)
+            except UnsupportedModelError as error:
+                if rows == min(ladder):
+                    raise
+                logger.info("%s is not measured on %d rows: %s", contender.candidate.label, rows, error)
+                continue
             rest = SPIN_REST if contender.candidate.mode == "spinning" else 0.0
             contender.timed[rows] = Timed(partial(contender.executable.run, inputs), rest=rest)
             racing.append(contender.timed[rows])

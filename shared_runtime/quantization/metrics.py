@@ -16,6 +16,7 @@ Array = np.ndarray[Any, Any]
 Metric = Callable[[Sequence[Tensors], Sequence[Any]], float]
 
 FEW = 64
+MOST_CLASSES, TIE = 4096, 1e-3
 
 
 def correlation(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
@@ -35,13 +36,32 @@ def _output_correlation(mine: Sequence[Array], theirs: Sequence[Array]) -> float
 
 def agreement(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
     """Agreement with the float model where there are no labels: the lower of `correlation` and, for outputs that
-    hold classes on axis 1 (2 to 4096 of them), the share of places where the same class is highest."""
+    hold classes (2 to 4096 of them), the share of places where the same class is highest, or one that the float model rates
+    as high but for TIE of the output's range. Classes are on axis 1; of three axes on the one that sums to 1, or the shorter."""
     worst = correlation(outputs, targets)
     for name, first in targets[0].items():
-        if first.ndim >= 2 and 2 <= first.shape[1] <= 4096 and first.dtype.kind == "f":
-            same = [np.mean(o[name].argmax(1) == t[name].argmax(1)) for o, t in zip(outputs, targets, strict=True)]
+        if (axis := _class_axis(first)) is not None:
+            same = [_same_class(o[name], t[name], axis) for o, t in zip(outputs, targets, strict=True)]
             worst = min(worst, float(np.mean(same)))
     return worst
+
+
+def _class_axis(value: Array) -> int | None:
+    """Which axis holds classes: a sequence may have them last, and so do pictures that were exported from TensorFlow."""
+    if value.ndim < 2 or value.dtype.kind != "f":
+        return None
+    axes = [axis for axis in dict.fromkeys((1, value.ndim - 1)) if 2 <= value.shape[axis] <= MOST_CLASSES]
+    for axis in axes:
+        if value.min(initial=0.0) >= 0 and np.allclose(value.sum(axis), 1, atol=1e-3):
+            return axis
+    if value.ndim == 3 and axes:
+        return min(axes, key=lambda axis: value.shape[axis])
+    return 1 if 1 in axes else None
+
+
+def _same_class(mine: Array, theirs: Array, axis: int) -> float:
+    chosen = np.take_along_axis(theirs, mine.argmax(axis, keepdims=True), axis)
+    return float(np.mean(theirs.max(axis, keepdims=True) - chosen <= TIE * np.ptp(theirs)))
 
 
 def top1(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:

@@ -29,6 +29,8 @@ from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+BIAS = 2
+"""Which input of a convolution or Gemm its bias is."""
 DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
 SPLIT = "_MatMul"
 """ONNX Runtime's dynamic quantizer takes a Gemm apart before it looks for the names: its product has this at the end."""
@@ -98,6 +100,7 @@ class StaticInt8(_OnnxForm):
         self._operators, self._half = operators, overflows()
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
+        _unshare(self._prepared, STATIC_KINDS, BIAS)
         proto = onnx.load(self._prepared)
         # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
         grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
@@ -147,7 +150,7 @@ class DynamicInt8(_OnnxForm):
     def __init__(self, model: Model) -> None:
         super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
-        _unshare(self._prepared)
+        _unshare(self._prepared, ("Gemm", "MatMul"), 0)
         proto = onnx.load(self._prepared)
         self.layers = _layers(proto, DYNAMIC_KINDS)
         if not self.layers:
@@ -202,17 +205,18 @@ def _prepared(model: Model, folder: Path) -> Path:
     return path
 
 
-def _unshare(path: Path) -> None:
-    """Give every Gemm its own weights: ONNX Runtime's dynamic quantizer transposes them in place, once for each that shares them."""
+def _unshare(path: Path, kinds: tuple[str, ...], first: int) -> None:
+    """Give every node of these kinds its own constants from input `first` on. ONNX Runtime's dynamic quantizer transposes a Gemm's
+    weights in place, once for each that shares them; the static one numbers shared biases with names that other tensors may have."""
     proto = onnx.load(path)
     constants = {item.name: item for item in proto.graph.initializer}
     seen: set[str] = set()
     for node in proto.graph.node:
         for place, name in enumerate(node.input):
-            if node.op_type in ("Gemm", "MatMul") and name in constants and name in seen:
+            if node.op_type in kinds and place >= first and name in constants and name in seen:
                 copy = onnx.TensorProto()
                 copy.CopyFrom(constants[name])
-                copy.name = f"{name}_{node.name}"
+                copy.name = f"{name}_of_{node.name}"
                 proto.graph.initializer.append(copy)
                 node.input[place] = copy.name
             seen.add(name)
@@ -286,7 +290,7 @@ def node_times(model: Model, path: Path, threads: int) -> dict[str, float]:
     """Seconds of each node of an ONNX graph in one run, by the name it had before ONNX Runtime fused it."""
     times: dict[str, float] = {}
     runs = 5
-    for event in profiled_run(model.name, path, model.random(), "cpu", threads, runs):
+    for event in profiled_run(model.name, path, model.probe(), "cpu", threads, runs):
         name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc").removesuffix("_quant")
         times[name] = times.get(name, 0.0) + event["dur"] / 1e6 / runs
     return times

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from shared_runtime.backends.base import Executable
-from shared_runtime.backends.openvino import HINTS, compile_graph, save_network
+from shared_runtime.backends.openvino import HINTS, compile_graph, read_network, save_network
 from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
@@ -137,7 +137,7 @@ class OpenVinoInt8:
         return None
 
     def layer_times(self, reverted: frozenset[str], threads: int) -> dict[str, float]:
-        return network_times(self.network(reverted), self._model.random(), threads, self.facts.rest)
+        return network_times(self.network(reverted), self._model.probe(), threads, self.facts.rest)
 
 
 def _facts(rest: str) -> VariantFacts:
@@ -241,10 +241,9 @@ def _read(model: Model) -> Any:
 
     Operators that OpenVINO numbers anew with each reading have the same names each time. Raises RuntimeError.
     """
-    import openvino
     from openvino.passes import ConstantFolding, Manager
 
-    network = openvino.Core().read_model(str(model.graph))
+    network = read_network(model.graph)
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(network)

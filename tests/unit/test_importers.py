@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 import shared_runtime as rt
-from shared_runtime.importers import IMPORTERS, base, torch_module
+from shared_runtime.importers import IMPORTERS, torch_module
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.variants import VariantStore
@@ -130,39 +127,6 @@ def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason(
         rt.load(Counts(), example={"x": np.zeros((1, 3), np.float32)})
 
 
-def test_operators_that_no_engine_runs_any_more_are_converted(tmp_path: Path, repository: ModelRepository) -> None:
-    """Opset 6: Add says that it spreads its shorter input."""
-    node = helper.make_node("Add", ["x", "b"], ["y"], broadcast=1)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 4]) for name in ("x", "y")]
-    offset = helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])
-    b = np.arange(4, dtype=np.float32)
-    graph = helper.make_graph([node], "old", [ends[0], offset], ends[1:], [numpy_helper.from_array(b, "b")])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 6)], ir_version=3), tmp_path / "old.onnx")
-    rt.import_model(tmp_path / "old.onnx", "old", repository=repository)
-    own = hashlib.sha256((tmp_path / "old.onnx").read_bytes()).hexdigest()
-    assert rt.load(tmp_path / "old.onnx", sha256=own).signature.inputs[0].shape == (2, 3, 4)
-    with pytest.raises(rt.ModelIntegrityError):
-        rt.load(tmp_path / "old.onnx", sha256="0" * 64)
-    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-    for model in (rt.load(tmp_path / "old.onnx"), rt.load("old", repository=repository)):
-        np.testing.assert_allclose(run(model, {"x": x}, tmp_path)["y"], x + b, rtol=1e-6)
-    assert "opset 6" in model.card["import"]["from"]
-
-
-def test_inputs_that_random_numbers_are_no_example_of(tmp_path: Path, repository: ModelRepository) -> None:
-    """Where an input says how large the output is, most numbers fit nothing."""
-    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 1]), helper.make_tensor_value_info("shape", TensorProto.INT64, [2])]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "columns"])
-    graph = helper.make_graph([helper.make_node("Expand", ["x", "shape"], ["y"])], "expand", ends, [y])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "expand.onnx")
-    example = {"x": np.arange(3, dtype=np.float32)[:, None], "shape": np.array([3, 5])}
-    with pytest.raises(rt.UnsupportedModelError, match=r"fails on random inputs .*give some as example="):
-        rt.import_model(tmp_path / "expand.onnx", "expand", repository=repository)
-    rt.import_model(tmp_path / "expand.onnx", "expand", example=example, repository=repository)
-    with rt.Session(rt.load("expand", repository=repository), plans=tmp_path / "plans", probe=example) as session:
-        assert session.run(example)["y"].shape == (3, 5)
-
-
 def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
     module = small_network().eval()
     imported = torch_module.from_module(module, {"image": np.zeros((1, 2, 6, 6), np.float32)}, "torch")
@@ -206,34 +170,6 @@ def test_the_boosting_round_that_differs_is_named(library: str, tmp_path: Path) 
     weights.floats[:] = [v * 3 if tree == 6 else v for v, tree in zip(weights.floats, lists["target_treeids"].ints, strict=True)]
     with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is boosting round 7 of 9"):
         write_folder(imported, tmp_path / "models" / "broken", "broken")
-
-
-def test_a_node_that_the_engine_s_optimiser_breaks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes between are only wrong while nobody asks for them, as with a fusion that goes wrong."""
-    weights = [numpy_helper.from_array(np.eye(3, dtype=np.float32), name) for name in ("w1", "w2")]
-    nodes = [helper.make_node("MatMul", ["x", "w1"], ["a"], "first"), helper.make_node("MatMul", ["a", "w2"], ["y"], "second")]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "two", ends[:1], ends[1:], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "two.onnx")
-    plain = base.plain_session
-
-    class Broken:
-        def __init__(self, session: Any) -> None:
-            self._session = session
-
-        def run(self, names: Any, inputs: Any) -> Any:
-            asked = names or [output.name for output in self._session.get_outputs()]
-            return [
-                value if len(asked) > 1 or name == "a" else value + 1
-                for name, value in zip(asked, self._session.run(names, inputs), strict=True)
-            ]
-
-        def get_outputs(self) -> Any:
-            return self._session.get_outputs()
-
-    monkeypatch.setattr(base, "plain_session", lambda model, optimised=False: Broken(plain(model)) if optimised else plain(model))
-    with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is MatMul 'second'"):
-        rt.import_model(tmp_path / "two.onnx", "two", repository=ModelRepository((tmp_path / "models",)))
 
 
 def test_scripted_and_pickled_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -557,94 +493,6 @@ def test_an_nnunet_checkpoint_with_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"network_weights": {}, "trap": Path("x")}, folder / "fold_0" / "checkpoint_final.pth")
     with pytest.raises(rt.UnsupportedModelError, match="no code in it is run"):
         rt.load(folder)
-
-
-def test_named_dynamic_dimensions_survive(tmp_path: Path, repository: ModelRepository) -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "relu.onnx")
-    rt.import_model(tmp_path / "relu.onnx", "relu", repository=repository)
-    assert rt.load("relu", repository=repository).signature.outputs[0].shape == ("batch", 3, "height", "width")
-
-
-def external(folder: Path, location: str) -> Path:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
-    weight.ClearField("raw_data")
-    weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value=location)
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "w"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
-        [weight],
-    )
-    path = folder / "model.onnx"
-    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
-    return path
-
-
-def test_external_weights_are_read_from_beside_the_graph_and_hashed(tmp_path: Path, repository: ModelRepository) -> None:
-    path = external(tmp_path, "weights.bin")
-    with pytest.raises(rt.ModelIntegrityError, match="not beside the graph"):
-        rt.load(path)
-    (tmp_path / "weights.bin").write_bytes(np.full(4, 3, np.float32).tobytes())
-    model = rt.load(path)
-    rt.import_model(path, "one-file", repository=repository)
-    (tmp_path / "weights.bin").write_bytes(np.full(4, 4, np.float32).tobytes())
-    with pytest.raises(rt.ModelIntegrityError, match="changed or damaged"):
-        rt.load(path, sha256=model.sha256)
-    output = run(rt.load("one-file", repository=repository), {"x": np.ones((1, 4), np.float32)}, tmp_path)
-    np.testing.assert_array_equal(output["y"], [[3, 3, 3, 3]])
-
-
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname"])
-def test_external_weights_outside_of_the_folder_are_refused(tmp_path: Path, location: str) -> None:
-    (tmp_path / "secret.bin").write_bytes(bytes(16))
-    (tmp_path / "in").mkdir()
-    with pytest.raises(rt.ModelIntegrityError, match="outside of the model's folder"):
-        rt.load(external(tmp_path / "in", location))
-
-
-def test_an_unknown_operator_is_named(tmp_path: Path, repository: ModelRepository) -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Frobnicate", ["x"], ["y"], name="odd")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
-    )
-    path = tmp_path / "odd.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    for attempt in (lambda: rt.load(path), lambda: rt.import_model(path, "odd", repository=repository)):
-        with pytest.raises(rt.UnsupportedModelError, match="'Frobnicate'"):
-            attempt()
-    assert repository.names() == []
-
-
-IMPORT_MANY = """
-import sys
-from pathlib import Path
-
-import shared_runtime as rt
-from shared_runtime.repository.store import ModelRepository
-
-for _ in range(5):
-    rt.import_model(Path(sys.argv[1]), "shared", repository=ModelRepository((Path(sys.argv[2]),)))
-"""
-
-
-def test_two_processes_that_import_the_same_name_do_not_harm_each_other(tmp_path: Path, repository: ModelRepository) -> None:
-    (tmp_path / "weights.bin").write_bytes(np.full(4, 3, np.float32).tobytes())
-    source = external(tmp_path, "weights.bin")
-    command = [sys.executable, "-c", IMPORT_MANY, str(source), str(repository.roots[0])]
-    workers = [subprocess.Popen(command) for _ in range(2)]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-    assert rt.load("shared", repository=repository).name == "shared"
-    assert [path.name for path in repository.roots[0].iterdir()] == ["shared"]
 
 
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:

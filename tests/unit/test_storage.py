@@ -178,6 +178,27 @@ def test_transposed_convolutions_in_groups_do_not_end_int8(tmp_path: Path) -> No
     assert relative_difference(form.compile(frozenset(), 1).run(data[0])["y"], expected) < 0.03
 
 
+def test_a_shared_bias_whose_number_is_another_tensor_s_name(tmp_path: Path) -> None:
+    """ONNX Runtime's quantizer calls its copies bias0, bias1, ...: `bias1` is the second convolution's output."""
+    nodes = [
+        helper.make_node("Conv", ["x", "a", "bias"], ["bias0"], name="first"),
+        helper.make_node("Neg", ["bias0"], ["h"], name="turn"),
+        helper.make_node("Conv", ["h", "b", "bias"], ["bias1"], name="second"),
+        helper.make_node("Transpose", ["bias1"], ["y"], perm=[0, 2, 3, 1], name="last"),
+    ]
+    constants = {"a": normal(16, 3, 1, 1), "b": normal(16, 16, 1, 1), "bias": normal(16)}
+    shapes = {"x": ["n", 3, 16, 16], "y": ["n", 16, 16, 16]}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    made = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "bias.onnx")
+    model = rt.load(tmp_path / "bias.onnx")
+    data = [{"x": normal(1, 3, 16, 16)} for _ in range(8)]
+    form = StaticInt8(simplified(model, tmp_path, print), read_calibration(data, model.signature, "bias"))
+    with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
+        expected = session.run(data[0])["y"]
+    assert relative_difference(form.compile(frozenset(), 1).run(data[0])["y"], expected) < 0.05
+
+
 def test_openvino_takes_layers_back_to_float_that_nncf_smoothed(tmp_path: Path) -> None:
     """Before, a product's own weights met an input that was still scaled for others."""
     openvino_int8 = pytest.importorskip("shared_runtime.quantization.openvino_int8")

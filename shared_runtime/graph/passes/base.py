@@ -165,7 +165,7 @@ class GraphEditor:
 
     def set_value(self, name: str, value: np.ndarray[Any, Any]) -> None:
         """Replace or add a constant."""
-        item = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        item = onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
         if name in self.constants:
             self.constants[name].CopyFrom(item)
         else:
