@@ -66,7 +66,7 @@ class TorchExecutable:
             call = self._ready.get(_shapes(inputs), self._program)
             try:
                 outputs = call(given)
-            except RuntimeError as error:
+            except Exception as error:
                 shapes = {name: list(value.shape) for name, value in inputs.items()}
                 raise UnsupportedModelError(f"torch failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
             return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
@@ -228,7 +228,7 @@ class TorchBackend:
         refuse_unknown_mode(self.name, device, mode, self.modes(device))
         refuse_foreign(self.name, device, variant)
         from shared_runtime.backends.torch_graph import GraphProgram
-        from shared_runtime.backends.torch_operators import UnsupportedOperator
+        from shared_runtime.backends.torch_windows import UnsupportedOperator
 
         graph = model.graph if variant is None else variant.graph(model.graph)
         try:

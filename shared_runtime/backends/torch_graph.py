@@ -19,13 +19,14 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from shared_runtime.backends import torch_float8
-from shared_runtime.backends.torch_operators import HOST_INPUTS, OPERATORS, Attributes, UnsupportedOperator, torch_dtype
-from shared_runtime.graph.check import read_whole
+from shared_runtime.backends.torch_operators import HOST_INPUTS, OPERATORS, torch_dtype
+from shared_runtime.backends.torch_windows import Attributes, UnsupportedOperator
+from shared_runtime.graph.check import opset, read_whole
 from shared_runtime.graph.passes.simplify import ConstantFolding
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _attributes(node: onnx.NodeProto, version: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"opset": version}
     for item in node.attribute:
         value = onnx.helper.get_attribute_value(item)
         if isinstance(value, onnx.TensorProto):
@@ -41,6 +42,10 @@ def _tensor(proto: onnx.TensorProto) -> Tensor:
     if proto.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN):
         return torch.from_numpy(array.astype(np.float32)).to(torch_dtype(proto.data_type))
     return torch.from_numpy(array.copy())
+
+
+SEVERAL = ("Split", "LSTM", "GRU", "TopK")
+"""Kinds whose call gives a tuple, also where one output is read."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ class GraphProgram:
         torch_float8.fuse(proto)
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):
             raise UnsupportedOperator(f"operators {missing} have no torch form here")
-        self.steps = [Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n)) for n in proto.graph.node]
+        version = opset(proto)
+        self.steps = [
+            Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n, version)) for n in proto.graph.node
+        ]
         self.outputs = [value.name for value in proto.graph.output]
         self.device, self.channels_last = device, channels_last
         host = {name for step in self.steps for at in HOST_INPUTS.get(step.kind, ()) for name in step.inputs[at : at + 1]}
@@ -170,7 +178,7 @@ class GraphProgram:
                 for at, name in enumerate(step.inputs)
             ]
             made = graph.call_function(step.operator, (arguments, dict(step.attributes)))
-            if len(step.outputs) == 1 and not isinstance(values[step.outputs[0]], tuple) and step.kind not in ("Split", "LSTM", "TopK"):
+            if len(step.outputs) == 1 and not isinstance(values[step.outputs[0]], tuple) and step.kind not in SEVERAL:
                 nodes[step.outputs[0]] = made
             else:
                 for at, name in enumerate(step.outputs):

@@ -34,6 +34,7 @@ from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, 
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Candidate, Plan, Rung
+from shared_runtime.planning.rested import with_spinning
 from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import FLOAT
 
@@ -117,6 +118,9 @@ def plan_and_compile(
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}{way}")
     if hold:
         _measure(contenders, model.signature, probe, ladder, budget_s)
+        if objective.kind == "latency":
+            contenders, slept = with_spinning(model, contenders, probe, min(ladder))
+            lost += slept
     else:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
