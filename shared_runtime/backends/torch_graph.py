@@ -44,6 +44,7 @@ def _tensor(proto: onnx.TensorProto) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
+FEW = 8
 SEVERAL = ("Split", "LSTM", "GRU", "TopK")
 """Kinds whose call gives a tuple, also where one output is read."""
 
@@ -79,8 +80,8 @@ class GraphProgram:
         self._weights: dict[str, Tensor] = {}
         for item in proto.graph.initializer:
             tensor = _tensor(item)
-            # Whole numbers are kept on the host too: shapes are computed from them.
-            if item.name in host or tensor.dtype == torch.int64:
+            # Whole and few numbers are kept on the host too: shapes are computed from them.
+            if item.name in host or tensor.dtype in (torch.int32, torch.int64) or tensor.numel() <= FEW:
                 self.constants[item.name] = tensor
             self._weights[item.name] = self.laid_out(tensor.to(device))
         self._make_constants_ready()

@@ -156,3 +156,27 @@ def test_what_has_no_torch_form_is_a_refusal_when_it_runs(kind: str, inputs: lis
     model = rt.load(graph(tmp_path / "odd.onnx", kind, inputs, attributes, 1, 19))
     with pytest.raises(UnsupportedModelError, match=kind if kind != "AveragePool" else "dilated averages"):
         backends()["torch"].compile(model, "cpu", 1).run(model.random())
+
+
+def test_shapes_in_any_type_of_number_are_known_before_it_runs(tmp_path: Path) -> None:
+    """As TensorFlow's converter writes them, in int32 and scaled: a program whose shapes are known can be captured on a GPU."""
+    from shared_runtime.backends.torch_graph import GraphProgram
+
+    nodes = [
+        helper.make_node("Shape", ["x"], ["long"]),
+        helper.make_node("Cast", ["long"], ["shape"], to=TensorProto.INT32),
+        helper.make_node("Slice", ["shape", "zero", "one"], ["rows"]),
+        helper.make_node("Concat", ["rows", "more"], ["target"], axis=0),
+        helper.make_node("Cast", ["target"], ["scaled"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["scaled", "factor"], ["doubled"]),
+        helper.make_node("Cast", ["doubled"], ["sizes"], to=TensorProto.INT64),
+        helper.make_node("Expand", ["x", "sizes"], ["y"]),
+    ]
+    constants = {"zero": np.array([0]), "one": np.array([1]), "more": np.array([3], np.int32), "factor": np.array([1, 2], np.float32)}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ["n", 1]), ("y", ["n", 6]))]
+    whole = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    onnx.save(helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "shapes.onnx")
+    x = torch.from_numpy(normal(5, 1))
+    module = GraphProgram(tmp_path / "shapes.onnx", "cpu").straight({"x": x})
+    assert [node.op for node in module.graph.nodes] == ["placeholder", "call_function", "output"]
+    np.testing.assert_array_equal(module(x)[0].numpy(), np.repeat(x.numpy(), 6, 1))
