@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from shared_runtime.certificate import hash_file
 from shared_runtime.errors import ImportMismatchError, ModelError, UnsupportedModelError
 from shared_runtime.graph.check import check_graph
 from shared_runtime.graph.passes.base import plain_session
+from shared_runtime.graph.rounding import movement
 from shared_runtime.numeric import difference, disagreeing, relative_difference
 from shared_runtime.signature import Signature, Tensors, TensorSpec
 from shared_runtime.variants import replace_folder
@@ -76,29 +78,23 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
     session = plain_session(path, optimised=True)
     names = [output.name for output in session.get_outputs()]
 
-    def imported_run(inputs: Tensors) -> Tensors:
-        return dict(zip(names, map(np.asarray, session.run(names, inputs)), strict=True))
-
-    def origin(inputs: Tensors) -> Tensors:
-        return {output: np.asarray(value) for output, value in imported.origin(inputs).items()}
-
     dims = signature.dims_of(imported.given) if imported.given else _sizes_that_fit(imported, signature, name)
     probes = [signature.random(1, 1, dims), signature.random(2, 2, dims), *([imported.given] if imported.given else [])]
     worst = 0.0
     for inputs in probes:
         example = inputs is imported.given
         try:
-            expected = origin(inputs)
+            expected = {output: np.asarray(value) for output, value in imported.origin(inputs).items()}
         except Exception as error:
             if imported.given is not None and not example:
                 continue  # not all numbers are valid inputs: the given ones are
             raise _fails(imported, name, inputs, error, "" if example else NOT_VALID) from error
         try:
-            got = imported_run(inputs)
+            got = dict(zip(names, map(np.asarray, session.run(names, inputs)), strict=True))
         except Exception as error:
             raise _fails(imported, name, inputs, error, "; its origin does not") from error
         worst = max(worst, difference(got, expected))
-        if (output := disagreeing(got, expected, imported.tolerance, inputs, imported_run, origin)) is not None:
+        if (output := disagreeing(got, expected, imported.tolerance, partial(movement, imported.proto, inputs))) is not None:
             where = _first_layer(imported, inputs, name) or f"output {output!r}"
             distance = relative_difference(got[output], expected[output])
             raise ImportMismatchError(
@@ -107,8 +103,8 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
             )
     if worst > imported.tolerance:
         logger.warning(
-            "%r differs by %.1e (relative) on inputs whose rounding alone moves its outputs as far; an example of what "
-            "it will be given compares better",
+            "%r differs by %.1e (relative) on inputs where rounding alone moves its outputs as far; an example of what it "
+            "will be given compares better",
             name,
             worst,
         )

@@ -13,6 +13,7 @@ import numpy as np
 from shared_runtime.backends.base import Executable, HardwareBackend, backends, fewest_rows, one_thread, specialise
 from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.cost import GraphCost
+from shared_runtime.graph.rounding import movement
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference, disagreeing
 from shared_runtime.planning.ceiling import lower_bound_ms
@@ -136,9 +137,7 @@ def find_contenders(
             wanted = outputs if plain else reference(model, threads, probe)
         error = difference(outputs, wanted)
         broken = not np.isfinite(error)
-        if broken or (
-            variant is None and disagreeing(outputs, wanted, TOLERANCE, probe, executable.run, partial(reference, model, threads))
-        ):
+        if broken or (variant is None and disagreeing(outputs, wanted, TOLERANCE, partial(movement, model.graph, probe))):
             executable.close()
             lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
             continue

@@ -26,6 +26,7 @@ from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, 
 from shared_runtime.graph.check import precision as graph_precision
 from shared_runtime.graph.check import structure_hash
 from shared_runtime.graph.cost import GraphCost, graph_cost
+from shared_runtime.graph.rounding import movement
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference, disagreeing
@@ -119,8 +120,7 @@ def plan_and_compile(
     if hold:
         _measure(contenders, model.signature, probe, ladder, budget_s)
         if objective.kind == "latency":
-            contenders, slept = with_spinning(model, contenders, probe, min(ladder))
-            lost += slept
+            contenders, lost = with_spinning(model, contenders, lost, probe, min(ladder))
     else:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
@@ -205,7 +205,7 @@ def _checked(model: Model, plan: Plan, threads: int, probe: Tensors | None) -> L
         for rung in plan.ladder:
             inputs = model.signature.repeated(one, rung.rows)
             outputs, wanted = made.run(inputs), reference(model, threads, inputs)
-            if disagreeing(outputs, wanted, TOLERANCE, inputs, made.run, partial(reference, model, threads)):
+            if disagreeing(outputs, wanted, TOLERANCE, partial(movement, model.graph, inputs)):
                 made.close()
                 raise UnsupportedModelError(f"its outputs differ from the reference by {difference(outputs, wanted):.1e}")
     except (UnsupportedModelError, BackendUnavailableError, ModelIntegrityError) as error:

@@ -27,14 +27,16 @@ WORTH = 1.25
 """Threads that spin take a core for tens of milliseconds after each run; for a smaller gain they are not worth it."""
 
 
-def with_spinning(model: Model, contenders: list[Contender], probe: Tensors, rows: int) -> tuple[list[Contender], list[Candidate]]:
+def with_spinning(
+    model: Model, contenders: list[Contender], lost: list[Candidate], probe: Tensors, rows: int
+) -> tuple[list[Contender], list[Candidate]]:
     """The contenders, and who lost: where the fastest for `rows` is ONNX Runtime with several threads that sleep between runs,
     longer than those that are tried spinning from the start, it is timed after rests beside its twin that spins."""
     best = min(contenders, key=lambda contender: contender.timed[rows].median)
     first, one = best.timed[rows].median, best.candidate
     sleeps = (one.backend, one.device, one.mode) == ("onnxruntime", "cpu", "") and one.threads > 1
     if best.executable is None or not sleeps or not TOO_LONG[SPINNING][0] <= first < LONGEST_SECONDS:
-        return contenders, []
+        return contenders, lost
     variant = None if one.variant not in model.variants else model.variant(one.variant)
     try:
         twin = backends()[one.backend].compile(model, one.device, one.threads, variant, SPINNING)
@@ -43,11 +45,11 @@ def with_spinning(model: Model, contenders: list[Contender], probe: Tensors, row
             specialise(twin, given)
     except (UnsupportedModelError, BackendUnavailableError) as error:
         logger.info("%s is not tried with threads that spin: %s", one.label, error)
-        return contenders, []
+        return contenders, lost
     sleeping, spinning = _rested([best.executable.run, twin.run], inputs[rows])
     if sleeping < WORTH * spinning:
         twin.close()
-        return contenders, []
+        return contenders, lost
     made = Contender(msgspec.structs.replace(one, mode=SPINNING), twin, first)
     for count, given in inputs.items():
         made.timed[count] = Timed(partial(twin.run, given))
@@ -55,7 +57,8 @@ def with_spinning(model: Model, contenders: list[Contender], probe: Tensors, row
     best.let_go()
     why = f"after {1e3 * REST_SECONDS:.0f} ms of rest it takes {1e3 * sleeping:.3g} ms, with threads that spin {1e3 * spinning:.3g} ms"
     others = [contender for contender in contenders if contender is not best and contender.candidate.mode != SPINNING]
-    return [*others, made], [msgspec.structs.replace(one, lost=why, timings=best.timings(), median_ms=round(1e3 * first, 4))]
+    without = [c for c in lost if msgspec.structs.replace(c, lost="") != msgspec.structs.replace(made.candidate, error=None, lost="")]
+    return [*others, made], [*without, msgspec.structs.replace(one, lost=why, timings=best.timings(), median_ms=round(1e3 * first, 4))]
 
 
 def _rested(runs: Sequence[Callable[[Tensors], Tensors]], inputs: Tensors) -> list[float]:
