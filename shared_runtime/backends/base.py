@@ -101,8 +101,10 @@ def one_thread(backend: HardwareBackend) -> bool:
 
 
 def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
-    """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request."""
-    if all(value.shape[0] if value.ndim else True for value in inputs.values()):
+    """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request.
+
+    Rows are those of the first input with axes: what comes after may be a list of axes or sizes, and empty."""
+    if next((len(value) for value in inputs.values() if value.ndim), 1):
         return None
     one = {n: np.full([max(1, size) for size in v.shape], "" if v.dtype == object else 0, v.dtype) for n, v in inputs.items()}
     return {name: value[:0] if value.ndim else value for name, value in executable.run(one).items()}

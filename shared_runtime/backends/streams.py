@@ -99,4 +99,6 @@ def difference_of_rows(run: Callable[[Tensors], Tensors], inputs: Tensors) -> fl
     other = {name: value * value.dtype.type(0.9) if value.dtype.kind == "f" else value for name, value in one.items()}
     together = run({name: np.concatenate([one[name], other[name]]) for name in one})
     apart = [run(row) for row in (one, other)]
+    if any(row[name].ndim == 0 or row[name].shape[1:] != value.shape[1:] for row in apart for name, value in together.items()):
+        return float("inf")
     return difference(together, {name: np.concatenate([row[name] for row in apart]) for name in together})

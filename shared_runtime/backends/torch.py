@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
+from shared_runtime.backends.streams import TOLERANCE, difference_of_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
 from shared_runtime.model import Model
@@ -44,14 +45,16 @@ class _Capture:
 class TorchExecutable:
     """The graph's nodes in order, with weights resident on the device; float32 without TF32 unless the variant allows it.
 
-    Prepared shapes run compiled, or as a captured CUDA graph whose rows a smaller request fills in part.
+    Prepared shapes run compiled, or as a captured CUDA graph whose rows a smaller request fills in part, where no row depends on another.
     """
 
-    def __init__(self, program: Any, device: str, threads: int, precision: str, mode: str) -> None:
+    def __init__(self, program: Any, device: str, threads: int, precision: str, mode: str, has_rows: bool) -> None:
+        """`has_rows`: every tensor counts rows on its first axis."""
         self._program, self.device, self._threads, self.precision = program, device, threads, precision
         self._captured, self._compiled = "graph" in mode, "compiled" in mode
         self._ready: dict[tuple[Any, ...], Callable[[dict[str, Any]], dict[str, Any]]] = {}
         self._captures: dict[tuple[Any, ...], _Capture] = {}
+        self._by_rows: bool | None = None if has_rows else False  # not known yet, or whether rows stand by themselves
         self._lock = threading.Lock()
 
     def run(self, inputs: Tensors) -> Tensors:
@@ -60,12 +63,11 @@ class TorchExecutable:
         import torch
 
         with self._lock, torch.inference_mode(), self._numerics():
-            if (capture := self._capture_for(inputs)) is not None:
-                return self._replay(capture, inputs)
-            given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
             call = self._ready.get(_shapes(inputs), self._program)
             try:
-                outputs = call(given)
+                if (found := self._capture_for(inputs)) is not None:
+                    return self._replay(*found, inputs)
+                outputs = call({name: torch.tensor(value, device=self.device) for name, value in inputs.items()})
             except Exception as error:
                 shapes = {name: list(value.shape) for name, value in inputs.items()}
                 raise UnsupportedModelError(f"torch failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
@@ -79,8 +81,11 @@ class TorchExecutable:
         import torch
 
         with self._lock, torch.inference_mode(), self._numerics():
-            given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
-            module = self._program.straight(given)
+            try:
+                given = {name: torch.tensor(value, device=self.device) for name, value in inputs.items()}
+                module = self._program.straight(given)
+            except Exception as error:
+                raise UnsupportedModelError(f"torch can't run this graph: {' '.join(str(error).split())[:300]}") from error
             run = torch.compile(module, fullgraph=True, dynamic=False) if self._compiled else module
             names = self._program.outputs
 
@@ -101,33 +106,53 @@ class TorchExecutable:
         self._captures.clear()
         del self._program
 
-    def _capture_for(self, inputs: Tensors) -> _Capture | None:
-        """The smallest captured graph that the rows fit into."""
+    def _capture_for(self, inputs: Tensors) -> tuple[_Capture, int | None] | None:
+        """The graph that was captured for these shapes, or the smallest that the rows fit into, with their number."""
+        if (exact := self._captures.get(_shapes(inputs))) is not None:
+            return exact, None
+        if not self._captures or not self._may_be_parted(inputs):
+            return None
         rows = len(next(iter(inputs.values())))
         fits = [
             (len(next(iter(capture.inputs.values()))), capture)
             for capture in self._captures.values()
             if all(tuple(capture.inputs[n].shape[1:]) == v.shape[1:] and len(capture.inputs[n]) >= rows for n, v in inputs.items())
         ]
-        return min(fits, key=lambda pair: pair[0])[1] if fits else None
+        return (min(fits, key=lambda pair: pair[0])[1], rows) if fits else None
 
-    def _replay(self, capture: _Capture, inputs: Tensors) -> Tensors:
+    def _may_be_parted(self, inputs: Tensors) -> bool:
+        """Whether rows do not depend on one another, so that others may stand beside them: tried once, on the first request."""
+        if self._by_rows is None:
+            self._by_rows = difference_of_rows(self._plainly, inputs) <= TOLERANCE
+        return self._by_rows
+
+    def _plainly(self, inputs: Tensors) -> Tensors:
+        """Run operator by operator, whatever was captured."""
         import torch
 
-        rows = len(next(iter(inputs.values())))
+        outputs = self._program({name: torch.tensor(value, device=self.device) for name, value in inputs.items()})
+        return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
+
+    def _replay(self, capture: _Capture, rows: int | None, inputs: Tensors) -> Tensors:
+        """Run a captured graph on inputs of its shapes, or on fewer `rows`."""
+        import torch
+
+        def part(tensor: Any) -> Any:
+            return tensor if rows is None else tensor[:rows]
+
         for name, value in inputs.items():
-            staged = capture.staged_inputs[name][:rows]
+            staged = part(capture.staged_inputs[name])
             if value.size > COPY_ALONE and value.flags.writeable and value.flags.c_contiguous:
                 with _threads(min(self._threads, COPY_THREADS)):
                     staged.copy_(torch.from_numpy(value))
             else:
                 np.copyto(staged.numpy(), value)
-            capture.inputs[name][:rows].copy_(staged, non_blocking=True)
+            part(capture.inputs[name]).copy_(staged, non_blocking=True)
         capture.replay()
         for name, value in capture.outputs.items():
-            capture.staged_outputs[name][:rows].copy_(value[:rows], non_blocking=True)
+            part(capture.staged_outputs[name]).copy_(part(value), non_blocking=True)
         torch.cuda.synchronize()
-        staged_outputs = {name: value[:rows] for name, value in capture.staged_outputs.items()}
+        staged_outputs = {name: part(value) for name, value in capture.staged_outputs.items()}
         with _threads(min(self._threads, COPY_THREADS)):
             return {n: v.clone().numpy() if v.numel() > COPY_ALONE else v.numpy().copy() for n, v in staged_outputs.items()}
 
@@ -228,11 +253,10 @@ class TorchBackend:
         refuse_unknown_mode(self.name, device, mode, self.modes(device))
         refuse_foreign(self.name, device, variant)
         from shared_runtime.backends.torch_graph import GraphProgram
-        from shared_runtime.backends.torch_windows import UnsupportedOperator
 
         graph = model.graph if variant is None else variant.graph(model.graph)
         try:
             program = GraphProgram(graph, device, "channels-last" in mode)
-        except UnsupportedOperator as error:
+        except Exception as error:  # also what torch has no type of number for
             raise UnsupportedModelError(f"the torch backend can't run {model.name!r}: {error}") from error
-        return TorchExecutable(program, device, threads, precision_of(variant), mode)
+        return TorchExecutable(program, device, threads, precision_of(variant), mode, model.signature.has_rows)

@@ -117,7 +117,11 @@ def _group_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 def _top_k(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
     count = ints(inputs[1])[0] if len(inputs) > 1 else attributes["k"]
-    return tuple(torch.topk(inputs[0], count, dim=attributes.get("axis", -1), largest=bool(attributes.get("largest", 1))))
+    axis, largest = attributes.get("axis", -1), bool(attributes.get("largest", 1))
+    values, places = torch.sort(
+        inputs[0], dim=axis, descending=largest, stable=True
+    )  # of equal ones the first, which topk does not promise
+    return values.narrow(axis, 0, count), places.narrow(axis, 0, count)
 
 
 def _extreme(call: Callable[..., Tensor]) -> Operator:
@@ -127,6 +131,20 @@ def _extreme(call: Callable[..., Tensor]) -> Operator:
         return call(inputs[0], dim=attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
 
     return run
+
+
+def _dropout(inputs: list[Any], attributes: Attributes) -> Tensor:
+    if len(inputs) > 2 and inputs[2] is not None and bool(inputs[2]):
+        raise UnsupportedOperator("Dropout in training")
+    return inputs[0]
+
+
+def _infinite(inputs: list[Any], attributes: Attributes) -> Tensor:
+    found = torch.zeros_like(inputs[0], dtype=torch.bool)
+    for asked, call in (("detect_positive", torch.isposinf), ("detect_negative", torch.isneginf)):
+        if attributes.get(asked, 1):
+            found |= call(inputs[0])
+    return found
 
 
 def _clip(inputs: list[Any], attributes: Attributes) -> Tensor:
@@ -264,7 +282,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Clip": _clip,
     "Concat": lambda x, a: torch.cat(x, dim=a["axis"]),
     "Constant": lambda x, a: a["value"],
-    "ConstantOfShape": lambda x, a: torch.full(ints(x[0]), a["value"].item() if "value" in a else 0.0),
+    "ConstantOfShape": lambda x, a: a["value"].reshape(-1).expand(ints(x[0])).clone() if "value" in a else torch.zeros(ints(x[0])),
     "Conv": convolution,
     "ConvTranspose": transposed_convolution,
     "Cos": lambda x, a: x[0].cos(),
@@ -272,7 +290,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "DepthToSpace": depth_to_space,
     "DequantizeLinear": _dequantize,
     "Div": lambda x, a: torch.div(x[0], x[1], rounding_mode=None if x[0].is_floating_point() else "trunc"),
-    "Dropout": lambda x, a: x[0],
+    "Dropout": _dropout,
     "Einsum": lambda x, a: torch.einsum(a["equation"], *x),
     "Elu": lambda x, a: functional.elu(x[0], a.get("alpha", 1.0)),
     "Equal": lambda x, a: x[0] == x[1],
@@ -300,7 +318,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
         functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=a["epsilon"]), a["alpha"]
     ),
     "InstanceNormalization": lambda x, a: functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=a.get("epsilon", 1e-5)),
-    "IsInf": lambda x, a: torch.isinf(x[0]),
+    "IsInf": _infinite,
     "IsNaN": lambda x, a: torch.isnan(x[0]),
     "LRN": _local_response,
     "LSTM": lstm,
@@ -324,7 +342,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Or": lambda x, a: x[0] | x[1],
     "PRelu": lambda x, a: torch.where(x[0] >= 0, x[0], x[0] * x[1]),
     "Pad": pad,
-    "Pow": lambda x, a: x[0] ** x[1],
+    "Pow": lambda x, a: (x[0] ** x[1]).to(x[0].dtype),
     "QuantizeLinear": _quantize,
     "Range": _range,
     "Reciprocal": lambda x, a: x[0].reciprocal(),
@@ -340,7 +358,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Relu": lambda x, a: functional.relu(x[0]),
     "Reshape": _reshape,
     "Resize": resize,
-    "Shape": lambda x, a: torch.tensor(list(x[0].shape)[a.get("start", 0) : a.get("end")]),
+    "Shape": lambda x, a: torch.tensor(list(x[0].shape)[a.get("start", 0) : a.get("end")], dtype=torch.int64),
     "Round": lambda x, a: x[0].round(),
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,

@@ -228,5 +228,7 @@ def depth_to_space(inputs: list[Any], attributes: Attributes) -> Tensor:
 def space_to_depth(inputs: list[Any], attributes: Attributes) -> Tensor:
     x, block = inputs[0], attributes["blocksize"]
     rows, channels, height, width = x.shape
-    parts = x.reshape(rows, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+    parts = x.reshape(rows, channels, height // block, block, width // block, block).permute(
+        *((0, 3, 5, 1, 2, 4) if attributes.get("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4))
+    )
     return parts.reshape(rows, channels * block**2, height // block, width // block)

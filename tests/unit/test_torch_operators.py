@@ -180,3 +180,27 @@ def test_shapes_in_any_type_of_number_are_known_before_it_runs(tmp_path: Path) -
     module = GraphProgram(tmp_path / "shapes.onnx", "cpu").straight({"x": x})
     assert [node.op for node in module.graph.nodes] == ["placeholder", "call_function", "output"]
     np.testing.assert_array_equal(module(x)[0].numpy(), np.repeat(x.numpy(), 6, 1))
+
+
+def test_equal_numbers_are_ranked_as_onnx_ranks_them(tmp_path: Path) -> None:
+    x = np.repeat(normal(3, 4), 3, 1)
+    case = ("TopK", [x, np.array([5])], {"axis": 1}, 2, 18)
+    test_an_operator_computes_what_onnx_runtime_computes(case, tmp_path)
+
+
+def test_rows_are_filled_up_only_where_none_depends_on_another(tmp_path: Path) -> None:
+    """A captured graph takes fewer rows than it was captured for: not so one that attends over them, nor one with states by layer."""
+    import shared_runtime as rt
+    from shared_runtime.backends.base import backends
+
+    relu, softmax = helper.make_node("Relu", ["i0"], ["o0"]), helper.make_node("Softmax", ["i0"], ["o0"], axis=0)
+    for node, parted in ((relu, True), (softmax, False)):
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("i0", "o0")]
+        whole = helper.make_graph([node], "g", ends[:1], ends[1:])
+        path = tmp_path / f"{node.op_type}.onnx"
+        onnx.save(helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+        executable = backends()["torch"].compile(rt.load(path), "cpu", 1)
+        assert executable._may_be_parted({"i0": normal(3, 4)}) is parted
+    recurrent = [normal(5, 2, 3), normal(1, 16, 3), normal(1, 16, 4)]
+    model = rt.load(graph(tmp_path / "lstm.onnx", "LSTM", recurrent, {"hidden_size": 4}, 3, 18))
+    assert backends()["torch"].compile(model, "cpu", 1)._may_be_parted(model.random()) is False
