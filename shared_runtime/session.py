@@ -86,6 +86,11 @@ class Session:
         """What runs and why; made on first use."""
         return self._prepared()[0]
 
+    def probe(self) -> Tensors:
+        """The inputs that it is measured on: those that it was given, or the model's."""
+        given: Tensors | None = self._asked["probe"]
+        return self.model.probe() if given is None else given
+
     def run(self, inputs: Mapping[str, Any]) -> Tensors:
         """Outputs by name for inputs by name, each with a leading batch dimension.
 

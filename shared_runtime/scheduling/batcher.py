@@ -8,6 +8,7 @@ batcher drains. A request of more rows than fit runs in parts and is answered wh
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -18,10 +19,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shared_runtime.errors import BatcherClosedError, InputError, QueueFullError
+from shared_runtime.backends.streams import difference_of_rows
+from shared_runtime.errors import BatcherClosedError, InputError, QueueFullError, SharedRuntimeError
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.telemetry.metrics import batches_released, queue_rows
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 0.05
+"""Largest relative difference of two rows together from each alone: INT8 takes its range from all rows, and is certified so."""
 
 
 class Runnable(Protocol):
@@ -59,7 +65,8 @@ class _Part:
 class Batcher:
     """Batches requests for one session on the running event loop; use as `async with`.
 
-    Requests to a model whose tensors do not all count rows on their first axis run one by one.
+    Requests to a model whose tensors do not all count rows on their first axis, or whose rows depend on one another (tried
+    once, before the first request), run one by one.
 
     `max_batch`: most rows in a run. `deadline_ms`: longest wait of a request before its batch is
     released. `max_queue`: most rows waiting; beyond it `submit` raises QueueFullError.
@@ -82,7 +89,9 @@ class Batcher:
     async def __aenter__(self) -> Batcher:
         prepare = getattr(self._session, "prepare", None)
         if prepare is not None:  # no request waits for a plan
-            await asyncio.get_running_loop().run_in_executor(self._pool, prepare)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._pool, prepare)
+            self._joined = self._joined and await loop.run_in_executor(self._pool, self._independent)
         self._task = asyncio.create_task(self._loop())
         return self
 
@@ -120,6 +129,18 @@ class Batcher:
         if len(answers) == 1:
             return answers[0]
         return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
+    def _independent(self) -> bool:
+        """Whether two rows come out together as each does alone: nobody's answer may depend on who else asks."""
+        model = self._session.model
+        try:
+            apart = difference_of_rows(self._session.run, getattr(self._session, "probe", model.probe)())
+        except SharedRuntimeError as error:
+            logger.warning("requests to %s run one by one, as its rows can't be tried: %s", model.name, error)
+            return False
+        if apart > TOLERANCE:
+            logger.warning("requests to %s run one by one: two rows together differ by %.1e from each alone", model.name, apart)
+        return apart <= TOLERANCE
 
     async def _run_alone(self, inputs: Tensors) -> Tensors:
         """A request of a model whose rows can't be joined with those of others."""

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from onnx import helper
 
 import shared_runtime as rt
 from shared_runtime.signature import Tensors
+from tests.networks import save
 
 SIGNATURE = rt.Signature((rt.TensorSpec("x", ("batch", "width"), "float32"),), (rt.TensorSpec("y", ("batch",), "float32"),))
 
@@ -190,5 +192,24 @@ def test_requests_whose_rows_can_not_be_joined_run_one_by_one() -> None:
             assert answer["y"].tolist() == [3 * n + 20 * n] * n
             assert answer["mean"] == n
         assert batcher.statistics.released == {"alone": 4}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("operator", "joined"), [("Relu", True), ("Softmax", False)])
+def test_requests_are_joined_only_where_no_row_depends_on_another(operator: str, joined: bool, tmp_path: Path) -> None:
+    """A softmax over the rows would mix the requests of several users; the names of its dimensions do not tell."""
+    node = helper.make_node(operator, ["x"], ["y"], **({"axis": 0} if operator == "Softmax" else {}))
+    path = save(tmp_path / "one.onnx", [node], {}, {"x": ["batch", 4]}, {"y": ["batch", 4]})
+    requests = [{"x": np.random.default_rng(n).standard_normal((n, 4)).astype(np.float32)} for n in (1, 2, 3)]
+
+    async def scenario() -> None:
+        with rt.Session(rt.load(path), plans=tmp_path / "plans", threads=1) as session:
+            async with rt.Batcher(session, deadline_ms=50) as batcher:
+                answers = await asyncio.gather(*(batcher.submit(request) for request in requests))
+            for request, answer in zip(requests, answers, strict=True):
+                np.testing.assert_allclose(answer["y"], session.run(request)["y"], rtol=1e-5)
+        assert ("alone" in batcher.statistics.released) is not joined
+        assert batcher.statistics.batches == (1 if joined else 3)
 
     asyncio.run(scenario())
