@@ -103,8 +103,9 @@ def one_thread(backend: HardwareBackend) -> bool:
 def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
     """Zero rows where a request has none: one row of zeros is run and none of it kept; None for any other request.
 
-    Rows are those of the first input with axes: what comes after may be a list of axes or sizes, and empty."""
-    if next((len(value) for value in inputs.values() if value.ndim), 1):
+    A list of whole numbers beside other inputs may be one of axes or sizes: that it is empty says nothing of rows."""
+    given = [value for value in inputs.values() if value.ndim]
+    if all(len(value) for value in [v for v in given if v.ndim > 1 or v.dtype.kind not in "iu"] or given):
         return None
     one = {n: np.full([max(1, size) for size in v.shape], "" if v.dtype == object else 0, v.dtype) for n, v in inputs.items()}
     return {name: value[:0] if value.ndim else value for name, value in executable.run(one).items()}

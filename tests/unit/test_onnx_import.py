@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import shared_runtime as rt
+from shared_runtime.backends.base import backends
 from shared_runtime.importers import base
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
@@ -295,3 +296,18 @@ def test_a_model_whose_random_inputs_are_invalid_is_optimised_and_served(tmp_pat
     assert found["probe_error"] is None
     assert "give validation data" in found["why"]
     assert rt.verify(model, model.variants[0], validation=[(sample(), None) for _ in range(8)])["holds"]
+
+
+def test_an_empty_list_of_axes_is_no_request_of_zero_rows(tmp_path: Path) -> None:
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4]),
+        helper.make_tensor_value_info("axes", TensorProto.INT64, ["k"]),
+    ]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"])
+    graph = helper.make_graph([node], "sum", ends, [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "sum.onnx")
+    x, none = np.ones((3, 4), np.float32), np.zeros(0, np.int64)
+    for engine in ("onnxruntime", "torch"):
+        executable = backends()[engine].compile(rt.load(tmp_path / "sum.onnx"), "cpu", 1)
+        assert executable.run({"x": x, "axes": none})["y"].tolist() == [[12.0]]
