@@ -8,6 +8,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+import shared_runtime as rt
+
+
+def run(model: rt.Model, inputs: dict[str, np.ndarray], tmp_path: Path) -> dict[str, np.ndarray]:
+    """The outputs in a session of its own."""
+    with rt.Session(model, plans=tmp_path / "plans") as session:
+        return session.run(inputs)
+
 
 def save(
     path: Path,

@@ -71,7 +71,7 @@ class TorchExecutable:
             except Exception as error:
                 shapes = {name: list(value.shape) for name, value in inputs.items()}
                 raise UnsupportedModelError(f"torch failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
-            return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
+            return _on_host(outputs)
 
     def specialise(self, inputs: Tensors) -> None:
         """Compile or capture for exactly these shapes."""
@@ -130,8 +130,7 @@ class TorchExecutable:
         """Run operator by operator, whatever was captured."""
         import torch
 
-        outputs = self._program({name: torch.tensor(value, device=self.device) for name, value in inputs.items()})
-        return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
+        return _on_host(self._program({name: torch.tensor(value, device=self.device) for name, value in inputs.items()}))
 
     def _replay(self, capture: _Capture, rows: int | None, inputs: Tensors) -> Tensors:
         """Run a captured graph on inputs of its shapes, or on fewer `rows`."""
@@ -184,6 +183,10 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if before != count:
             torch.set_num_threads(before)
+
+
+def _on_host(outputs: dict[str, Any]) -> Tensors:
+    return {name: value.float().cpu().numpy() if _narrow(value) else value.cpu().numpy() for name, value in outputs.items()}
 
 
 def _narrow(value: Any) -> bool:

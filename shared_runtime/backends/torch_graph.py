@@ -20,7 +20,8 @@ from torch import Tensor
 
 from shared_runtime.backends import torch_float8
 from shared_runtime.backends.torch_operators import HOST_INPUTS, OPERATORS, torch_dtype
-from shared_runtime.backends.torch_windows import Attributes, UnsupportedOperator
+from shared_runtime.backends.torch_windows import Attributes
+from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import opset, read_whole
 from shared_runtime.graph.passes.simplify import ConstantFolding
 
@@ -45,6 +46,7 @@ def _tensor(proto: onnx.TensorProto) -> Tensor:
 
 
 FEW = 8
+"""Numbers up to which a constant may be part of a shape."""
 SEVERAL = ("Split", "LSTM", "GRU", "TopK")
 """Kinds whose call gives a tuple, also where one output is read."""
 
@@ -68,7 +70,7 @@ class GraphProgram:
         ConstantFolding().apply(proto)
         torch_float8.fuse(proto)
         if missing := sorted({node.op_type for node in proto.graph.node} - set(OPERATORS)):
-            raise UnsupportedOperator(f"operators {missing} have no torch form here")
+            raise UnsupportedModelError(f"operators {missing} have no torch form here")
         version = opset(proto)
         self.steps = [
             Step(n.op_type, OPERATORS[n.op_type], tuple(n.input), tuple(n.output), _attributes(n, version)) for n in proto.graph.node

@@ -1,7 +1,7 @@
 """ONNX operators as torch calls: those of convolutional, recurrent, dense and attention networks.
 
 Semantics follow the ONNX operator specification (https://onnx.ai/onnx/operators/). What has no torch form here raises
-UnsupportedOperator; nothing is run approximately.
+UnsupportedModelError; nothing is run approximately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from shared_runtime.backends.torch_recurrent import gru, lstm
 from shared_runtime.backends.torch_windows import (
     Attributes,
     Operator,
-    UnsupportedOperator,
     convolution,
     cut,
     depth_to_space,
@@ -32,6 +31,7 @@ from shared_runtime.backends.torch_windows import (
     space_to_depth,
     transposed_convolution,
 )
+from shared_runtime.errors import UnsupportedModelError
 
 
 def _gemm(inputs: list[Any], attributes: Attributes) -> Tensor:
@@ -127,7 +127,7 @@ def _top_k(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
 def _extreme(call: Callable[..., Tensor]) -> Operator:
     def run(inputs: list[Any], attributes: Attributes) -> Tensor:
         if attributes.get("select_last_index", 0):
-            raise UnsupportedOperator("ArgMax or ArgMin of the last of equal values")
+            raise UnsupportedModelError("ArgMax or ArgMin of the last of equal values")
         return call(inputs[0], dim=attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
 
     return run
@@ -135,7 +135,7 @@ def _extreme(call: Callable[..., Tensor]) -> Operator:
 
 def _dropout(inputs: list[Any], attributes: Attributes) -> Tensor:
     if len(inputs) > 2 and inputs[2] is not None and bool(inputs[2]):
-        raise UnsupportedOperator("Dropout in training")
+        raise UnsupportedModelError("Dropout in training")
     return inputs[0]
 
 
@@ -197,13 +197,13 @@ def _scatter_elements(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 def _gather_nd(inputs: list[Any], attributes: Attributes) -> Tensor:
     if attributes.get("batch_dims", 0):
-        raise UnsupportedOperator("GatherND with batch_dims")
+        raise UnsupportedModelError("GatherND with batch_dims")
     return inputs[0][inputs[1].long().unbind(-1)]
 
 
 def _scatter_nd(inputs: list[Any], attributes: Attributes) -> Tensor:
     if attributes.get("reduction", "none") != "none":
-        raise UnsupportedOperator(f"ScatterND with reduction {attributes['reduction']!r}")
+        raise UnsupportedModelError(f"ScatterND with reduction {attributes['reduction']!r}")
     return inputs[0].index_put(inputs[1].long().unbind(-1), inputs[2])
 
 
@@ -215,7 +215,7 @@ def _normalised(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 def _local_response(inputs: list[Any], attributes: Attributes) -> Tensor:
     if attributes["size"] % 2 == 0:
-        raise UnsupportedOperator("LRN of an even size")
+        raise UnsupportedModelError("LRN of an even size")
     alpha, beta = attributes.get("alpha", 1e-4), attributes.get("beta", 0.75)
     return functional.local_response_norm(inputs[0], attributes["size"], alpha, beta, attributes.get("bias", 1.0))
 

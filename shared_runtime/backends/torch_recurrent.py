@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared_runtime.backends.torch_windows import UnsupportedOperator
+from shared_runtime.backends.torch_windows import Attributes
+from shared_runtime.errors import UnsupportedModelError
 
-Attributes = Mapping[str, Any]
 ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
 ORDER = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
 """Torch's gates among ONNX's: i, o, f, c to i, f, g, o; z, r, h to r, z, n."""
@@ -20,7 +19,7 @@ def lstm(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
     """Y (T, directions, N, H), the last hidden state and the last cell state (directions, N, H)."""
     x, w, r, b, lengths, h0, c0, peepholes = [*inputs, *[None] * 8][:8]
     if attributes.get("input_forget", 0) or peepholes is not None:
-        raise UnsupportedOperator("LSTM with input_forget or peepholes")
+        raise UnsupportedModelError("LSTM with input_forget or peepholes")
     backward, zero, flat = _laid_out("LSTM", x, w, r, b, lengths, attributes)
     state = (zero if h0 is None else h0, zero if c0 is None else c0)
     given = x.flip(0) if backward else x
@@ -32,7 +31,7 @@ def gru(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
     """Y (T, directions, N, H) and the last hidden state (directions, N, H)."""
     x, w, r, b, lengths, h0 = [*inputs, *[None] * 6][:6]
     if not attributes.get("linear_before_reset", 0):
-        raise UnsupportedOperator("GRU that resets before the product")
+        raise UnsupportedModelError("GRU that resets before the product")
     backward, zero, flat = _laid_out("GRU", x, w, r, b, lengths, attributes)
     given = x.flip(0) if backward else x
     y, h = torch.gru(given, zero if h0 is None else h0, flat, True, 1, 0.0, False, w.shape[0] == 2, False)
@@ -51,7 +50,7 @@ def _laid_out(
         or lengths is not None
         or named not in ([], ACTIVATIONS[kind] * directions)
     ):
-        raise UnsupportedOperator(f"{kind} with clip, lengths, layout or other activations")
+        raise UnsupportedModelError(f"{kind} with clip, lengths, layout or other activations")
 
     def ordered(value: Tensor) -> Tensor:
         parts = value.split(hidden, 0)

@@ -15,10 +15,6 @@ Attributes = Mapping[str, Any]
 Operator = Callable[[list[Any], Attributes], Tensor]
 
 
-class UnsupportedOperator(UnsupportedModelError):
-    """An operator, or one of its attributes, has no torch form here."""
-
-
 def ints(value: Any) -> list[int]:
     """Shapes, axes and indices, which stay on the host."""
     return value if isinstance(value, list) else value.reshape(-1).tolist()
@@ -68,7 +64,7 @@ def transposed_convolution(inputs: list[Any], attributes: Attributes) -> Tensor:
         spans = zip(x.shape[2:], weight.shape[2:], strides, dilations, more, sizes[-rank:], strict=True)
         total = [(size - 1) * stride + (k - 1) * dilation + 1 + extra - want for size, k, stride, dilation, extra, want in spans]
         if min(total) < 0:
-            raise UnsupportedOperator(f"ConvTranspose with an output_shape of {list(sizes)}, larger than its windows reach")
+            raise UnsupportedModelError(f"ConvTranspose with an output_shape of {list(sizes)}, larger than its windows reach")
         less, rest = [n // 2 for n in total], [n - n // 2 for n in total]
         before, after = (less, rest) if auto == "SAME_UPPER" else (rest, less)
     else:
@@ -96,7 +92,7 @@ def pooling(calls: tuple[Any, Any, Any], average: bool) -> Operator:
         rank, shape = len(kernel), tuple(inputs[0].shape[2:])
         strides, dilations = attributes.get("strides", [1] * rank), attributes.get("dilations", [1] * rank)
         if average and set(dilations) != {1}:
-            raise UnsupportedOperator("dilated averages")
+            raise UnsupportedModelError("dilated averages")
         before, after = _pads(attributes, shape, kernel)
         beyond = [0] * rank
         if attributes.get("ceil_mode", 0):
@@ -146,7 +142,7 @@ def pad(inputs: list[Any], attributes: Attributes) -> Tensor:
     pads = ints(inputs[1]) if len(inputs) > 1 else list(attributes["pads"])
     fill = ints(inputs[2])[0] if len(inputs) > 2 and inputs[2] is not None else attributes.get("value", 0.0)
     if mode not in ("constant", "reflect", "edge"):
-        raise UnsupportedOperator(f"Pad with mode {mode!r}")
+        raise UnsupportedModelError(f"Pad with mode {mode!r}")
     axes = [axis % x.dim() for axis in ints(inputs[3])] if len(inputs) > 3 and inputs[3] is not None else list(range(x.dim()))
     ends = {axis: (pads[place], pads[place + len(axes)]) for place, axis in enumerate(axes)}
     pairs = [value for axis in reversed(range(x.dim())) for value in ends.get(axis, (0, 0))]
@@ -167,7 +163,7 @@ def resize(inputs: list[Any], attributes: Attributes) -> Tensor:
     mode, place = attributes.get("mode", "nearest"), attributes.get("coordinate_transformation_mode", "half_pixel")
     odd = [name for name in ("antialias", "exclude_outside", "axes") if attributes.get(name)]
     if odd or attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise UnsupportedOperator(f"Resize with {', '.join(odd) or 'a policy of its own'}")
+        raise UnsupportedModelError(f"Resize with {', '.join(odd) or 'a policy of its own'}")
     if sizes is not None:
         target, factors = ints(sizes)[2:], None
     else:
@@ -182,7 +178,7 @@ def resize(inputs: list[Any], attributes: Attributes) -> Tensor:
         if exact or factors is None:
             return functional.interpolate(x, target, mode=smooth, align_corners=place == "align_corners")
     if mode not in ("nearest", "linear") or place not in PLACES:
-        raise UnsupportedOperator(f"Resize with mode {mode!r} and {place!r}")
+        raise UnsupportedModelError(f"Resize with mode {mode!r} and {place!r}")
     for axis, (want, ratio) in enumerate(zip(target, ratios, strict=True), 2):
         if want != x.shape[axis] or ratio != 1:
             x = _resized(x, axis, want, ratio, mode, place, attributes.get("nearest_mode", "round_prefer_floor"))

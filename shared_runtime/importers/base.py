@@ -78,7 +78,9 @@ def compare(imported: Imported, signature: Signature, path: Path, name: str) -> 
     session = plain_session(path, optimised=True)
     names = [output.name for output in session.get_outputs()]
 
-    dims = signature.dims_of(imported.given) if imported.given else _sizes_that_fit(imported, signature, name)
+    dims = signature.dims_of(imported.given or {})
+    if not imported.given and signature.sizes():
+        dims = _sizes_that_fit(imported, signature, name)
     probes = [signature.random(1, 1, dims), signature.random(2, 2, dims), *([imported.given] if imported.given else [])]
     worst = 0.0
     for inputs in probes:
@@ -118,7 +120,7 @@ def _sizes_that_fit(imported: Imported, signature: Signature, name: str) -> dict
     for scale in (1, 4, 16, 64, 512):
         dims = signature.sizes(scale) if scale > 1 else {}
         inputs = signature.random(1, 1, dims)
-        if sum(value.size for value in inputs.values()) > MOST_NUMBERS or (scale > 1 and not dims):
+        if sum(value.size for value in inputs.values()) > MOST_NUMBERS:
             break
         try:
             imported.origin(inputs)

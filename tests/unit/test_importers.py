@@ -18,19 +18,10 @@ from shared_runtime.importers import IMPORTERS, torch_module
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.variants import VariantStore
+from tests.networks import run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> ModelRepository:
-    return ModelRepository((tmp_path / "models",))
-
-
-def run(model: rt.Model, inputs: dict[str, np.ndarray], tmp_path: Path) -> dict[str, np.ndarray]:
-    with rt.Session(model, plans=tmp_path / "plans") as session:
-        return session.run(inputs)
 
 
 def small_network() -> Any:

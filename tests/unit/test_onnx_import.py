@@ -19,17 +19,7 @@ from shared_runtime.importers import base
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.variants import VariantStore
-from tests.networks import save
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> ModelRepository:
-    return ModelRepository((tmp_path / "models",))
-
-
-def run(model: rt.Model, inputs: dict[str, np.ndarray], tmp_path: Path) -> dict[str, np.ndarray]:
-    with rt.Session(model, plans=tmp_path / "plans") as session:
-        return session.run(inputs)
+from tests.networks import run, save
 
 
 def test_operators_that_no_engine_runs_any_more_are_converted(tmp_path: Path, repository: ModelRepository) -> None:

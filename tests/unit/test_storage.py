@@ -27,6 +27,7 @@ from shared_runtime.quantization.onnxruntime_int8 import DynamicInt8, StaticInt8
 from shared_runtime.quantization.samples import read_calibration
 from shared_runtime.quantization.storage import halve, holds_in_half, int8_and_scale, pack, weights, weighty
 from tests.forms import Adding, FakeForm
+from tests.networks import save
 
 GENERATOR = np.random.default_rng(0)
 
@@ -187,11 +188,7 @@ def test_a_shared_bias_whose_number_is_another_tensor_s_name(tmp_path: Path) -> 
         helper.make_node("Transpose", ["bias1"], ["y"], perm=[0, 2, 3, 1], name="last"),
     ]
     constants = {"a": normal(16, 3, 1, 1), "b": normal(16, 16, 1, 1), "bias": normal(16)}
-    shapes = {"x": ["n", 3, 16, 16], "y": ["n", 16, 16, 16]}
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
-    made = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(v, k) for k, v in constants.items()])
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "bias.onnx")
-    model = rt.load(tmp_path / "bias.onnx")
+    model = rt.load(save(tmp_path / "bias.onnx", nodes, constants, {"x": ["n", 3, 16, 16]}, {"y": ["n", 16, 16, 16]}))
     data = [{"x": normal(1, 3, 16, 16)} for _ in range(8)]
     form = StaticInt8(simplified(model, tmp_path, print), read_calibration(data, model.signature, "bias"))
     with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
