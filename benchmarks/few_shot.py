@@ -23,26 +23,31 @@ from apps.industrial.teaching import teach
 from benchmarks.tiles import open_session, tile_folder, tile_groups
 
 FOLDS, FOLDS_RUN = 5, int(os.environ.get("FEW_SHOT_FOLDS", "5"))
-FEW: tuple[tuple[int | None, str], ...] = (
-    *((number, "outlines") for number in (0, 5, 20, 50, None)),
-    (20, "boxes"),
-    (20, "labels"),
+NUMBERS = (0, 5, 20, 50, None)
+FEW: tuple[tuple[int | None, str, str], ...] = (
+    *((number, "outlines", "split") for number in NUMBERS),
+    (20, "boxes", "split"),
+    (20, "labels", "split"),
+    *((number, "outlines", "folds") for number in NUMBERS),
 )
-"""Labelled defects to learn from, and what is known of each; None: all that the other folds have."""
+"""Labelled defects to learn from (None: all that the other folds have), what is known of each, and which good tiles are taught and judged:
+those of the data set's own split in every fold, or those of the other folds and of this one."""
 GOALS = {20: 0.95, 50: 0.98, None: 0.985}
 CORES = 2
 
 
 def few_shot() -> dict[str, Any]:
-    """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and all good test tiles.
+    """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and good tiles.
 
     As `teach` does it on a GPU, or on two cores where there is none or FEW_SHOT_DEVICE=cpu. FEW_SHOT_WORKERS recipes are taught side by side.
+    FEW_SHOT_GOOD=split or folds runs those rows alone.
     """
     import torch
 
     device = os.environ.get("FEW_SHOT_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     workers = int(os.environ.get("FEW_SHOT_WORKERS", "1"))
-    jobs = [(number, known, fold, device) for number, known in FEW for fold in range(FOLDS_RUN)]
+    which = os.environ.get("FEW_SHOT_GOOD", "split folds").split()
+    jobs = [(number, known, tiles, fold, device) for number, known, tiles in FEW if tiles in which for fold in range(FOLDS_RUN)]
     context, rows = multiprocessing.get_context("spawn"), []
     turns = context.Value("i", 0)
     with ProcessPoolExecutor(workers, context, initializer=_pin, initargs=(turns, device)) as pool:
@@ -68,22 +73,26 @@ def _pin(turns: Any, device: str) -> None:
         torch.cuda.set_device(turn % torch.cuda.device_count())
 
 
-def _few_shot_row(job: tuple[int | None, str, int, str]) -> dict[str, Any]:
+def _few_shot_row(job: tuple[int | None, str, str, int, str]) -> dict[str, Any]:
     """One recipe: taught from so many defects of the other folds, with their outlines, boxes or labels alone."""
-    number, known, fold, device = job
+    number, known, tiles, fold, device = job
     tests, good = labelled_samples(tile_folder()), good_samples(tile_folder() / "train" / "good")
-    bad = [s for s in tests if s.defective]
+    bad, judged = [s for s in tests if s.defective], [s for s in tests if not s.defective]
+    if tiles == "folds":
+        every = [*good, *judged]
+        held_good = _folds(every, tile_groups()) == fold
+        good, judged = ([s for s, out in zip(every, held_good, strict=True) if out == held] for held in (False, True))
     fold_of = _folds(bad, tile_groups())
     pool = np.random.default_rng(100 + fold).permutation(np.flatnonzero(fold_of != fold))[:number]
     begin = time.perf_counter()
     taught = teach("tiles", good, [_known(bad[i], known) for i in pool], open_session, device=device)
     seconds = time.perf_counter() - begin
     with open_session(taught.recipe.model) as session:
-        held = [bad[i] for i in np.flatnonzero(fold_of == fold)] + [s for s in tests if not s.defective]
+        held = [bad[i] for i in np.flatnonzero(fold_of == fold)] + judged
         result = metrics(_judged_together(Inspector(taught.recipe, session), held))
     keys = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "image_auroc_by_kind")
     times = {"teach_seconds": seconds, "learn_seconds": taught.seconds.get("learn", 0.0)}
-    return {"defects": number, "known": known, "fold": fold, **times, **{key: result[key] for key in keys}}
+    return {"defects": number, "known": known, "good": tiles, "fold": fold, **times, **{key: result[key] for key in keys}}
 
 
 def _known(sample: Sample, known: str) -> Sample:
@@ -99,7 +108,7 @@ def _known(sample: Sample, known: str) -> Sample:
 
 def _folds(samples: Sequence[Sample], groups: dict[tuple[str, str], str]) -> NDArray[np.int64]:
     """The fold of each sample: all photographs of one tile are in one."""
-    names = [groups[f"test/{sample.kind}", sample.path.name] for sample in samples]
+    names = [groups["/".join(sample.path.parts[-3:-1]), sample.path.name] for sample in samples]
     order = {g: i % FOLDS for i, g in enumerate(np.random.default_rng(0).permutation(np.unique(names)))}
     return np.array([order[name] for name in names])
 

@@ -6,6 +6,7 @@ import datetime
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,9 +106,11 @@ def optimize(
         simple = simplified(loaded, Path(folder), report)
         makers = forms_for(simple, device, wanted)
         known, refused = dict(loaded.known), {}
-        for maker in makers:
-            try:
-                variant, why = _attempt(job, maker, budget_s / max(1, len(makers)))
+        end = time.monotonic() + budget_s
+        for place, maker in enumerate(makers):
+            try:  # what one leaves of its share is the others'
+                share = max(budget_s / (2 * len(makers)), (end - time.monotonic()) / (len(makers) - place))
+                variant, why = _attempt(job, maker, share)
             except (UnsupportedModelError, BackendUnavailableError) as error:
                 variant, why = None, " ".join(str(error).split())
             if variant is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,10 @@ WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "PR
 WEIGHTED |= {f"{kind}Normalization" for kind in ("Batch", "Instance", "Layer", "Group")}
 ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 """Their constants of several floats are weights; a single one may be part of what engines fuse, such as a GELU."""
+DEQUANTIZE = "DequantizeLinear"
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOVING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Clip", "Relu")
+"""What engines move a quantizer past."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
 
 
@@ -68,6 +73,23 @@ def precision(path: Path) -> str:
 def has_subgraphs(path: Path) -> bool:
     """Whether a graph branches or loops (If, Loop, Scan)."""
     return any(attribute.type == onnx.AttributeProto.GRAPH for node in read_graph(path).graph.node for attribute in node.attribute)
+
+
+def float_between_quantized(path: Path) -> bool:
+    """Whether a layer with float weights reads a quantized tensor. A file without quantizers is not parsed for it."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(DEQUANTIZE.encode()) < 0:
+            return False
+    makers = {output: node for node in _nodes(read_graph(path).graph) for output in node.output}
+
+    def dequantized(name: str) -> bool:
+        node = makers.get(name)
+        while node is not None and node.op_type in MOVING and node.input:
+            node = makers.get(node.input[0])
+        return node is not None and node.op_type == DEQUANTIZE
+
+    layers = {id(node): node for node in makers.values() if node.op_type in LAYERS}.values()
+    return any(dequantized(node.input[0]) and not dequantized(node.input[1]) for node in layers)
 
 
 def opset(proto: onnx.ModelProto) -> int:

@@ -111,7 +111,7 @@ class Guard:
             outputs = self._judge.run(executable)
         finally:
             executable.close()
-        return self._judge.judge(outputs), outputs
+        return self._judge.judge(outputs, brief=True), outputs
 
     def _tell(self, count: int, verdict: Verdict) -> None:
         state = verdict.why or f"{self._judge.name} {verdict.before:.4g} to {verdict.after:.4g}: passes"

@@ -29,8 +29,6 @@ from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-BIAS = 2
-"""Which input of a convolution or Gemm its bias is."""
 DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
 SPLIT = "_MatMul"
 """ONNX Runtime's dynamic quantizer takes a Gemm apart before it looks for the names: its product has this at the end."""
@@ -100,7 +98,7 @@ class StaticInt8(_OnnxForm):
         self._operators, self._half = operators, overflows()
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
-        _unshare(self._prepared, STATIC_KINDS, BIAS)
+        _unshare(self._prepared, STATIC_KINDS)
         proto = onnx.load(self._prepared)
         # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
         grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
@@ -150,7 +148,7 @@ class DynamicInt8(_OnnxForm):
     def __init__(self, model: Model) -> None:
         super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
-        _unshare(self._prepared, ("Gemm", "MatMul"), 0)
+        _unshare(self._prepared, ("Gemm", "MatMul"))
         proto = onnx.load(self._prepared)
         self.layers = _layers(proto, DYNAMIC_KINDS)
         if not self.layers:
@@ -205,15 +203,16 @@ def _prepared(model: Model, folder: Path) -> Path:
     return path
 
 
-def _unshare(path: Path, kinds: tuple[str, ...], first: int) -> None:
-    """Give every node of these kinds its own constants from input `first` on. ONNX Runtime's dynamic quantizer transposes a Gemm's
-    weights in place, once for each that shares them; the static one numbers shared biases with names that other tensors may have."""
+def _unshare(path: Path, kinds: tuple[str, ...]) -> None:
+    """Give every node of these kinds its own constants. ONNX Runtime's dynamic quantizer transposes a Gemm's
+    weights in place, once for each that shares them; the static one gives a layer in float the INT8 weights of one that shares them, and
+    numbers shared biases with names that other tensors may have. Equal constants are merged again where a graph is saved."""
     proto = onnx.load(path)
     constants = {item.name: item for item in proto.graph.initializer}
     seen: set[str] = set()
     for node in proto.graph.node:
         for place, name in enumerate(node.input):
-            if node.op_type in kinds and place >= first and name in constants and name in seen:
+            if node.op_type in kinds and name in constants and name in seen:
                 copy = onnx.TensorProto()
                 copy.CopyFrom(constants[name])
                 copy.name = f"{name}_of_{node.name}"

@@ -29,6 +29,9 @@ CHANNELS = {"Convolution": (0,), "GroupConvolution": (0, 1), "ConvolutionBackpro
 RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence")
 WEIGHTED = (*CHANNELS, "MatMul", "LSTMCell", *RECURRENT)
 SUMMING = {*WEIGHTED, "Add", "Subtract"}
+STATISTICS = {"Power", "Sqrt", "SquaredDifference", "Exp", "Log"}
+DIFFERENCES = {"Subtract", "Divide"}
+SUMS = {"ReduceMean", "ReduceSum"}
 SMOOTHING = "/nncf_smooth_quant"
 """What NNCF calls the factors by which it makes a layer's input easier to quantize."""
 TELEMETRY = "openvino_telemetry"
@@ -196,11 +199,29 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
                 subset_size=len(calibration),
                 target_device=nncf.TargetDevice.CPU,
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-                ignored_scope=nncf.IgnoredScope(types=list(RECURRENT), validate=False),
+                ignored_scope=nncf.IgnoredScope(names=_arithmetic(network), types=list(RECURRENT), validate=False),
                 advanced_parameters=options,
             )
         except Exception as error:
             raise UnsupportedModelError(f"NNCF can't quantize {model.name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _arithmetic(network: Any) -> list[str]:
+    """Names of operators that work out statistics (a spread is the small difference of two large means, then its root) or normalise
+    by them. Eight bits leave nothing of such a number, and it is no work that INT8 would make faster."""
+    found = set()
+    for op in network.get_ordered_ops():
+        kind = op.get_type_name()
+        variable = [port for port in op.inputs() if _values(port) is None]
+        if kind in STATISTICS or (kind in DIFFERENCES and len(variable) > 1):
+            found.add(op.get_friendly_name())
+    for op in network.get_ordered_ops():
+        if op.get_type_name() in SUMS:
+            near = [port.get_source_output().get_node() for port in op.inputs()]
+            near += [target.get_node() for target in op.output(0).get_target_inputs()]
+            if any(other.get_friendly_name() in found for other in near):
+                found.add(op.get_friendly_name())
+    return sorted(found)
 
 
 class _Again:

@@ -108,3 +108,22 @@ def test_a_certain_judge_holds_the_interval_to_the_limit_too() -> None:
     assert "95 % confidence" in why
     assert f"{verdict(spoiled).interval[1]:.4g}" in why
     assert not verdict(reference, certain=True).why
+
+
+def test_a_brief_verdict_spares_the_interval_of_what_fails_anyway() -> None:
+    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
+    samples = read_calibration([{"x": np.full((1, 2), place, np.float32)} for place in range(20)], signature, "fake")
+    reference = [{"y": inputs["x"]} for inputs in samples]
+    spoiled = [{"y": item["y"] - np.float32(0.3)} for item in reference]
+    asked = 0
+
+    def mean(outputs: Any, targets: Any) -> float:
+        nonlocal asked
+        asked += 1
+        return 1 - float(np.mean([np.abs(o["y"] - t["y"]).mean() for o, t in zip(outputs, targets, strict=True)]))
+
+    judge = Judge(reference, samples, reference, mean, 0.05)
+    asked = 0
+    brief = judge.judge(spoiled, brief=True)
+    assert (asked, brief.why) == (1, judge.judge(spoiled).why)
+    assert judge.judge(reference, brief=True).interval == judge.judge(reference).interval == (0, 0)
