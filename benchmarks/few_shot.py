@@ -117,7 +117,7 @@ def _judged_together(inspector: Inspector, samples: Sequence[Sample]) -> list[Ju
     found = []
     for start in range(0, len(samples), 32):
         some = samples[start : start + 32]
-        images = [sample.read() for sample in some]
+        images = [sample.read(inspector.recipe.facts.white) for sample in some]
         for sample, image, result in zip(some, images, inspector.inspect_many(images), strict=True):
             found.append(Judged(sample, result.score, result.verdict, 0.0, result.map, sample.cells(image.shape)))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,12 +123,13 @@ def inspect(
     paths = image_files(input) if input.is_dir() else [input]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    stems = Counter(path.stem for path in paths)
     found, refused, results = [], [], answers(json)
     with open_session(settings, loaded.model) as session:
         inspector = Inspector(loaded, session)
         for path in progress(paths, "inspecting", len(paths)):
             try:
-                image = read_image(path)
+                image = read_image(path, loaded.facts.white)
             except InputError as error:
                 if not input.is_dir():
                     raise
@@ -137,7 +139,7 @@ def inspect(
             result = inspector.inspect(image)
             picture = ""
             if out is not None:
-                picture = f"{path.stem}.inspected.png"
+                picture = f"{path.stem if stems[path.stem] == 1 else path.name}.inspected.png"
                 (out / picture).write_bytes(png(overlay(image, result)))
             entry = {"path": path.name, "verdict": result.verdict, "score": round(result.score, 5), "reasons": list(result.reasons)}
             found.append(entry | {"boxes": msgspec.to_builtins(result.boxes), "kind": result.kind, "picture": picture})
@@ -173,10 +175,15 @@ def evaluate(
         taught = run_teach(
             "evaluation", good, bad, lambda m: open_session(settings, m), seconds=seconds, device=_device(device), report=report
         )
+    refused: list[tuple[str, str]] = []
     with open_session(settings, taught.recipe.model) as session:
-        judged = judge(Inspector(taught.recipe, session), kept, lambda items: progress(items, "judging", len(items)))
+        judged = judge(Inspector(taught.recipe, session), kept, lambda items: progress(items, "judging", len(items)), refused)
         model = {"name": session.model.name, "sha256": session.model.sha256, "bytes": session.model.graph.stat().st_size}
         plan = msgspec.to_builtins(session.plan)
+    for name, why in [*taught.skipped, *refused]:
+        console.print(f"[yellow]left out[/yellow] {name}: {why}")
+    if not judged:
+        raise InputError(f"no image of {dataset / 'test'} can be judged; expected pictures of parts")
     result = metrics(judged)
     names = ("image_auroc", "pixel_auroc", "pro", "recall_at_fpr_1pct", "recall_at_fpr_5pct", "ms_per_image")
     for name in names:
@@ -189,7 +196,16 @@ def evaluate(
             writer.writerows((str(j.sample.path.relative_to(dataset)), f"{j.score:.6f}", j.verdict) for j in judged)
     about = {"good": taught.recipe.facts.good, "defects": taught.recipe.facts.defects, "seconds": taught.seconds}
     write_json(
-        {"metrics": result, "model": model, "plan": plan, "taught": about, "images": len(judged), "host": msgspec.to_builtins(host())}, json
+        {
+            "metrics": result,
+            "model": model,
+            "plan": plan,
+            "taught": about,
+            "images": len(judged),
+            "refused": refused,
+            "host": msgspec.to_builtins(host()),
+        },
+        json,
     )
 
 

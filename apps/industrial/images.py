@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,13 +19,40 @@ from apps.industrial.errors import InputError
 Pixels = NDArray[np.uint8]
 """(H, W) grey or (H, W, 3) RGB."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm")
+ORIENTATION = 0x112
+"""EXIF's tag."""
 MAX_PIXELS, MAX_BYTES, MIN_SIDE = 100_000_000, 512 * 2**20, 16
+DEPTHS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+"""White of floats, and of integers of 8 to 16 bits: cameras of 10, 12 or 14 bits write files of 16."""
 DARK, FLAT, BLURRED = 6.0, 1.5, 0.35
 """Below these mean grey, deviation, and share of a recipe's usual sharpness a frame says nothing about its part."""
 
 
-def read_image(path: Path) -> Pixels:
-    """The image in a file. Raises InputError for what is no readable image of a sensible size."""
+def read_image(path: Path, white: float | None = None) -> Pixels:
+    """The image in a file, `white` as in `decode_image`. Raises InputError for what is no readable image of a sensible size."""
+    return decode_image(_content(path), path.name, white)
+
+
+def deepest(paths: Iterable[Path]) -> float | None:
+    """White of the images of more than 8 bits among these files: the least of DEPTHS that holds all of their values.
+
+    None where there are none. Files that can't be read are passed over.
+    """
+    largest: float | None = None
+    for path in paths:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path) as image:
+                    deep = _deep(image)
+            if deep:
+                largest = max(largest or 0.0, float(_opened(_content(path), path.name).max()))
+        except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return None if largest is None else _depth(largest)
+
+
+def _content(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         content = path.read_bytes() if size <= MAX_BYTES else b""
@@ -31,14 +60,28 @@ def read_image(path: Path) -> Pixels:
         raise InputError(f"{path} can't be read: {error.strerror}; expected an image file") from error
     if size > MAX_BYTES:
         raise InputError(f"{path.name} has {size} bytes; images of up to {MAX_BYTES} are read")
-    return decode_image(content, path.name)
+    return content
 
 
-def decode_image(content: bytes, name: str = "the image") -> Pixels:
-    """The image in `content`, upright as its EXIF says; 16-bit and floats (of 0..1 too) are brought to 8 bits, transparency dropped.
+def decode_image(content: bytes, name: str = "the image", white: float | None = None) -> Pixels:
+    """The image in `content`, upright as its EXIF says, without transparency. Integers of more than 8 bits and floats are brought to
+    8 bits: `white` becomes 255; without it the least of DEPTHS that holds the image's own values.
 
     Raises InputError: no image, truncated, several frames, more than MAX_PIXELS by its header, or smaller than MIN_SIDE.
     """
+    values = _opened(content, name)
+    if values.dtype == np.uint8:
+        return values
+    levels = values.astype(np.float32) * (255 / (white or _depth(float(values.max()))))
+    return np.clip(np.round(levels), 0, 255).astype(np.uint8)
+
+
+def _depth(largest: float) -> float:
+    return next((depth for depth in DEPTHS if largest <= depth), largest)
+
+
+def _opened(content: bytes, name: str) -> NDArray[Any]:
+    """(H, W) or (H, W, 3) of the depth that the file has. Raises InputError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own remarks on size and metadata; the limits here are stricter
@@ -50,12 +93,16 @@ def decode_image(content: bytes, name: str = "the image") -> Pixels:
                 raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
             if (frames := _frames(image)) > 1:
                 raise InputError(f"{name} holds {frames} frames; expected one image: save each to a file of its own")
-            return _eight_bits(ImageOps.exif_transpose(image))
+            return _values(image, content)
     except Image.DecompressionBombError as error:
         stated = re.search(r"\d+", str(error))
         pixels = f"{int(stated[0]):,}" if stated else "far too many"
         raise InputError(f"{name} states {pixels} pixels; at most {MAX_PIXELS:,} in all are decoded") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{name} ({len(content)} bytes) can't be decoded: no image of a known format; expected a whole PNG, JPEG, TIFF, BMP or WebP"
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(
             f"{name} ({len(content)} bytes) can't be decoded: {str(error)[:120]}; expected a whole PNG, JPEG, TIFF, BMP or WebP"
         ) from error
@@ -73,20 +120,44 @@ def _frames(image: Image.Image) -> int:
     return count if same else 1
 
 
-def _eight_bits(image: Image.Image) -> Pixels:
+def _values(image: Image.Image, content: bytes) -> NDArray[Any]:
+    if image.mode in ("RGB", "RGBA") and _deep(image):  # Pillow keeps 8 bits of each channel
+        image.load()  # a truncated file is an error; OpenCV would fill it up
+        read = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if read is not None and read.dtype == np.uint16 and read.ndim == 3:
+            return _plain(_upright(read[..., 2::-1], image.getexif().get(ORIENTATION, 1)))
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
+        values = np.asarray(image)
         if not np.isfinite(values).all():
             raise InputError("the image holds values that are no numbers; expected finite grey levels")
-        limits = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        top = next((limit for limit in limits if values.max() <= limit), float(values.max()))
-        return np.clip(values * (255 / top), 0, 255).astype(np.uint8)
-    colour = np.asarray(image.convert("RGB"))
+        return values if image.mode == "F" else np.maximum(values.astype(np.float32), 0).astype(np.uint32)
+    return _plain(np.asarray(image.convert("RGB")))
+
+
+def _deep(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel, by its header."""
+    return image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _plain(colour: NDArray[Any]) -> NDArray[Any]:
+    """One channel where all three are equal."""
     if (colour[..., 0] == colour[..., 1]).all() and (colour[..., 1] == colour[..., 2]).all():
         return np.ascontiguousarray(colour[..., 0])
     return colour
+
+
+def _upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """As ImageOps.exif_transpose, for an array."""
+    if orientation in (5, 6, 7, 8):
+        values = values.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return np.ascontiguousarray(values)
 
 
 def grey(pixels: Pixels) -> Pixels:

@@ -118,7 +118,7 @@ class IndustrialService:
             begin = time.perf_counter()
             try:
                 inspector = self.inspector(frame.recipe)
-                image = decode_image(self.blobs.get(frame.blob), f"frame {frame.frame_id}")
+                image = decode_image(self.blobs.get(frame.blob), f"frame {frame.frame_id}", inspector.recipe.facts.white)
             except IndustrialError as error:
                 raise PermanentError(str(error)) from error
             result = inspector.inspect(image)
@@ -140,12 +140,13 @@ class IndustrialService:
     def learned_from_line(self, recipe: str, folder: Path) -> tuple[list[Sample], list[Sample]]:
         """Good and defective parts that the operator decided on, written to `folder` as samples for teaching."""
         good, bad = [], []
+        white = self.recipes.facts(recipe).white if recipe in self.recipes.names() else None
         for part in self.store.judged(recipe):
             if not part.verdict.blob:
                 continue
             path = folder / f"{part.verdict.frame_id}.png"
             try:
-                path.write_bytes(png(decode_image(self.blobs.get(part.verdict.blob))))
+                path.write_bytes(png(decode_image(self.blobs.get(part.verdict.blob), white=white)))
             except IndustrialError as error:
                 logger.warning("a judged part can't be used: %s", error)
                 continue

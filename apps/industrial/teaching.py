@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from apps.industrial.anomaly.statistics import outliers
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
-from apps.industrial.images import Pixels, sharpness, unusable
+from apps.industrial.images import Pixels, deepest, sharpness, unusable
 from apps.industrial.inspection.inspector import combined, learned_scores, lifted
 from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe
 from apps.industrial.learning import OpenSession, Report, from_defects, from_good, place_to_learn
@@ -58,11 +59,12 @@ def teach(
     `seconds`: how long the network may learn from `defects`. Raises InputError where too few images are usable.
     """
     start = time.monotonic()
-    images, kept, skipped = _read(good, report)
+    white = deepest(sample.path for sample in good)
+    images, kept, skipped = _read(good, white, report)
     if len(images) < FEWEST:
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{len(images)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
-    bad_images, bad_samples, bad_skipped = _read(defects, lambda step, share: None)
+    bad_images, bad_samples, bad_skipped = _read(defects, white, lambda step, share: None)
     place = place_to_learn(device) if bad_samples else ""
     times = {"read": time.monotonic() - start}
     if bad_samples:
@@ -88,6 +90,7 @@ def teach(
         sharpness=float(np.median([sharpness(image) for image in images])),
         aspect=_aspect(images),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
+        white=white,
         network=found.network,
         learned_weight=weight,
         learned_scale=scale,
@@ -158,12 +161,19 @@ def learned_weight(defects: Sequence[Sample]) -> float:
     return float(np.clip(0.35 + 0.25 * np.log10(number / 5), 0.35, 0.6))
 
 
-def _read(samples: Sequence[Sample], report: Report) -> tuple[list[Pixels], list[Sample], list[tuple[str, str]]]:
+def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tuple[list[Pixels], list[Sample], list[tuple[str, str]]]:
+    """Images that can be used, their samples, and names of the others with the reason. Of equal pictures one is used: a part that was
+    held back would else have been taught all the same."""
     images, kept, skipped = [], [], []
+    seen: dict[bytes, str] = {}
     for number, sample in enumerate(samples):
         try:
-            image = sample.read()
+            image = sample.read(white)
             why = unusable(image)
+            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+            if not why and digest in seen:
+                why = f"the same picture as {seen[digest]}"
+            seen.setdefault(digest, sample.path.name)
         except InputError as error:
             why = str(error)
         if why:

@@ -10,6 +10,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -56,6 +57,7 @@ def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_
     folder.mkdir()
     (folder / "hole.png").write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())
     (folder / "black.png").write_bytes(png(np.zeros((256, 256), np.uint8)))
+    (folder / "hole.bmp").write_bytes(cv2.imencode(".bmp", np.full((256, 256), 99, np.uint8))[1].tobytes())
     (folder / "cut.png").write_bytes((parts / "test" / "good" / "0000.png").read_bytes()[:400])
     bomb(folder / "bomb.png")
     done = commands.run("industrial", "inspect", folder, "--recipe", "plate", "--out", tmp_path / "out", "--json", "-")
@@ -68,7 +70,9 @@ def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_
     refused = {entry["path"]: entry["reason"] for entry in found["refused"]}
     assert "states 2,500,000,000 pixels" in refused["bomb.png"]
     assert "can't be decoded" in refused["cut.png"]
-    assert (tmp_path / "out" / "hole.inspected.png").stat().st_size > 1000
+    pictures = {entry["picture"] for entry in found["images"]}
+    assert pictures == {"black.inspected.png", "hole.png.inspected.png", "hole.bmp.inspected.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == pictures
     for arguments, words in (
         (("inspect", folder / "bomb.png", "--recipe", "plate"), "at most 100,000,000"),
         (("inspect", folder, "--recipe", "plat"), "did you mean 'plate'"),
@@ -99,9 +103,13 @@ def test_a_folder_is_fed_to_the_line(commands: Commands, parts: Path, settings: 
 
 
 def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, parts: Path, tmp_path: Path) -> None:
+    (parts / "test" / "good" / "broken.png").write_bytes(b"broken")
     done = commands.run("industrial", "evaluate", "--dataset", parts, "--scores", tmp_path / "s.csv", "--json", "-")
     assert done.returncode == 0, done.stderr
-    metrics = json.loads(done.stdout)["metrics"]
+    result = json.loads(done.stdout)
+    metrics = result["metrics"]
+    assert [name for name, _ in result["refused"]] == ["broken.png"]
+    assert "left out broken.png" in " ".join(done.stderr.split())
     with (tmp_path / "s.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 4 * 9

@@ -28,7 +28,7 @@ from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
 from apps.industrial.features import MAP
-from apps.industrial.images import Pixels, decode_image, png, unusable
+from apps.industrial.images import Pixels, decode_image, deepest, png, read_image, unusable
 from apps.industrial.inspection.inspector import Inspector
 from apps.industrial.inspection.recipe import Recipe, checked_name
 from apps.industrial.inspection.template import compare
@@ -100,6 +100,43 @@ def test_sixteen_bits_and_turned_images_are_read() -> None:
     exif[274] = 6
     turned.save(buffer, "JPEG", exif=exif)
     assert decode_image(buffer.getvalue()).shape == (64, 32)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_camera_of_twelve_bits_writes_files_of_sixteen(colour: bool, tmp_path: Path) -> None:
+    """White is what the camera can see, the same for all images: of one image alone its brightest place would be taken for it."""
+    levels = np.random.default_rng(0).integers(0, 4096, (64, 48, 3) if colour else (64, 48)).astype(np.uint16)
+    dim = (levels // 40).astype(np.uint16)
+    for name, values in (("bright", levels), ("dim", dim)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), values)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "bright.png").read_bytes()[:900])
+    Image.new("L", (64, 48), 90).save(tmp_path / "eight.png")
+    assert deepest(sorted(tmp_path.iterdir())) == 4095
+    assert deepest([tmp_path / "eight.png", tmp_path / "broken.png"]) is None
+    expected = levels[..., ::-1] if colour else levels
+    for name, divided in (("bright", 1), ("dim", 40)):
+        read = decode_image((tmp_path / f"{name}.png").read_bytes(), white=4095)
+        assert np.abs(read - (expected // divided) * (255 / 4095)).max() <= 1
+    assert read_image(tmp_path / "eight.png", 4095).max() == 90
+    assert "black" in str(unusable(decode_image((tmp_path / "dim.png").read_bytes(), white=4095)))
+    with pytest.raises(InputError, match="can't be decoded"):
+        read_image(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bits_of_colour_are_turned_as_eight_are(orientation: int) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    shallow = Image.fromarray(levels)
+    exif = shallow.getexif()
+    exif[274] = orientation
+    buffer = io.BytesIO()
+    shallow.save(buffer, "PNG", exif=exif)
+    content = buffer.getvalue()
+    deep = cv2.imencode(".png", levels[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    start = content.index(b"eXIf") - 4
+    chunk = content[start : start + 12 + int.from_bytes(content[start : start + 4], "big")]
+    deep = deep[:33] + chunk + deep[33:]  # after the header
+    np.testing.assert_array_equal(decode_image(deep), decode_image(content))
 
 
 def test_black_and_empty_frames_say_so() -> None:
@@ -370,6 +407,36 @@ def test_more_outlined_defects_have_more_say() -> None:
     assert "brought little" in advice(200, 500)
     assert "from 50 good parts on (48 now)" in advice(48, 0)
     assert "from 50 good parts on" not in advice(50, 0)
+
+
+def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_path: Path) -> None:
+    """Twelve bits in files of sixteen: taught and judged by one white; what is black stays black, and a copy teaches nothing new."""
+    folder = tmp_path / "good"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    parts = [good_part("cast", generator).astype(np.uint16) * 8 for _ in range(13)]
+    for place, part in enumerate([*parts[:12], parts[0]]):
+        cv2.imwrite(str(folder / f"{place:02}.png"), part)
+    service, log = open_industrial(settings)
+    taught = service.teach("cast", good_samples(folder))
+    assert taught.recipe.facts.white == service.recipes.facts("cast").white == 4095
+    assert taught.recipe.facts.good == 12
+    assert taught.skipped == [("12.png", "the same picture as 00.png")]
+    noise = generator.integers(0, 60, parts[0].shape).astype(np.uint16)
+    sent = [service.submit(cv2.imencode(".png", image)[1].tobytes(), "cast") for image in (parts[12], noise)]
+    run_worker(service, log, threading.Event(), until_idle=True)
+    usual, dark = (service.store.find(frame) for frame in sent)
+    assert usual is not None
+    assert dark is not None
+    assert dark.verdict.verdict == "review"
+    assert "black" in dark.verdict.reasons[0]
+    assert not [reason for reason in usual.verdict.reasons if "frame" in reason]
+    service.judge(sent[0], "good", "tester", "")
+    (tmp_path / "line").mkdir()
+    good, _ = service.learned_from_line("cast", tmp_path / "line")
+    np.testing.assert_array_equal(good[0].read(), decode_image(cv2.imencode(".png", parts[12])[1].tobytes(), white=4095))
+    service.close()
+    log.close()
 
 
 def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:

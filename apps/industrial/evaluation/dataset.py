@@ -33,9 +33,9 @@ class Sample:
         """Whether it is labelled as defective."""
         return self.kind != GOOD
 
-    def read(self) -> Pixels:
-        """The image."""
-        return read_image(self.path)
+    def read(self, white: float | None = None) -> Pixels:
+        """The image, `white` as in `decode_image`."""
+        return read_image(self.path, white)
 
     def cells(self, shape: tuple[int, ...]) -> Array | None:
         """The defect on the map's grid (MAP, MAP), 0..1, for an image of `shape`; None where only the label is known.

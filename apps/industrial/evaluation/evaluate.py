@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.evaluation.metrics import auroc, interval, per_region_overlap, recall_at
 from apps.industrial.features import MAP
@@ -18,7 +19,7 @@ from apps.industrial.inspection.inspector import Inspector
 
 @dataclass(frozen=True)
 class Judged:
-    """One image of the test set with what the inspector said; `refused`: why it could not be read."""
+    """One image of the test set with what the inspector said."""
 
     sample: Sample
     score: float
@@ -29,11 +30,23 @@ class Judged:
     kind: str = ""
 
 
-def judge(inspector: Inspector, samples: Sequence[Sample], watch: Callable[[Sequence[Sample]], Any] = lambda s: s) -> list[Judged]:
-    """Inspect each image on its own, as a line does."""
+def judge(
+    inspector: Inspector,
+    samples: Sequence[Sample],
+    watch: Callable[[Sequence[Sample]], Any] = lambda s: s,
+    refused: list[tuple[str, str]] | None = None,
+) -> list[Judged]:
+    """Inspect each image on its own, as a line does. Those that can't be read come to `refused`, with the reason; without it they
+    raise InputError."""
     found = []
     for sample in watch(samples):
-        image = sample.read()
+        try:
+            image = sample.read(inspector.recipe.facts.white)
+        except InputError as error:
+            if refused is None:
+                raise
+            refused.append((sample.path.name, str(error)))
+            continue
         begin = time.perf_counter()
         result = inspector.inspect(image)
         seconds = time.perf_counter() - begin

@@ -37,6 +37,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     sharpness: float
     aspect: tuple[float, float]
     colour: bool
+    white: float | None = None
+    """What is white in images of more than 8 bits; None where there were none."""
     network: str = ""
     """SHA-256 of the network whose features the statistics are of."""
     learned_weight: float
