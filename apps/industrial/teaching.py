@@ -65,6 +65,8 @@ def teach(
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{len(images)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
     bad_images, bad_samples, bad_skipped = _read(defects, white, lambda step, share: None)
+    if defects and not bad_samples:
+        raise InputError(f"none of {len(defects)} defective images can be used; left out: {bad_skipped[0][0]}: {bad_skipped[0][1]}")
     place = place_to_learn(device) if bad_samples else ""
     times = {"read": time.monotonic() - start}
     if bad_samples:
@@ -139,7 +141,7 @@ def advice(good: int, defects: int) -> str:
 
 def _advice(defects: int) -> str:
     more = found_of_hundred(defects + 10) - found_of_hundred(defects)
-    known = f"{defects} labelled defects are known" if defects else "no labelled defect is known"
+    known = {0: "no labelled defect is known", 1: "1 labelled defect is known"}.get(defects, f"{defects} labelled defects are known")
     if more < 1:
         return f"{known}; on the parts that this was measured on, ten more brought little: add those that were judged wrongly"
     return (
@@ -169,6 +171,7 @@ def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tup
     for number, sample in enumerate(samples):
         try:
             image = sample.read(white)
+            sample.cells(image.shape)  # a mask that does not fit is known before anything is learned
             why = unusable(image)
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
             if not why and digest in seen:

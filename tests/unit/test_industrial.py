@@ -439,6 +439,18 @@ def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_
     log.close()
 
 
+def test_a_mask_that_does_not_fit_is_refused_before_anything_is_learned(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "wood", good=10, each=1)
+    service, log = open_industrial(settings)
+    sample = next(s for s in labelled_samples(tmp_path, defects_only=True) if s.mask)
+    cv2.imwrite(str(sample.mask), np.zeros((100, 256), np.uint8))
+    steps: list[str] = []
+    with pytest.raises(InputError, match=r"none of 1 defective images can be used; left out: .*has shape \[100, 256\]"):
+        service.teach("wood", good_samples(tmp_path / "train" / "good"), [sample], report=lambda step, share: steps.append(step))
+    assert set(steps) == {"reading"}
+    log.close()
+
+
 def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:
     write_dataset(tmp_path, "wood", good=3, each=1)
     service, log = open_industrial(settings)
