@@ -359,8 +359,8 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
         lines.append("")
     if found := load("inspection"):
         lines += _inspection_lines(found, where)
-    if load("few_shot") or load("few_shot_gpu"):
-        lines += few_shot_lines(load("few_shot"), load("few_shot_gpu"), where)
+    if few := [found for name in ("few_shot_gpu", "few_shot", "few_shot_folds") if (found := load(name))]:
+        lines += few_shot_lines(few, where)
     if found := load("kinds"):
         lines += [
             "## The kind of a defect",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 from collections.abc import Iterator
@@ -77,6 +78,13 @@ def has_subgraphs(path: Path) -> bool:
 
 def float_between_quantized(path: Path) -> bool:
     """Whether a layer with float weights reads a quantized tensor. A file without quantizers is not parsed for it."""
+    state = path.stat()
+    return _float_between_quantized(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _float_between_quantized(path: Path, changed: int, size: int) -> bool:
+    """A plan loads a file many times; it is looked through once."""
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(DEQUANTIZE.encode()) < 0:
             return False
