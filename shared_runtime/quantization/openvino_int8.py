@@ -212,8 +212,7 @@ def _arithmetic(network: Any) -> list[str]:
     found = set()
     for op in network.get_ordered_ops():
         kind = op.get_type_name()
-        variable = [port for port in op.inputs() if _values(port) is None]
-        if kind in STATISTICS or (kind in DIFFERENCES and len(variable) > 1):
+        if kind in STATISTICS or (kind in DIFFERENCES and all(_values(port) is None for port in op.inputs())):
             found.add(op.get_friendly_name())
     for op in network.get_ordered_ops():
         if op.get_type_name() in SUMS:

@@ -104,11 +104,14 @@ def test_a_folder_is_fed_to_the_line(commands: Commands, parts: Path, settings: 
 
 def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, parts: Path, tmp_path: Path) -> None:
     (parts / "test" / "good" / "broken.png").write_bytes(b"broken")
+    hole = parts / "test" / "hole" / "unfit.png"
+    hole.write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())
+    (parts / "ground_truth" / "hole" / "unfit_mask.png").write_bytes(png(np.zeros((64, 64), np.uint8)))
     done = commands.run("industrial", "evaluate", "--dataset", parts, "--scores", tmp_path / "s.csv", "--json", "-")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     metrics = result["metrics"]
-    assert [name for name, _ in result["refused"]] == ["broken.png"]
+    assert [name for name, _ in result["refused"]] == ["broken.png", "unfit.png"]
     assert "left out broken.png" in " ".join(done.stderr.split())
     with (tmp_path / "s.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

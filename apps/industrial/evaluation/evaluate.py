@@ -36,12 +36,13 @@ def judge(
     watch: Callable[[Sequence[Sample]], Any] = lambda s: s,
     refused: list[tuple[str, str]] | None = None,
 ) -> list[Judged]:
-    """Inspect each image on its own, as a line does. Those that can't be read come to `refused`, with the reason; without it they
-    raise InputError."""
+    """Inspect each image on its own, as a line does. Those that can't be read, or whose mask does not fit, come to `refused`,
+    with the reason; without it they raise InputError."""
     found = []
     for sample in watch(samples):
         try:
             image = sample.read(inspector.recipe.facts.white)
+            cells = sample.cells(image.shape)
         except InputError as error:
             if refused is None:
                 raise
@@ -50,7 +51,6 @@ def judge(
         begin = time.perf_counter()
         result = inspector.inspect(image)
         seconds = time.perf_counter() - begin
-        cells = sample.cells(image.shape)
         found.append(Judged(sample, result.score, result.verdict, seconds, result.map, cells, result.kind))
     return found
 
