@@ -143,11 +143,9 @@ def report_lines(results: Sequence[dict[str, Any]], where: Callable[[dict[str, A
         )
         for tiles in ("split", "folds"):
             if rows := [row for row in r["rows"] if row.get("good", "split") == tiles]:
+                if tiles == "folds":
+                    lines += ["The good tiles in folds as well: each fold judges some 150 of all 752, taught from the others.", ""]
                 lines += [
-                    *(
-                        ["The good tiles in folds as well: each fold judges some 150 of all 752, taught from the others.", ""]
-                        * (tiles == "folds")
-                    ),
                     f"On {place}, {r['side_by_side']} recipes side by side: {learned:.0f} s of learning (median), {whole:.0f} s at most for the whole of teaching.",
                     "",
                     "| defects | folds | image AUROC (range) | pixel AUROC | recall at 5 % false rejects |",

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, cast, get_args
 
 import msgspec
 import typer
@@ -202,7 +202,7 @@ def evaluate(
             "plan": plan,
             "taught": about,
             "images": len(judged),
-            "refused": refused,
+            "refused": [{"path": name, "reason": why} for name, why in refused],
             "host": msgspec.to_builtins(host()),
         },
         json,
@@ -244,16 +244,16 @@ def feed(
     json: Json = None,
 ) -> None:
     """Send frames of a source to the line, through a bounded buffer."""
-    from apps.industrial.acquisition.base import FrameBuffer, fill
+    from apps.industrial.acquisition.base import FrameBuffer, Policy, fill
     from apps.industrial.acquisition.named import source_named
     from apps.industrial.bootstrap import open_industrial
 
-    if policy not in ("wait", "drop-oldest", "drop-newest"):
+    if policy not in get_args(Policy):
         raise UsageError(f"--policy is {policy!r}; expected wait, drop-oldest or drop-newest")
     opened = source_named(source, follow=follow, per_second=per_second)
     service, log = open_industrial(load_settings().settings)
     service.recipes.folder(recipe)
-    buffer = FrameBuffer(policy=policy)  # type: ignore[arg-type]
+    buffer = FrameBuffer(policy=cast(Policy, policy))
     sent = 0
     failures: list[Exception] = []
 

@@ -46,10 +46,10 @@ def deepest(paths: Iterable[Path]) -> float | None:
                 with Image.open(path) as image:
                     deep = _deep(image)
             if deep:
-                largest = max(largest or 0.0, float(_opened(_content(path), path.name).max()))
+                largest = max(largest or 0.0, _depth(_opened(_content(path), path.name)))
         except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue
-    return None if largest is None else _depth(largest)
+    return largest
 
 
 def _content(path: Path) -> bytes:
@@ -72,12 +72,14 @@ def decode_image(content: bytes, name: str = "the image", white: float | None = 
     values = _opened(content, name)
     if values.dtype == np.uint8:
         return values
-    levels = values.astype(np.float32) * (255 / (white or _depth(float(values.max()))))
+    levels = values.astype(np.float32) * (255 / (white or _depth(values)))
     return np.clip(np.round(levels), 0, 255).astype(np.uint8)
 
 
-def _depth(largest: float) -> float:
-    return next((depth for depth in DEPTHS if largest <= depth), largest)
+def _depth(values: NDArray[Any]) -> float:
+    """The least of DEPTHS that holds these values, or the largest of them; 1 is white of floats alone."""
+    largest = float(values.max())
+    return next((depth for depth in DEPTHS if largest <= depth and (depth > 1 or values.dtype.kind == "f")), largest)
 
 
 def _opened(content: bytes, name: str) -> NDArray[Any]:
@@ -126,6 +128,7 @@ def _values(image: Image.Image, content: bytes) -> NDArray[Any]:
         read = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
         if read is not None and read.dtype == np.uint16 and read.ndim == 3:
             return _plain(_upright(read[..., 2::-1], image.getexif().get(ORIENTATION, 1)))
+        return _plain(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.uint16) * 257)  # as bright, in coarser steps
     image = ImageOps.exif_transpose(image)
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))

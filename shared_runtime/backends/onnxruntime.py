@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
-from shared_runtime.graph.check import float_between_quantized
+from shared_runtime.graph.check import ROUNDS_WEIGHTS, float_between_quantized
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -35,9 +35,6 @@ SPINNING = "spinning"
 """As ONNX Runtime is installed: idle threads spin for tens of milliseconds after a run, so that they need not be woken for the
 next. It pays for runs below a millisecond or so, and takes the cores of whatever else runs meanwhile."""
 
-REDUCES = "WeightBiasQuantization"
-"""ONNX Runtime's optimizer that rounds float weights of a layer between quantized tensors to INT8, with one scale for all: what was
-left in float on purpose. It is switched off for such graphs; of others it rounds float biases to 32 bits, which does no harm."""
 Fixed = Callable[[Mapping[str, int]], ort.InferenceSession]
 
 
@@ -226,7 +223,7 @@ def _session(name: str, graph: Path, options: ort.SessionOptions, device: str, m
         if mode == "tensorrt":
             providers.insert(0, (TENSORRT, {"trt_fp16_enable": False}))
     try:
-        disabled = [REDUCES] if float_between_quantized(graph) else []
+        disabled = [ROUNDS_WEIGHTS] if float_between_quantized(graph) else []
         session = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:
         raise UnsupportedModelError(f"ONNX Runtime can't load {name!r}: {error}") from error

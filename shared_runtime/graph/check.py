@@ -30,6 +30,9 @@ ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 """Their constants of several floats are weights; a single one may be part of what engines fuse, such as a GELU."""
 DEQUANTIZE = "DequantizeLinear"
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+ROUNDS_WEIGHTS = "WeightBiasQuantization"
+"""ONNX Runtime's optimizer that rounds float weights of a layer between quantized tensors to INT8, with one scale for all: what was
+left in float on purpose. In other graphs it rounds float biases to 32 bits, which does no harm and lets layers be fused."""
 MOVING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Clip", "Relu")
 """What engines move a quantizer past."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")

@@ -32,6 +32,7 @@ SUMMING = {*WEIGHTED, "Add", "Subtract"}
 STATISTICS = {"Power", "Sqrt", "SquaredDifference", "Exp", "Log"}
 DIFFERENCES = {"Subtract", "Divide"}
 SUMS = {"ReduceMean", "ReduceSum"}
+"""Kinds of operators that stay in float: always, where they read no constant, and beside one of those (`_arithmetic`)."""
 SMOOTHING = "/nncf_smooth_quant"
 """What NNCF calls the factors by which it makes a layer's input easier to quantize."""
 TELEMETRY = "openvino_telemetry"

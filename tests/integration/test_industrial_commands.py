@@ -111,7 +111,7 @@ def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, p
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     metrics = result["metrics"]
-    assert [name for name, _ in result["refused"]] == ["broken.png", "unfit.png"]
+    assert [entry["path"] for entry in result["refused"]] == ["broken.png", "unfit.png"]
     assert "left out broken.png" in " ".join(done.stderr.split())
     with (tmp_path / "s.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

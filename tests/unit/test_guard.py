@@ -12,7 +12,7 @@ import shared_runtime as rt
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.guard import Guard
 from shared_runtime.quantization.judge import Judge
-from shared_runtime.quantization.samples import read_calibration
+from shared_runtime.quantization.samples import SampleStore, read_calibration
 from tests.forms import Adding, FakeForm
 
 LAYERS = tuple(f"layer {place}" for place in range(90))
@@ -90,18 +90,24 @@ def test_a_metric_that_fails_on_a_few_items_leaves_the_ranking_to_the_outputs() 
     assert found.layers == {"layer 60"}
 
 
-def test_a_certain_judge_holds_the_interval_to_the_limit_too() -> None:
-    """Half of the items lose 0.08 and half nothing: 0.04 on average, by chance more."""
+def numbers() -> tuple[SampleStore, list[dict[str, np.ndarray]]]:
+    """Twenty items and what a float model says of them: the same."""
     signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
     samples = read_calibration([{"x": np.full((1, 2), place, np.float32)} for place in range(20)], signature, "fake")
-    reference = [{"y": inputs["x"]} for inputs in samples]
+    return samples, [{"y": inputs["x"]} for inputs in samples]
+
+
+def nearness(outputs: Any, targets: Any) -> float:
+    return 1 - float(np.mean([np.abs(o["y"] - t["y"]).mean() for o, t in zip(outputs, targets, strict=True)]))
+
+
+def test_a_certain_judge_holds_the_interval_to_the_limit_too() -> None:
+    """Half of the items lose 0.08 and half nothing: 0.04 on average, by chance more."""
+    samples, reference = numbers()
     spoiled = [{"y": item["y"] - np.float32(0.08 * (place % 2))} for place, item in enumerate(reference)]
 
-    def mean(outputs: Any, targets: Any) -> float:
-        return 1 - float(np.mean([np.abs(o["y"] - t["y"]).mean() for o, t in zip(outputs, targets, strict=True)]))
-
     def verdict(outputs: Any, **options: Any) -> Any:
-        return Judge(reference, samples, reference, mean, 0.05, **options).judge(outputs)
+        return Judge(reference, samples, reference, nearness, 0.05, **options).judge(outputs)
 
     assert not verdict(spoiled).why
     why = verdict(spoiled, certain=True).why
@@ -111,18 +117,16 @@ def test_a_certain_judge_holds_the_interval_to_the_limit_too() -> None:
 
 
 def test_a_brief_verdict_spares_the_interval_of_what_fails_anyway() -> None:
-    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 2), "float32"),) for name in "xy"))
-    samples = read_calibration([{"x": np.full((1, 2), place, np.float32)} for place in range(20)], signature, "fake")
-    reference = [{"y": inputs["x"]} for inputs in samples]
+    samples, reference = numbers()
     spoiled = [{"y": item["y"] - np.float32(0.3)} for item in reference]
     asked = 0
 
-    def mean(outputs: Any, targets: Any) -> float:
+    def counted(outputs: Any, targets: Any) -> float:
         nonlocal asked
         asked += 1
-        return 1 - float(np.mean([np.abs(o["y"] - t["y"]).mean() for o, t in zip(outputs, targets, strict=True)]))
+        return nearness(outputs, targets)
 
-    judge = Judge(reference, samples, reference, mean, 0.05)
+    judge = Judge(reference, samples, reference, counted, 0.05)
     asked = 0
     brief = judge.judge(spoiled, brief=True)
     assert (asked, brief.why) == (1, judge.judge(spoiled).why)

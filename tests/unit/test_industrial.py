@@ -123,6 +123,17 @@ def test_a_camera_of_twelve_bits_writes_files_of_sixteen(colour: bool, tmp_path:
         read_image(tmp_path / "broken.png")
 
 
+def test_a_dark_deep_frame_is_not_stretched_and_colour_that_opencv_can_not_read_is_as_bright(monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = np.zeros((64, 48), np.uint16)
+    hot[3, 4] = 1
+    assert decode_image(cv2.imencode(".png", hot)[1].tobytes()).max() <= 1
+    colour = np.random.default_rng(0).integers(0, 4096, (64, 48, 3)).astype(np.uint16)
+    content = cv2.imencode(".png", colour)[1].tobytes()
+    exact = decode_image(content, white=4095).astype(int)
+    monkeypatch.setattr("apps.industrial.images.cv2.imdecode", lambda *a: None)
+    assert np.abs(decode_image(content, white=4095) - exact).max() <= 16
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_sixteen_bits_of_colour_are_turned_as_eight_are(orientation: int) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
