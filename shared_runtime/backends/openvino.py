@@ -30,6 +30,8 @@ HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 """How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
+MOST_COPIED = 1 << 18
+"""A constant of more bytes stays shared by its layers."""
 READ = "import sys, openvino; core = openvino.Core(); core.compile_model(core.read_model(sys.argv[1]), 'CPU')"
 """What is tried in a process of its own."""
 
@@ -183,7 +185,28 @@ def compile_graph(
     except (RuntimeError, OSError, EOFError, lzma.LZMAError) as error:
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
     network.set_friendly_name(name)
+    unshare_constants(network)
     return OpenVinoExecutable(network, properties, outputs, precision)
+
+
+def unshare_constants(network: Any) -> int:
+    """Give each layer small constants of its own, in place; the number of copies made.
+
+    OpenVINO fuses a bias, and then the activation and the sum behind it, into a convolution only where no other layer reads that bias
+    (`GraphOptimizer::FuseConvolutionMatMulDeconvAndBias`). Networks that run the same weights twice (scales of an image, pairs) share them.
+    """
+    from openvino.op import Constant
+
+    copies = 0
+    for node in network.get_ordered_ops():
+        if not isinstance(node, Constant) or node.get_element_type().get_type_name() not in ("f32", "f16"):
+            continue
+        uses = sorted(node.output(0).get_target_inputs(), key=lambda use: (use.get_node().get_friendly_name(), use.get_index()))
+        if len(uses) > 1 and node.get_byte_size() <= MOST_COPIED:
+            for use in uses[1:]:
+                use.replace_source_output(Constant(node.data.copy()).output(0))
+            copies += len(uses) - 1
+    return copies
 
 
 @lru_cache(maxsize=64)

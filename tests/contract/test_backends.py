@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,11 @@ from onnx import TensorProto, helper
 import shared_runtime as rt
 from shared_runtime.backends.base import HardwareBackend, backends, specialise
 from shared_runtime.backends.onnxruntime import compile_file
+from shared_runtime.backends.openvino import read_network
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.variants import Variant, VariantFacts
 from tests.conftest import absent
+from tests.networks import save
 
 NAMES = ["onnxruntime", "openvino", "torch"]
 
@@ -331,3 +334,29 @@ def test_a_signal_finds_its_handler_after_executables_were_closed(backend: Hardw
     command = [sys.executable, "-c", SIGNALLED, backend.name, str(convolutions.graph)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (answer.returncode, answer.stdout.strip()) == (0, "[2]"), answer.stderr
+
+
+def test_openvino_fuses_the_bias_of_a_layer_that_runs_twice(tmp_path: Path) -> None:
+    """Two scales of an image through the same weights: OpenVINO alone leaves each bias and each activation to a pass of its own."""
+    from openvino import Core
+
+    generator = np.random.default_rng(0)
+    nodes = [helper.make_node("AveragePool", ["image"], ["small"], kernel_shape=[2, 2], strides=[2, 2])]
+    for name, source in (("full", "image"), ("half", "small")):
+        nodes += [helper.make_node("Conv", [source, "w", "b"], [f"{name}_c"]), helper.make_node("Relu", [f"{name}_c"], [name])]
+    weights = {"w": generator.standard_normal((16, 8, 3, 3)).astype(np.float32), "b": generator.standard_normal(16).astype(np.float32)}
+    outputs = {"full": ["batch", 16, 14, 14], "half": ["batch", 16, 6, 6]}
+    model = rt.load(save(tmp_path / "scales.onnx", nodes, weights, {"image": ["batch", 8, 16, 16]}, outputs))
+    sample = {"image": generator.standard_normal((1, 8, 16, 16)).astype(np.float32)}
+
+    def passes(network: Any) -> int:
+        network.reshape({"image": [1, 8, 16, 16]})
+        operators = Core().compile_model(network, "CPU").get_runtime_model().get_ordered_ops()
+        return sum(dict(op.get_rt_info())["layerType"].astype(str) in ("Eltwise", "Subgraph") for op in operators)
+
+    assert passes(read_network(model.graph)) == 2, "OpenVINO fuses a bias of two layers itself: unshare_constants may go"
+    executable = backends()["openvino"].compile(model, "cpu", 1)
+    assert passes(executable._network.clone()) == 0
+    expected = backends()["onnxruntime"].compile(model, "cpu", 1).run(sample)
+    for name, found in executable.run(sample).items():
+        np.testing.assert_allclose(found, expected[name], rtol=1e-4, atol=1e-4)
