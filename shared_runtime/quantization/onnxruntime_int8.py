@@ -22,6 +22,7 @@ from shared_runtime.graph.passes.base import attribute, prepared
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
 from shared_runtime.quantization.openvino_int8 import overflows
+from shared_runtime.quantization.ranges import measure_ranges
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.quantization.saturation import count_saturation
 from shared_runtime.quantization.storage import RECURRENT, SMALLEST, halve, pack, weights, weighty
@@ -32,7 +33,6 @@ STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
 SPLIT = "_MatMul"
 """ONNX Runtime's dynamic quantizer takes a Gemm apart before it looks for the names: its product has this at the end."""
-METHODS = ("minmax", "entropy", "percentile")
 
 
 class _OnnxForm:
@@ -102,13 +102,16 @@ class StaticInt8(_OnnxForm):
         proto = onnx.load(self._prepared)
         # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
         grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
-        self.layers = tuple(name for name in _layers(proto, STATIC_KINDS) if name not in grouped)
-        if not self.layers:
+        layers = frozenset(_layers(proto, STATIC_KINDS)) - grouped
+        if not layers:
             raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute ({', '.join(STATIC_KINDS)})")
-        self.stored = frozenset(weighty(proto, (*RECURRENT, "Gather"))) | grouped
+        with _silent(), _refusing(model.name):
+            self._ranges = measure_ranges(self._prepared, calibration, method, Path(self._work.name))
+        self._unfit = self._ranges.unfit(proto.graph, layers)
+        self.layers = tuple(node.name for node in proto.graph.node if node.name in layers - self._unfit)
+        self.stored = frozenset(weighty(proto, (*RECURRENT, "Gather"))) | grouped | (layers & self._unfit)
         self._between = frozenset(node.name for node in proto.graph.node) - set(self.layers)
         self.layers = (*self.layers, *sorted(self.stored), BETWEEN)
-        self._ranges = _calibrate(self._prepared, calibration, method, Path(self._work.name))
 
     def _quantized(self, reverted: frozenset[str]) -> onnx.ModelProto:
         from onnxruntime.quantization import QuantType
@@ -121,9 +124,9 @@ class StaticInt8(_OnnxForm):
             "reduce_range": self._half,
             "weight_qType": QuantType.QInt8,
             "activation_qType": QuantType.QUInt8,
-            "tensors_range": self._ranges,
+            "tensors_range": self._ranges.data,
             "nodes_to_quantize": [],
-            "nodes_to_exclude": sorted(reverted | self.stored | (self._between if BETWEEN in reverted else set())),
+            "nodes_to_exclude": sorted(reverted | self.stored | self._unfit | (self._between if BETWEEN in reverted else set())),
             "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
             "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
         }
@@ -227,36 +230,6 @@ def _layers(proto: onnx.ModelProto, kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n.name for n in proto.graph.node if n.op_type in kinds and any(name in constant for name in n.input))
 
 
-class _Reader:
-    """The calibration set as ONNX Runtime reads it: one sample at a time from disk."""
-
-    def __init__(self, samples: SampleStore) -> None:
-        self._samples: Iterator[Any] = iter(samples)
-
-    def get_next(self) -> Any:
-        return next(self._samples, None)
-
-
-def _calibrate(path: Path, samples: SampleStore, method: str, folder: Path) -> Any:
-    from onnxruntime.quantization import CalibrationMethod, create_calibrator
-    from onnxruntime.quantization.registry import QDQRegistry
-
-    kinds = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
-    if method not in kinds:
-        raise UnsupportedModelError(f"unknown calibration {method!r}; expected one of {', '.join(kinds)}")
-    with _silent(), _refusing(path.stem):
-        calibrator = create_calibrator(
-            path,
-            op_types_to_calibrate=list(QDQRegistry),
-            augmented_model_path=str(folder / "augmented.onnx"),
-            calibrate_method=kinds[method],
-        )
-        for inputs in samples:
-            # One sample a call: what the calibrator keeps between calls is ranges and histograms, not tensors.
-            calibrator.collect_data(_Reader([inputs]))  # type: ignore[arg-type]
-        return calibrator.compute_data()
-
-
 def _mode(name: str) -> Any:
     from onnxruntime.quantization.quant_utils import QuantizationMode
 
@@ -281,6 +254,8 @@ def _refusing(name: str) -> Iterator[None]:
     """An error within ONNX Runtime's quantizer is a refusal of this form of the model."""
     try:
         yield
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(f"ONNX Runtime's quantizer can't convert {name!r}: {' '.join(str(error).split())[:300]}") from error
 
