@@ -74,6 +74,32 @@ def test_a_folder_gives_each_image_once_and_only_when_it_is_whole(tmp_path: Path
         FolderSource(tmp_path / "nothing")
 
 
+def test_a_file_that_is_written_over_is_a_new_picture(tmp_path: Path) -> None:
+    """Cameras that write into a ring of names: image_0.png to image_7.png, and again."""
+    with Collected(FolderSource(tmp_path, every=0.02)) as seen:
+        for level in (10, 20, 30):
+            (tmp_path / "image_0.png").write_bytes(picture(level))
+            eventually(lambda: len(seen.frames) == level // 10)
+    assert [int(decode_image(frame.content).max()) for frame in seen.frames] == [10, 20, 30]
+
+
+def test_a_folder_that_goes_away_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    share, elsewhere = tmp_path / "share", tmp_path / "elsewhere"
+    share.mkdir()
+    (share / "a.png").write_bytes(picture())
+    caplog.set_level("INFO")
+    with Collected(FolderSource(share, every=0.02)) as seen:
+        eventually(lambda: len(seen.frames) == 1)
+        share.rename(elsewhere)
+        eventually(lambda: "can't be read: No such file or directory; trying again" in caplog.text)
+        (elsewhere / "b.png").write_bytes(picture())
+        elsewhere.rename(share)
+        eventually(lambda: len(seen.frames) == 2)
+    assert [frame.serial for frame in seen.frames] == ["a", "b"], "what was taken before is not taken again"
+    assert caplog.text.count("trying again") == 1
+    assert "share is back" in caplog.text
+
+
 def test_a_file_that_is_too_large_is_passed_over_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
