@@ -77,9 +77,9 @@ def test_a_folder_gives_each_image_once_and_only_when_it_is_whole(tmp_path: Path
 def test_a_file_that_is_written_over_is_a_new_picture(tmp_path: Path) -> None:
     """Cameras that write into a ring of names: image_0.png to image_7.png, and again."""
     with Collected(FolderSource(tmp_path, every=0.02)) as seen:
-        for level in (10, 20, 30):
+        for number, level in enumerate((10, 20, 30), 1):
             (tmp_path / "image_0.png").write_bytes(picture(level))
-            eventually(lambda: len(seen.frames) == level // 10)
+            eventually(lambda number=number: len(seen.frames) == number)  # type: ignore[misc]
     assert [int(decode_image(frame.content).max()) for frame in seen.frames] == [10, 20, 30]
 
 
