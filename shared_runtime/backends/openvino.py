@@ -6,6 +6,7 @@ import gzip
 import importlib.metadata
 import importlib.util
 import lzma
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gz
 MOST_SHAPES = 6
 MOST_COPIED = 1 << 18
 """A constant of more bytes stays shared by its layers."""
+SOURCE_PLACES = re.compile(r"^Exception from \S+:$|^Check '.*' failed at \S+:$|^(FrontEnd API failed with )?\w*Failure:$", re.MULTILINE)
 READ = "import sys, openvino; core = openvino.Core(); core.compile_model(core.read_model(sys.argv[1]), 'CPU')"
 """What is tried in a process of its own."""
 
@@ -60,7 +62,7 @@ class OpenVinoExecutable:
             results = self._request(inputs).infer(inputs, share_inputs=True, share_outputs=False)
         except RuntimeError as error:
             shapes = {name: list(value.shape) for name, value in inputs.items()}
-            raise UnsupportedModelError(f"OpenVINO failed on inputs of shape {shapes}: {' '.join(str(error).split())[:400]}") from error
+            raise UnsupportedModelError(f"OpenVINO failed on inputs of shape {shapes}: {reason(error)}") from error
         return {name: np.array(results[index]) for index, name in enumerate(self._outputs)}
 
     def run_at_once(self, parts: Sequence[Tensors]) -> list[Tensors]:
@@ -72,7 +74,7 @@ class OpenVinoExecutable:
             for request in requests:
                 request.wait()
         except RuntimeError as error:
-            raise UnsupportedModelError(f"OpenVINO failed on {len(parts)} parts: {' '.join(str(error).split())[:400]}") from error
+            raise UnsupportedModelError(f"OpenVINO failed on {len(parts)} parts: {reason(error)}") from error
         return [{name: np.array(r.get_output_tensor(i).data) for i, name in enumerate(self._outputs)} for r in requests]
 
     def specialise(self, inputs: Tensors) -> None:
@@ -128,7 +130,7 @@ def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[in
         with signal_stack_kept():
             compiled = openvino.Core().compile_model(network, "CPU", properties)
     except RuntimeError as error:
-        raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {error}") from error
+        raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {reason(error)}") from error
     hint = "INFERENCE_PRECISION_HINT"
     chosen = str(compiled.get_property(hint).get_type_name())
     if chosen != properties[hint]:
@@ -183,10 +185,17 @@ def compile_graph(
     try:
         network = read_network(graph) if isinstance(graph, Path) else graph
     except (RuntimeError, OSError, EOFError, lzma.LZMAError) as error:
-        raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {error}") from error
+        raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {reason(error)}") from error
     network.set_friendly_name(name)
     unshare_constants(network)
     return OpenVinoExecutable(network, properties, outputs, precision)
+
+
+def reason(error: BaseException) -> str:
+    """What OpenVINO says went wrong, on one line, without the places in its source code that it says it at."""
+    text = str(error)
+    said = text.rpartition("Summary:")[2] if "Summary:" in text else SOURCE_PLACES.sub("", text)
+    return " ".join(said.replace("-- ", "").split())[:400] or " ".join(text.split())[:400]
 
 
 def unshare_constants(network: Any) -> int:

@@ -360,3 +360,10 @@ def test_openvino_fuses_the_bias_of_a_layer_that_runs_twice(tmp_path: Path) -> N
     expected = backends()["onnxruntime"].compile(model, "cpu", 1).run(sample)
     for name, found in executable.run(sample).items():
         np.testing.assert_allclose(found, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_says_what_it_lacks_and_not_where_in_its_source() -> None:
+    expected = "OpenVINO can't load 'fraud-boosting': No conversion rule found for operations: ai.onnx.ml.TreeEnsembleClassifier"
+    with pytest.raises(UnsupportedModelError) as caught:
+        backends()["openvino"].compile(rt.load("fraud-boosting"), "cpu", 1)
+    assert str(caught.value) == expected
