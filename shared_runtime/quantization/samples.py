@@ -99,9 +99,12 @@ def _named(value: Any, signature: Signature) -> dict[str, Any] | None:
 
 
 def read_calibration(data: Iterable[Any], signature: Signature, model: str, most: int = MOST_SAMPLES) -> SampleStore:
-    """The first `most` samples of any iterable. Raises CalibrationError where there are none or one can't be used."""
+    """The first `most` samples of any iterable; a dict is one sample of many rows.
+
+    Raises CalibrationError where there are none or one can't be used.
+    """
     store = SampleStore("calibration")
-    for inputs in data:
+    for inputs in [data] if isinstance(data, Mapping) else data:
         if len(store) >= most:
             break
         store.add(inputs, signature, model)

@@ -14,7 +14,7 @@ import shared_runtime as rt
 from shared_runtime.backends.base import backends
 from shared_runtime.quantization.onnxruntime_int8 import StaticInt8
 from shared_runtime.quantization.ranges import METHODS, measure_ranges
-from shared_runtime.quantization.samples import SampleStore, read_calibration
+from shared_runtime.quantization.samples import SampleStore, hold_out, read_calibration
 from tests.networks import save
 
 GENERATOR = np.random.default_rng(0)
@@ -81,3 +81,12 @@ def test_a_nearly_blank_first_sample_costs_no_memory(method: str, tmp_path: Path
         return np.array(measure_ranges(model.graph, store, method, tmp_path).data["x"].range_value)
 
     np.testing.assert_allclose(width(dark + bright), width(bright), atol=0.1)
+
+
+def test_a_dict_of_batches_is_a_calibration_set(tmp_path: Path) -> None:
+    model, samples = attention(tmp_path / "net.onnx", -np.inf), tokens(20)
+    batch = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
+    store = read_calibration(batch, model.signature, "net")
+    assert (len(store), store.rows) == (1, 20)
+    kept, apart = hold_out(store, model.signature, "net")
+    assert (len(kept), len(apart)) == (15, 5)
