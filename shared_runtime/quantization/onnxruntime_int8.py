@@ -30,6 +30,7 @@ from shared_runtime.signature import Tensors
 from shared_runtime.variants import VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+BIASED_KINDS = (*STATIC_KINDS, "InstanceNormalization", "LayerNormalization", "BatchNormalization")
 DYNAMIC_KINDS = ("Gemm", "MatMul", "LSTM")
 SPLIT = "_MatMul"
 """ONNX Runtime's dynamic quantizer takes a Gemm apart before it looks for the names: its product has this at the end."""
@@ -98,7 +99,7 @@ class StaticInt8(_OnnxForm):
         self._operators, self._half = operators, overflows()
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
-        _unshare(self._prepared, STATIC_KINDS)
+        _unshare(self._prepared, BIASED_KINDS)
         proto = onnx.load(self._prepared)
         # ONNX Runtime's quantizer gives a transposed convolution in groups too few scales.
         grouped = {n.name for n in proto.graph.node if n.op_type == "ConvTranspose" and attribute(n, "group", 1) > 1}
