@@ -219,7 +219,7 @@ def _unshare(path: Path, kinds: tuple[str, ...]) -> None:
             if node.op_type in kinds and name in constants and name in seen:
                 copy = onnx.TensorProto()
                 copy.CopyFrom(constants[name])
-                copy.name = f"{name}_of_{node.name}"
+                copy.name = f"{name}_of_{node.name}_{place}"
                 proto.graph.initializer.append(copy)
                 node.input[place] = copy.name
             seen.add(name)

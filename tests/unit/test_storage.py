@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import shared_runtime as rt
+from shared_runtime.backends.base import backends
 from shared_runtime.certificate import Reversion
 from shared_runtime.numeric import relative_difference
 from shared_runtime.optimize import simplified
@@ -197,6 +198,25 @@ def test_a_shared_bias_whose_number_is_another_tensor_s_name(kind: str, tmp_path
     with rt.Session(model, variant="float32", plans=tmp_path / "plans", threads=1) as session:
         expected = session.run(data[0])["y"]
     assert relative_difference(form.compile(frozenset(), 1).run(data[0])["y"], expected) < 0.1
+
+
+def test_a_constant_that_a_node_reads_twice(tmp_path: Path) -> None:
+    """Of a fresh BatchNorm torch's exporter stores weight and variance (ones) once, and bias and mean (zeros)."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="begin"),
+        helper.make_node("Relu", ["c"], ["r"], name="between"),
+        helper.make_node("BatchNormalization", ["r", "one", "zero", "zero", "one"], ["n1"], name="first"),
+        helper.make_node("Transpose", ["n1"], ["t"], perm=[0, 1, 3, 2], name="turn"),
+        helper.make_node("BatchNormalization", ["t", "one", "zero", "zero", "one"], ["y"], name="second"),
+    ]
+    constants = {"w": normal(16, 3, 1, 1), "one": np.ones(16, np.float32), "zero": np.zeros(16, np.float32)}
+    model = rt.load(save(tmp_path / "norm.onnx", nodes, constants, {"x": ["n", 3, 16, 16]}, {"y": ["n", 16, 16, 16]}))
+    data = [{"x": normal(1, 3, 16, 16)} for _ in range(8)]
+    form = StaticInt8(model, read_calibration(data, model.signature, "norm"))
+    names = [item.name for item in onnx.load(form._prepared).graph.initializer]
+    assert len(set(names)) == len(names)
+    reference = backends()["onnxruntime"].compile(model, "cpu", 1)
+    assert relative_difference(form.compile(frozenset(), 1).run(data[0])["y"], reference.run(data[0])["y"]) < 0.05
 
 
 def test_openvino_takes_layers_back_to_float_that_nncf_smoothed(tmp_path: Path) -> None:
