@@ -13,7 +13,8 @@ import onnx
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.quantization.samples import SampleStore
 
-METHODS = ("minmax", "entropy", "percentile")
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+"""What ONNX Runtime calls them."""
 WIDEST = 1e6
 """Beyond this lie masks (-1e9, -inf), not measurements: 255 steps over such a range leave nothing of what is masked."""
 ENDLESS = 1e30
@@ -50,7 +51,7 @@ def measure_ranges(path: Path, samples: SampleStore, method: str, folder: Path) 
 
     if method not in METHODS:
         raise UnsupportedModelError(f"unknown calibration {method!r}; expected one of {', '.join(METHODS)}")
-    kind = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}[method]
+    kind = CalibrationMethod[METHODS[method]]
     bounds: dict[str, float] = {}
 
     class Collector(HistogramCollector):  # type: ignore[misc]

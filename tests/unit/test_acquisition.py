@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -80,6 +82,8 @@ def test_a_file_that_is_written_over_is_a_new_picture(tmp_path: Path) -> None:
         for number, level in enumerate((10, 20, 30), 1):
             (tmp_path / "image_0.png").write_bytes(picture(level))
             eventually(lambda number=number: len(seen.frames) == number)  # type: ignore[misc]
+            os.utime(tmp_path / "image_0.png", (number, number))
+            time.sleep(0.1)
     assert [int(decode_image(frame.content).max()) for frame in seen.frames] == [10, 20, 30]
 
 

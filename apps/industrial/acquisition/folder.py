@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ MOST_GONE = 100_000
 class FolderSource:
     """Watches `folder`; `follow=False` ends after what lies there now. The file's stem is the part's serial number.
 
-    A file counts as whole once neither its size nor its time has changed between two looks, and as new again where it is written
-    over. A folder that goes away (a share, a disk) is waited for.
+    A file counts as whole once neither its size nor its time has changed between two looks, and as new again where another picture
+    is written over it. A folder that goes away (a share, a disk) is waited for.
     """
 
     def __init__(self, folder: Path, *, follow: bool = True, every: float = 0.5) -> None:
@@ -34,6 +35,7 @@ class FolderSource:
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """New images in the order of their modification. Raises SourceError where the folder can't be read and `follow` is off."""
         taken: dict[str, tuple[int, int]] = {}
+        pictures: dict[str, bytes] = {}
         before: dict[str, tuple[int, int]] = {}
         away = False
         while not stop.is_set():
@@ -57,7 +59,11 @@ class FolderSource:
                     return
                 taken.pop(name, None)  # to the end: the first are forgotten first
                 taken[name] = states[name]
-                if (frame := self._read(self._folder / name, states[name][0])) is not None:
+                if (frame := self._read(self._folder / name, states[name][0])) is None:
+                    continue
+                picture = hashlib.blake2b(frame.content, digest_size=16).digest()
+                if pictures.get(name) != picture:  # a new time alone (touch, a copy that sets it late) makes no new picture
+                    pictures[name] = picture
                     yield frame
             if not self._follow:
                 return
@@ -66,6 +72,7 @@ class FolderSource:
                 gone = [name for name in taken if name not in states]
                 for name in gone[: len(gone) - MOST_GONE]:
                     del taken[name]
+                    pictures.pop(name, None)
             stop.wait(self._every)
 
     def _look(self) -> dict[str, tuple[int, int]]:
