@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 VECTOR_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
@@ -38,6 +39,11 @@ class Host(msgspec.Struct, frozen=True):
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change when a fact does."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:12]
+
+    @property
+    def saturates(self) -> bool:
+        """Whether this CPU adds two products of bytes in 16 bits (`pmaddubsw`; no VNNI), which U8 times full S8 weights overflows."""
+        return "avx2" in self.vector and not set(self.vector) & set(VNNI)
 
 
 def usable_cores() -> int:

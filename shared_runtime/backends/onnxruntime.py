@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
-from shared_runtime.graph.check import ROUNDS_WEIGHTS, float_between_quantized
+from shared_runtime.graph.check import EXACT_BYTES, ROUNDS_WEIGHTS, float_between_quantized, session_source
 from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
@@ -212,6 +212,8 @@ def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = Non
     options.log_severity_level = 4
     if threads > 1 and mode != SPINNING:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if host().saturates:
+        options.add_session_config_entry(EXACT_BYTES, "1")
     return options
 
 
@@ -224,7 +226,7 @@ def _session(name: str, graph: Path, options: ort.SessionOptions, device: str, m
             providers.insert(0, (TENSORRT, {"trt_fp16_enable": False}))
     try:
         disabled = [ROUNDS_WEIGHTS] if float_between_quantized(graph) else []
-        session = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=disabled)
+        session = ort.InferenceSession(session_source(graph), options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:
         raise UnsupportedModelError(f"ONNX Runtime can't load {name!r}: {error}") from error
     wanted = TENSORRT if mode == "tensorrt" else PROVIDERS[device]

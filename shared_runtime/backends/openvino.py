@@ -23,6 +23,7 @@ from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.backends.streams import StreamedExecutable
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.check import has_subgraphs
+from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
@@ -33,6 +34,7 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gz
 MOST_SHAPES = 6
 MOST_COPIED = 1 << 18
 """A constant of more bytes stays shared by its layers."""
+HALF_BYTE = 64
 SOURCE_PLACES = re.compile(r"^Exception from \S+:$|^Check '.*' failed at \S+:$|^(FrontEnd API failed with )?\w*Failure:$", re.MULTILINE)
 READ = "import sys, openvino; core = openvino.Core(); core.compile_model(core.read_model(sys.argv[1]), 'CPU')"
 """What is tried in a process of its own."""
@@ -188,6 +190,8 @@ def compile_graph(
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {reason(error)}") from error
     network.set_friendly_name(name)
     unshare_constants(network)
+    if host().saturates and fills_bytes(network):
+        properties["LP_TRANSFORMS_MODE"] = "NO"  # its kernels would saturate: what is quantized is rounded so and computed in float
     return OpenVinoExecutable(network, properties, outputs, precision)
 
 
@@ -216,6 +220,40 @@ def unshare_constants(network: Any) -> int:
                 use.replace_source_output(Constant(node.data.copy()).output(0))
             copies += len(uses) - 1
     return copies
+
+
+def fills_bytes(network: Any) -> bool:
+    """Whether weights that are quantized take more than half of the 8 bits: as integers behind a scale, or as floats that are rounded."""
+    return any(_reach(node) > HALF_BYTE for node in network.get_ordered_ops() if node.get_type_name() in ("Multiply", "FakeQuantize"))
+
+
+def _reach(scaled: Any) -> float:
+    """The largest distance from zero [levels] of the weights that a quantizer or a scale gives; 0 where it gives no weights."""
+    source = scaled.input_value(0).get_node()
+    if scaled.get_type_name() == "FakeQuantize":
+        values, (low, high) = constant(source), (constant(scaled.input_value(place).get_node()) for place in (1, 2))
+        if values is None or low is None or high is None:
+            return 0.0
+        inside = np.clip(values, low, high)
+        return float(np.max(np.abs(inside) / np.maximum(np.maximum(np.abs(low), np.abs(high)), 1e-30)) * 127)
+    zero: Any = np.zeros(())
+    if source.get_type_name() == "Subtract":
+        zero, source = constant(source.input_value(1).get_node()), source.input_value(0).get_node()
+    stored = source.input_value(0).get_node() if source.get_type_name() == "Convert" else None
+    if zero is None or stored is None or stored.get_element_type().get_type_name() not in ("i8", "u8"):
+        return 0.0
+    values = constant(stored)
+    return 0.0 if values is None else float(np.abs(values.astype(np.float32) - zero).max(initial=0))
+
+
+def constant(node: Any) -> Any:
+    """The values of a constant, converted to float32 and reshaped where that follows; None for another node."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return node.data
+    if kind not in ("Convert", "Reshape", "Unsqueeze", "Squeeze") or (values := constant(node.input_value(0).get_node())) is None:
+        return None
+    return values.astype(np.float32) if kind == "Convert" else values.reshape(list(node.output(0).get_shape()))
 
 
 @lru_cache(maxsize=64)

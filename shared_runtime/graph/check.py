@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from shared_runtime.errors import ModelIntegrityError, UnsupportedModelError
+from shared_runtime.host import host
 
 OLDEST, IR = 7, 8
 """The oldest standard operators that ONNX Runtime knows; the file format of what is written anew."""
@@ -33,6 +35,11 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ROUNDS_WEIGHTS = "WeightBiasQuantization"
 """ONNX Runtime's optimizer that rounds float weights of a layer between quantized tensors to INT8, with one scale for all: what was
 left in float on purpose. In other graphs it rounds float biases to 32 bits, which does no harm and lets layers be fused."""
+EXACT_BYTES = "session.x64quantprecision"
+"""ONNX Runtime's option for processors that saturate (`Host.saturates`): S8 weights that would overflow become U8 ones, which its
+kernels add in 32 bits. It rewrites operators on bytes, so it has no effect where optimisations are off."""
+LARGEST = 2**31 - 2**20
+"""Bytes that a graph may have in one piece."""
 MOVING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Clip", "Relu")
 """What engines move a quantizer past."""
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml", "triscope")
@@ -66,12 +73,46 @@ def precision(path: Path) -> str:
     """What the graph itself computes in: "int8" where it quantizes, else the narrowest floats of the matrices that it computes with
     (not of those that are only stored so, and cast), "float32" as a rule."""
     proto = read_graph(path)
-    operators = {node.op_type for node in _nodes(proto.graph)}
-    if any("Quantize" in name or name.startswith("QLinear") or name.endswith("Integer") for name in operators):
+    if any("Quantize" in node.op_type for node in _nodes(proto.graph)) or computes_on_bytes(proto):
         return "int8"
     read = {name for node in _nodes(proto.graph) if node.op_type != "Cast" for name in node.input}
     kinds = {tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) > 1 and tensor.name in read}
     return next((name for kind, name in _FLOATS.items() if kind in kinds), "float32")
+
+
+def computes_on_bytes(proto: onnx.ModelProto) -> bool:
+    """Whether a graph has operators on integers (QLinearConv, MatMulInteger ...), not only quantizers around float ones."""
+    return any(node.op_type.startswith("QLinear") or node.op_type.endswith("Integer") for node in _nodes(proto.graph))
+
+
+def session_source(model: Path | onnx.ModelProto) -> str | bytes:
+    """What ONNX Runtime opens: the file, or the graph's bytes. On a processor that saturates, integers with a scale for each channel get
+    the zero points that they may leave out: EXACT_BYTES would add one for all of a Gemm's, which its DequantizeLinear then refuses."""
+    if not host().saturates or (isinstance(model, Path) and not _mentions_dequantize(model)):
+        return str(model) if isinstance(model, Path) else model.SerializeToString()
+    proto = read_whole(model) if isinstance(model, Path) else model
+    shapes = {item.name: tuple(item.dims) for item in proto.graph.initializer}
+    signed = {item.name for item in proto.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    bare = [
+        n for n in proto.graph.node if n.op_type == DEQUANTIZE and len(n.input) == 2 and n.input[0] in signed and shapes.get(n.input[1])
+    ]
+    if not bare or proto.ByteSize() > LARGEST:
+        return str(model) if isinstance(model, Path) else model.SerializeToString()
+    if proto is model:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model)
+        names = {node.output[0] for node in bare}
+        bare = [node for node in proto.graph.node if node.output and node.output[0] in names]
+    for node in bare:
+        node.input.append(f"{node.output[0]}_zero_point")
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(shapes[node.input[1]], np.int8), node.input[2]))
+    return proto.SerializeToString()
+
+
+def _mentions_dequantize(path: Path) -> bool:
+    """Whether a file has a quantizer; it is not parsed for it."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(DEQUANTIZE.encode()) >= 0
 
 
 def has_subgraphs(path: Path) -> bool:
@@ -88,9 +129,8 @@ def float_between_quantized(path: Path) -> bool:
 @functools.lru_cache(maxsize=64)
 def _float_between_quantized(path: Path, changed: int, size: int) -> bool:
     """A plan loads a file many times; it is looked through once."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(DEQUANTIZE.encode()) < 0:
-            return False
+    if not _mentions_dequantize(path):
+        return False
     makers = {output: node for node in _nodes(read_graph(path).graph) for output in node.output}
 
     def dequantized(name: str) -> bool:

@@ -19,9 +19,9 @@ from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.lean import lean
 from shared_runtime.graph.passes.base import attribute, prepared
+from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import BETWEEN
-from shared_runtime.quantization.openvino_int8 import overflows
 from shared_runtime.quantization.ranges import measure_ranges
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.quantization.saturation import count_saturation
@@ -96,7 +96,7 @@ class StaticInt8(_OnnxForm):
     def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", operators: bool = False) -> None:
         name = "int8-onnxruntime-operators" if operators else "int8-onnxruntime"
         super().__init__(model, VariantFacts(name, "int8", "onnxruntime", "cpu", "model.onnx"))
-        self._operators, self._half = operators, overflows()
+        self._operators, self._half = operators, host().saturates
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
         _unshare(self._prepared, BIASED_KINDS)
@@ -170,7 +170,7 @@ class DynamicInt8(_OnnxForm):
                 path,
                 op_types_to_quantize=list(DYNAMIC_KINDS),
                 per_channel=True,
-                reduce_range=overflows(),
+                reduce_range=host().saturates,
                 weight_type=QuantType.QInt8,
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
                 nodes_to_exclude=sorted(reverted | {f"{name}{SPLIT}" for name in reverted}),

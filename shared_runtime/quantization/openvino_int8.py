@@ -37,7 +37,6 @@ SMOOTHING = "/nncf_smooth_quant"
 """What NNCF calls the factors by which it makes a layer's input easier to quantize."""
 TELEMETRY = "openvino_telemetry"
 """A package by which NNCF reports each use to its maker over the network; without it NNCF reports nothing."""
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class EnginePrecision:
@@ -76,7 +75,7 @@ class OpenVinoInt8:
     def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", rest: str = FLOAT) -> None:
         self.facts = _facts(rest)
         self._model = model
-        self.passes = (f"nncf {method}", *(("half range weights",) if overflows() else ()))
+        self.passes = (f"nncf {method}", *(("half range weights",) if host().saturates else ()))
         self._quantized = _quantize(model, calibration, method)
         self._float = _float_operators(model)
         named = [(op.get_friendly_name(), op.get_type_name() in WEIGHTED) for op in _quantized(self._quantized)]
@@ -149,12 +148,6 @@ def _facts(rest: str) -> VariantFacts:
     return VariantFacts(name, "int8", "openvino", "cpu", "model.xml.xz", rest)
 
 
-def overflows() -> bool:
-    """Whether this CPU adds products of bytes in 16 bits (no VNNI): weights are then kept to half their range."""
-    flags = set(host().vector)
-    return "avx2" in flags and not flags & set(VNNI)
-
-
 def lacks() -> str:
     """What is missing for INT8 in OpenVINO; "" where nothing is."""
     for package in ("openvino", "nncf"):
@@ -181,7 +174,7 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
         raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute (convolution, matrix product, LSTM)")
     ranges = {"minmax": RangeEstimatorParametersSet.MINMAX, "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE}[method]
     options = AdvancedQuantizationParameters(
-        overflow_fix=OverflowFix.ENABLE if overflows() else OverflowFix.DISABLE,
+        overflow_fix=OverflowFix.ENABLE if host().saturates else OverflowFix.DISABLE,
         activations_range_estimator_params=ranges,
         disable_bias_correction=any(kind.startswith("LSTM") for kind in kinds),
     )

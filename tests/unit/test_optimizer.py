@@ -10,10 +10,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 
 import shared_runtime as rt
 from shared_runtime.backends.onnxruntime import compile_file
 from shared_runtime.graph.lean import lean
+from shared_runtime.host import host
 from shared_runtime.numeric import relative_difference
 from shared_runtime.optimize import simplified
 from shared_runtime.quantization import judge as judging
@@ -277,7 +279,8 @@ def test_half_range_weights_do_not_saturate(sound: rt.Model, tmp_path: Path, mon
     base = simplified(sound, tmp_path, print)
     counts = {}
     for half in (False, True):
-        monkeypatch.setattr("shared_runtime.quantization.onnxruntime_int8.overflows", lambda half=half: half)
+        here = replace(host(), vector=("avx2",) if half else ("avx2", "avx_vnni"))
+        monkeypatch.setattr("shared_runtime.quantization.onnxruntime_int8.host", lambda here=here: here)
         layers = saturation.count_saturation(StaticInt8(base, store).proto(frozenset()), store[0])
         assert {layer.layer for layer in layers} == {"spread", "even", "filter"}
         counts[half] = sum(layer.saturated for layer in layers)

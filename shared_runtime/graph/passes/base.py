@@ -16,7 +16,8 @@ import onnx
 import onnxruntime as ort
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import ROUNDS_WEIGHTS
+from shared_runtime.graph.check import EXACT_BYTES, ROUNDS_WEIGHTS, computes_on_bytes, read_graph, session_source
+from shared_runtime.host import host
 from shared_runtime.numeric import relative_difference
 from shared_runtime.signature import Tensors
 
@@ -125,17 +126,22 @@ def evaluator(model: onnx.ModelProto) -> Callable[[list[str], Tensors], list[Any
 
 
 def plain_session(model: onnx.ModelProto | Path, *, optimised: bool = False) -> ort.InferenceSession:
-    """ONNX Runtime on the CPU, without its optimisations unless `optimised`, and without the one that changes what is computed.
+    """ONNX Runtime on the CPU, without its optimisations unless `optimised` (or it would saturate on this processor), and without the
+    one that changes what is computed.
 
     Raises UnsupportedModelError.
     """
     options = ort.SessionOptions()
+    if host().saturates:
+        options.add_session_config_entry(EXACT_BYTES, "1")
+        optimised = optimised or computes_on_bytes(read_graph(model) if isinstance(model, Path) else model)
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=[ROUNDS_WEIGHTS])
+        return ort.InferenceSession(
+            session_source(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=[ROUNDS_WEIGHTS]
+        )
     except Exception as error:
         raise UnsupportedModelError(" ".join(str(error).split())[:400]) from error
 
