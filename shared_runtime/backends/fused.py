@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from shared_runtime.backends.base import Availability, Executable, refuse_foreign, refuse_unknown_mode, zero_rows
+from shared_runtime.backends.cores import Cores
 from shared_runtime.backends.streams import StreamedExecutable, difference_of_rows
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.check import read_whole
@@ -45,7 +45,8 @@ class FusedExecutable:
         self._by_rows: bool | None = None if has_rows else False  # not known yet, or whether rows may be parted
         self._programs: dict[tuple[Any, ...], tuple[Any, dict[str, tuple[int, ...]]]] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads - 1, "fused") if threads > 1 else None
+        self._cores = Cores(threads)
+        self._pool = self._cores.pool(threads - 1, "fused") if threads > 1 else None
 
     def run(self, inputs: Tensors) -> Tensors:
         arrays = [inputs[name] for name in self._inputs]
@@ -60,6 +61,10 @@ class FusedExecutable:
         """The outputs of several requests; this thread runs the first."""
         if self._pool is None:
             return [self.run(part) for part in parts]
+        return self._cores.run(lambda: self._side_by_side(parts))
+
+    def _side_by_side(self, parts: Sequence[Tensors]) -> list[Tensors]:
+        assert self._pool is not None
         others = [self._pool.submit(self.run, part) for part in parts[1:]]
         return [self.run(parts[0]), *(other.result() for other in others)]
 

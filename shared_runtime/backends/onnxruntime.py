@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from shared_runtime.backends.base import Availability, precision_of, refuse_foreign, refuse_unknown_mode, zero_rows
+from shared_runtime.backends.cores import Cores
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.check import EXACT_BYTES, ROUNDS_WEIGHTS, float_between_quantized, session_source
 from shared_runtime.host import host
@@ -78,11 +79,19 @@ class OnnxRuntimeExecutable:
     """One inference session; ONNX Runtime lets several threads run it at once."""
 
     def __init__(
-        self, session: ort.InferenceSession, graph: Path, device: str, precision: str, fixed: Fixed | None = None, *, lean: bool = False
+        self,
+        session: ort.InferenceSession,
+        graph: Path,
+        device: str,
+        precision: str,
+        fixed: Fixed | None = None,
+        *,
+        lean: bool = False,
+        cores: Cores | None = None,
     ) -> None:
-        """`fixed`: opens the graph once more with named dimensions of one size."""
+        """`fixed`: opens the graph once more with named dimensions of one size. `cores`: those of the session's threads."""
         self._session, self._graph, self.device, self.precision, self._fixed = session, graph, device, precision, fixed
-        self._lean = lean
+        self._lean, self._cores = lean, cores
         self._outputs = [output.name for output in session.get_outputs()]
         self._run = session._sess.run if device == "cpu" else None
         self._bound: list[_Bound] = []
@@ -116,6 +125,9 @@ class OnnxRuntimeExecutable:
         return session
 
     def run(self, inputs: Tensors) -> Tensors:
+        return self._run_here(inputs) if self._cores is None else self._cores.run(lambda: self._run_here(inputs))
+
+    def _run_here(self, inputs: Tensors) -> Tensors:
         for bound in self._bound:
             if bound.fits(inputs) and (found := bound.run(inputs)) is not None:
                 return found
@@ -196,14 +208,16 @@ class OnnxRuntimeBackend:
 def compile_file(name: str, graph: Path, device: str, threads: int, precision: str, mode: str = "") -> OnnxRuntimeExecutable:
     """An ONNX file made ready. Raises UnsupportedModelError, BackendUnavailableError."""
 
+    cores = Cores(threads) if device == "cpu" and threads > 1 and mode != SPINNING else None
+
     def fixed(sizes: Mapping[str, int]) -> ort.InferenceSession:
-        return _session(name, graph, _options(threads, mode, sizes), device, mode)
+        return _session(name, graph, _options(threads, mode, sizes, cores), device, mode)
 
-    session = _session(name, graph, _options(threads, mode), device, mode)
-    return OnnxRuntimeExecutable(session, graph, device, precision, fixed, lean=mode == LEAN)
+    session = _session(name, graph, _options(threads, mode, cores=cores), device, mode)
+    return OnnxRuntimeExecutable(session, graph, device, precision, fixed, lean=mode == LEAN, cores=cores)
 
 
-def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = None) -> ort.SessionOptions:
+def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = None, cores: Cores | None = None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
@@ -212,6 +226,8 @@ def _options(threads: int, mode: str = "", sizes: Mapping[str, int] | None = Non
     options.log_severity_level = 4
     if threads > 1 and mode != SPINNING:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if cores is not None and cores.workers:
+        options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(core + 1) for core in cores.workers))
     if host().saturates:
         options.add_session_config_entry(EXACT_BYTES, "1")
     return options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 
 from shared_runtime.backends.base import Availability, refuse_foreign, refuse_unknown_mode
+from shared_runtime.backends.cores import Cores
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.passes.trees import TreeRegressor
 from shared_runtime.kernels.trees.ensemble import Ensemble, read_ensemble
@@ -45,7 +45,8 @@ class TreesExecutable:
             ensemble.post,
             ensemble.scale,
         )
-        self._pool = ThreadPoolExecutor(threads - 1, "trees") if threads > 1 else None
+        self._cores = Cores(threads)
+        self._pool = self._cores.pool(threads - 1, "trees") if threads > 1 else None
 
     def run(self, inputs: Tensors) -> Tensors:
         x = inputs[self._source]
@@ -53,7 +54,7 @@ class TreesExecutable:
         if self._pool is None or len(x) < 2 * SHARE_ROWS:
             self._walk(self._ensemble, x, out)
         else:
-            self._shared(x, out)
+            self._cores.run(lambda: self._shared(x, out))
         if self._classes is None:
             return {self._output: out}
         return {self._output: out, self._label: self._classes[out.argmax(axis=1)]}
