@@ -82,6 +82,8 @@ def _static(model: Model, data: SampleStore) -> Iterator[Form]:
 
     for method in ("minmax", "percentile"):
         yield StaticInt8(model, data, method)
+    if host().saturates:  # weights of half the range lose too much; of the whole range they take kernels that are exact and slower
+        yield StaticInt8(model, data, half=False)
 
 
 def _cuda(model: Model) -> list[FormMaker]:

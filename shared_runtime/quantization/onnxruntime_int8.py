@@ -93,10 +93,13 @@ class _OnnxForm:
 class StaticInt8(_OnnxForm):
     """Weights and activations in INT8 with ranges from the calibration set, a channel at a time."""
 
-    def __init__(self, model: Model, calibration: SampleStore, method: str = "minmax", operators: bool = False) -> None:
+    def __init__(
+        self, model: Model, calibration: SampleStore, method: str = "minmax", operators: bool = False, half: bool | None = None
+    ) -> None:
+        """`half`: weights take half of their range, by default where the processor saturates on all of it."""
         name = "int8-onnxruntime-operators" if operators else "int8-onnxruntime"
         super().__init__(model, VariantFacts(name, "int8", "onnxruntime", "cpu", "model.onnx"))
-        self._operators, self._half = operators, host().saturates
+        self._operators, self._half = operators, host().saturates if half is None else half
         self.passes = (f"onnxruntime {'operator' if operators else 'QDQ'} {method}", *(("half range weights",) if self._half else ()))
         self._prepared = _prepared(model, Path(self._work.name))
         _unshare(self._prepared, BIASED_KINDS)
