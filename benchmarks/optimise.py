@@ -387,6 +387,7 @@ def report_lines(load: Callable[[str], Any], where: Callable[[dict[str, Any]], s
     lines: list[str] = []
     for file, title in (
         ("optimise", "The optimiser on a CPU"),
+        ("optimise_avx2", "The optimiser on a CPU with AVX2 alone"),
         ("optimise_amx", "The optimiser on a CPU with AMX"),
         ("optimise_gpu", "The optimiser on a GPU"),
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -38,10 +38,10 @@ class Cores:
         before = os.sched_getaffinity(0)
         try:
             if self._cores[0] in before:
-                os.sched_setaffinity(0, self._cores[:1])
+                _place(self._cores[:1])
             return call()
         finally:
-            os.sched_setaffinity(0, before)
+            _place(before)
             self._taken.release()
 
     def pool(self, threads: int, name: str) -> ThreadPoolExecutor:
@@ -49,7 +49,15 @@ class Cores:
         if not self.workers:
             return ThreadPoolExecutor(threads, name)
         places = itertools.count()
-        return ThreadPoolExecutor(threads, name, lambda: os.sched_setaffinity(0, {self.workers[next(places) % len(self.workers)]}))
+        return ThreadPoolExecutor(threads, name, lambda: _place({self.workers[next(places) % len(self.workers)]}))
+
+
+def _place(cores: Iterable[int]) -> None:
+    """Hold the thread that asks on `cores`, unless they were taken from the process meanwhile."""
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError:
+        return
 
 
 def _usable() -> tuple[int, ...]:

@@ -10,12 +10,11 @@ import numpy as np
 import onnx
 
 from shared_runtime.errors import UnsupportedModelError
-from shared_runtime.graph.check import IR, OLDEST, check_graph, opset, read_whole
+from shared_runtime.graph.check import IR, LARGEST, OLDEST, check_graph, opset, read_whole
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.importers.base import Imported, tensors
 from shared_runtime.signature import Tensors
 
-LARGEST = 2**31 - 1
 UPGRADED = 18
 """What operators older than OLDEST are converted to."""
 

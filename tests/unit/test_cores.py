@@ -89,3 +89,12 @@ def test_engines_give_the_caller_its_cores_back(name: str) -> None:
         np.testing.assert_allclose(executable.run(x)["logit"], alone.run(x)["logit"], atol=1e-4)
     assert usable() == before
     executable.close()
+
+
+def test_cores_that_were_taken_from_the_process_end_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    cores = Cores(len(usable()))
+    monkeypatch.setattr(os, "sched_setaffinity", gone)
+    assert cores.run(lambda: 7) == 7
