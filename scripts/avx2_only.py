@@ -37,7 +37,8 @@ def main(command: list[str]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         copies = dict(pair for pair in pool.map(lambda path: patched(path, folder), askers()) if pair is not None)
     mounts = [f"mount --bind '{copy}' '{path}'" for path, copy in {**copies, Path("/proc/cpuinfo"): facts}.items()]
-    environment = f"export LD_PRELOAD='{shim}' GLIBC_TUNABLES={GLIBC}"
+    # torch would give what it compiled for one instruction set to processes of the other
+    environment = f"export LD_PRELOAD='{shim}' GLIBC_TUNABLES={GLIBC} TORCHINDUCTOR_CACHE_DIR='{folder}/inductor'"
     script = "\n".join(["set -e", *mounts, environment, 'exec "$@"'])
     os.execvp("unshare", ["unshare", "--mount", "bash", "-c", script, "avx2_only", *command])
 
