@@ -25,7 +25,7 @@ GLIBC = "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX512CD,-AVX512DQ"
 
 
 def main(command: list[str]) -> None:
-    """Prepare the copies that are missing or old, then become the command."""
+    """Prepare the copies that are missing, then become the command."""
     if not command:
         sys.exit(__doc__)
     folder = Path(os.environ.get("TRISCOPE_AVX2") or Path.home() / ".cache" / "triscope-avx2")
@@ -54,8 +54,9 @@ def askers() -> list[Path]:
 
 def patched(path: Path, folder: Path) -> tuple[Path, Path] | None:
     """The path and its copy in which each `cpuid` is an invalid instruction; None where the bytes are no such instruction."""
-    copy = folder / str(path).replace("/", "%")
-    if copy.exists() and copy.stat().st_mtime > path.stat().st_mtime:
+    facts = path.stat()
+    copy = folder / f"{str(path).replace('/', '%')}%{facts.st_size}%{facts.st_mtime_ns}"
+    if copy.exists():
         return (path, copy) if copy.stat().st_size else None
     places = instructions(path)
     content = bytearray(path.read_bytes()) if places else bytearray()
@@ -63,8 +64,10 @@ def patched(path: Path, folder: Path) -> tuple[Path, Path] | None:
         if content[place : place + 2] != CPUID:
             sys.exit(f"{path}: expected cpuid at byte {place}, found {content[place : place + 2].hex()}")
         content[place : place + 2] = TRAP
-    copy.write_bytes(content)
-    copy.chmod(path.stat().st_mode)
+    half = copy.with_name(f"{copy.name}.half")
+    half.write_bytes(content)
+    half.chmod(facts.st_mode)
+    half.replace(copy)
     return (path, copy) if places else None
 
 
