@@ -5,7 +5,7 @@
 
 Every library of the environment that asks the processor (`cpuid`) is copied, the copy made to ask `avx2_only.c` instead, and mounted
 over the original for this command alone; so is /proc/cpuinfo. What is measured is the speed of AVX2 code on this processor. Needs root,
-gcc, objdump and readelf; the copies (1 GB) are kept in the folder that TRISCOPE_AVX2 names (default: ~/.cache/triscope-avx2).
+gcc, objdump and readelf; the copies (1 GB) are kept in the folder that AVX2_ONLY_DIR names (default: ~/.cache/triscope-avx2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(command: list[str]) -> None:
     """Prepare the copies that are missing, then become the command."""
     if not command:
         sys.exit(__doc__)
-    folder = Path(os.environ.get("TRISCOPE_AVX2") or Path.home() / ".cache" / "triscope-avx2")
+    folder = Path(os.environ.get("AVX2_ONLY_DIR") or Path.home() / ".cache" / "triscope-avx2")
     folder.mkdir(parents=True, exist_ok=True)
     shim = folder / "avx2_only.so"
     subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(shim), str(HERE / "avx2_only.c")], check=True)
