@@ -86,27 +86,38 @@ def computes_on_bytes(proto: onnx.ModelProto) -> bool:
 
 
 def session_source(model: Path | onnx.ModelProto) -> str | bytes:
-    """What ONNX Runtime opens: the file, or the graph's bytes. On a processor that saturates, integers with a scale for each channel get
-    the zero points that they may leave out: EXACT_BYTES would add one for all of a Gemm's, which its DequantizeLinear then refuses."""
-    if not host().saturates or (isinstance(model, Path) and not _mentions_dequantize(model)):
-        return str(model) if isinstance(model, Path) else model.SerializeToString()
+    """What ONNX Runtime opens: the file, or the graph's bytes; on a processor that saturates, with zero points (`_with_zero_points`)."""
+    completed = _with_zero_points(model) if host().saturates else None
+    if completed is not None:
+        return completed.SerializeToString()
+    return str(model) if isinstance(model, Path) else model.SerializeToString()
+
+
+def _with_zero_points(model: Path | onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy in which integers with a scale for each channel have the zero points that they may leave out, None where none is left out.
+
+    EXACT_BYTES would add a single one to those of a Gemm, which its DequantizeLinear then refuses.
+    """
+    if isinstance(model, Path) and not _mentions_dequantize(model):
+        return None
     proto = read_whole(model) if isinstance(model, Path) else model
     shapes = {item.name: tuple(item.dims) for item in proto.graph.initializer}
     signed = {item.name for item in proto.graph.initializer if item.data_type == onnx.TensorProto.INT8}
     bare = [
-        n for n in proto.graph.node if n.op_type == DEQUANTIZE and len(n.input) == 2 and n.input[0] in signed and shapes.get(n.input[1])
+        place
+        for place, node in enumerate(proto.graph.node)
+        if node.op_type == DEQUANTIZE and len(node.input) == 2 and node.input[0] in signed and shapes.get(node.input[1])
     ]
     if not bare or proto.ByteSize() > LARGEST:
-        return str(model) if isinstance(model, Path) else model.SerializeToString()
-    if proto is model:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model)
-        names = {node.output[0] for node in bare}
-        bare = [node for node in proto.graph.node if node.output and node.output[0] in names]
-    for node in bare:
-        node.input.append(f"{node.output[0]}_zero_point")
-        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(shapes[node.input[1]], np.int8), node.input[2]))
-    return proto.SerializeToString()
+        return None
+    completed = onnx.ModelProto()
+    completed.CopyFrom(proto)
+    for place in bare:
+        node = completed.graph.node[place]
+        zeros = numpy_helper.from_array(np.zeros(shapes[node.input[1]], np.int8), f"{node.output[0]}_zero_point")
+        completed.graph.initializer.append(zeros)
+        node.input.append(zeros.name)
+    return completed
 
 
 def _mentions_dequantize(path: Path) -> bool:

@@ -8,16 +8,18 @@ import numpy as np
 import onnx
 import pytest
 from msgspec.structs import replace
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
 from shared_runtime.backends.onnxruntime import _options as onnxruntime_options
 from shared_runtime.backends.openvino import compile_graph, fills_bytes, read_network
-from shared_runtime.graph.check import EXACT_BYTES
+from shared_runtime.graph.check import EXACT_BYTES, session_source
 from shared_runtime.host import host
 from shared_runtime.model import ModelRepository
+from shared_runtime.quantization.catalogue import PRECISIONS, forms_for
+from shared_runtime.quantization.samples import read_calibration
 from tests.networks import save
 
 WIDTH, ROWS = 64, 8
@@ -113,6 +115,43 @@ def test_engines_are_told_of_a_processor_that_saturates(
     assert onnxruntime_options(1).get_session_config_entry(EXACT_BYTES) == "1"
     compiled = compile_graph("product", quantized("bytes", tmp_path, top), ["y"], 1, "float32", "int8")
     assert compiled._properties.get("LP_TRANSFORMS_MODE") == level
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_zero_points_that_a_gemm_leaves_out_are_given_where_bytes_saturate(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = quantized("Gemm", tmp_path)
+    source = onnx.load(path) if whole else path
+    old, new = replace(host(), vector=("avx2",)), replace(host(), vector=("avx2", "avx_vnni"))
+    monkeypatch.setattr("shared_runtime.graph.check.host", lambda: new)
+    assert session_source(source) == (onnx.load(path).SerializeToString() if whole else str(path))
+    monkeypatch.setattr("shared_runtime.graph.check.host", lambda: old)
+    given = onnx.load_from_string(session_source(source))
+    onnx.checker.check_model(given)
+    assert all(len(node.input) == 3 for node in given.graph.node if node.op_type == "DequantizeLinear")
+    assert onnx.load(path) == (source if whole else onnx.load(path)), "the graph that was given stays as it is"
+    x = np.random.default_rng(1).uniform(0.5, 1, (ROWS, WIDTH)).astype(np.float32)
+    expected, found = (ReferenceEvaluator(proto).run(None, {"x": x})[0] for proto in (onnx.load(path), given))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_of_the_whole_range_are_tried_last_where_bytes_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(host(), vector=("avx2",))
+    for module in ("catalogue", "onnxruntime_int8"):
+        monkeypatch.setattr(f"shared_runtime.quantization.{module}.host", lambda: old)
+    weight = {"w": np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")]
+    model = rt.load(save(tmp_path / "float.onnx", nodes, weight, {"x": ["batch", WIDTH]}, {"y": ["batch", WIDTH]}))
+    data = read_calibration([model.signature.random(1, seed) for seed in range(8)], model.signature, "float")
+    maker = next(maker for maker in forms_for(model, "cpu", PRECISIONS) if maker.name == "int8-onnxruntime")
+    reach = []
+    for form in maker.make(data):
+        constants = [numpy_helper.to_array(item) for item in form.proto(frozenset()).graph.initializer]
+        reach.append(max(int(np.abs(values.astype(int)).max()) for values in constants if values.dtype == np.int8))
+    assert len(reach) == 3
+    assert max(reach[:-1]) <= 64
+    assert reach[-1] == 127
 
 
 @pytest.mark.parametrize("form", FORMS)
