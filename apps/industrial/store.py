@@ -31,6 +31,7 @@ verdicts = sa.Table(
     sa.Column("trace_id", sa.String(32), nullable=False),
 )
 GOOD, DEFECT = "good", "defect"
+UNDECIDED = (verdicts.c.verdict != "pass") & (verdicts.c.judged == "")
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -45,7 +46,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Parts of a recipe (and lot) by verdict."""
+    """Parts of a recipe (and lot): by what the operator said of them, otherwise by their verdict."""
 
     passed: int = 0
     review: int = 0
@@ -104,8 +105,12 @@ class IndustrialStore:
 
     def to_review(self, limit: int = 50) -> list[Part]:
         """Parts that wait for the operator, oldest first: reviews, and fails that no one confirmed."""
-        waiting = (verdicts.c.verdict != "pass") & (verdicts.c.judged == "")
-        return self._parts(sa.select(verdicts).where(waiting).order_by(verdicts.c.verdict.desc(), verdicts.c.sequence).limit(limit))
+        return self._parts(sa.select(verdicts).where(UNDECIDED).order_by(verdicts.c.verdict.desc(), verdicts.c.sequence).limit(limit))
+
+    def undecided(self) -> int:
+        """How many parts wait for the operator."""
+        with self._engine.connect() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).where(UNDECIDED)).scalar_one())
 
     def judged(self, recipe: str) -> list[Part]:
         """The parts of a recipe that the operator decided on."""
@@ -137,8 +142,10 @@ class IndustrialStore:
             write_audit(connection, actor[:200], action, subject, **detail)
 
     def counts(self, recipe: str | None = None, lot: str | None = None) -> Counts:
-        """How many parts passed, wait for a look, failed."""
-        query = sa.select(verdicts.c.verdict, sa.func.count()).group_by(verdicts.c.verdict)
+        """How many parts passed, wait for a look, failed; the operator's word counts before the inspector's."""
+        said = {GOOD: "pass", DEFECT: "fail"}
+        outcome = sa.case(said, value=verdicts.c.judged, else_=verdicts.c.verdict).label("outcome")
+        query = sa.select(outcome, sa.func.count()).group_by("outcome")
         if recipe is not None:
             query = query.where(verdicts.c.recipe == recipe)
         if lot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from apps.common.ui.server import page_server
 from apps.common.workers import reporting
 from apps.industrial.acquisition.generated import GeneratedSource
 from apps.industrial.bootstrap import open_industrial
+from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import png
 from apps.industrial.service import IndustrialService
 from apps.industrial.synthesis.defects import add_defect
 from apps.industrial.synthesis.textures import good_part
+from apps.industrial.ui.job import Teaching, TeachingJobs
 from apps.industrial.worker import REPORTS, run_worker
 from pipelines import Log
 from tests.e2e.test_pages import SCREENSHOTS, browser, rows, until
@@ -128,19 +131,74 @@ def test_the_station_in_a_real_browser(line: tuple[IndustrialService, Log], sett
         page.mouse.wheel(0, -3000)
         page.wait_for_timeout(500)
         page.screenshot(path=SCREENSHOTS / "industrial.png", full_page=True)
+        assert page.get_by_role("tab", name="Chosen part").get_attribute("aria-selected") == "true", "a chosen row is shown"
         page.get_by_role("tab", name="Control charts").click()
         page.locator("canvas, svg.marks").first.wait_for(timeout=30_000)
         page.get_by_role("tab", name="Teach").click()
+        page.locator('[data-test-script-state="notRunning"]').first.wait_for()  # the page takes no files while it draws the tab
+        page.wait_for_timeout(500)
         page.get_by_label("Name of the recipe").fill("wooden")
         files = good_files(tmp_path / "wood", 10, "wood")
         page.locator('input[type="file"]').first.set_input_files([str(path) for path in files])
         page.get_by_text("009.png").or_(page.get_by_text("000.png")).first.wait_for(timeout=30_000)
         page.get_by_role("button", name="Teach", exact=True).click()
+        page.get_by_text("Recipe wooden:").wait_for(timeout=30_000)
+        third = defective(service, log, 4)
+        until(page, lambda: rows(page)[0] == third)  # the line goes on while a recipe is taught
         page.get_by_text("Recipe wooden: 10 good parts").wait_for(timeout=120_000)
         page.get_by_text("only 10 good parts").first.wait_for()
         assert service.recipes.facts("wooden").good == 10
     assert [e for e in errors if "404" not in e] == []
     assert [url for url in requests if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))] == []
+
+
+def test_a_station_that_died_leaves_no_verdict_on_the_lamp(line: tuple[IndustrialService, Log], monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamlit.testing.v1 import AppTest
+
+    from apps.industrial.ui import page as module
+
+    service, log = line
+
+    def lamp() -> str:
+        module.waiting.clear()
+        app.run()
+        assert not app.exception
+        return next(m.value for m in app.markdown if 'aria-label="verdict"' in m.value)
+
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.2)
+    app = AppTest.from_function(script, default_timeout=90)
+    lamp()
+    time.sleep(0.3)
+    assert "NO VERDICT" not in lamp(), "nothing waits: the last part is what lies there"
+    service.submit(png(good_part("brushed", np.random.default_rng(5))), RECIPE, "station-1", "P-5", "2026-47")
+    assert "NO VERDICT" not in lamp(), "it has just come"
+    time.sleep(0.3)
+    assert "NO VERDICT" in lamp()
+    assert any("1 frames wait" in error.value for error in app.error)
+    run_worker(service, log, threading.Event(), until_idle=True)
+    assert "NO VERDICT" not in lamp()
+
+
+def test_one_teaching_at_a_time_and_what_went_wrong_is_said(tmp_path: Path) -> None:
+    jobs, go = TeachingJobs(), threading.Event()
+
+    def fails(folder: Path, report: Any) -> Any:
+        report("learning", 0.5)
+        assert go.wait(30)
+        raise InputError("no image can be read")
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    jobs.start(Teaching("plate"), tmp_path / "a", fails)
+    with pytest.raises(InputError, match="'plate' is being taught"):
+        jobs.start(Teaching("cup"), tmp_path / "b", fails)
+    assert not (tmp_path / "b").exists(), "its pictures are removed"
+    go.set()
+    deadline = time.monotonic() + 30
+    while jobs.latest is None or jobs.latest.running or (tmp_path / "a").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (jobs.latest.error, jobs.latest.step, jobs.latest.share) == ("no image can be read", "learning", 0.5)
 
 
 def test_the_start_page_shows_workers_and_models(

@@ -92,11 +92,17 @@ def test_the_industrial_store(url: str, settings: Settings) -> None:
     waiting = [part.verdict.frame_id for part in service.store.to_review()]
     assert sorted(waiting) == ["f0", "f10", "f20", "f30", "f40", "f50"]
     service.judge(waiting[0], "good", "operator", "dust")
-    assert len(service.store.to_review()) == 5
-    assert [part.note for part in service.store.judged("plate")] == ["dust"]
+    assert (len(service.store.to_review(3)), service.store.undecided()) == (3, 5)
+    service.judge("f1", "defect", "operator", "a scratch that was missed")
+    counts = service.store.counts("plate")
+    assert (counts.passed, counts.review, counts.failed) == (54, 2, 4), "the operator's word counts"
+    assert [part.note for part in service.store.judged("plate")] == ["dust", "a scratch that was missed"]
     assert len(p_chart([v != "pass" for _, v, _ in service.store.series("plate")]).values) >= 2
     with service.store._engine.connect() as connection:
-        assert connection.execute(sa.text("SELECT action, subject FROM audit")).all() == [("industrial.judge", waiting[0])]
+        assert connection.execute(sa.text("SELECT action, subject FROM audit")).all() == [
+            ("industrial.judge", "f0"),
+            ("industrial.judge", "f1"),
+        ]
     service.store._engine.dispose()
     service.close()
     log.close()

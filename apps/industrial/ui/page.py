@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import html
-import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +15,16 @@ from apps.common.errors import BlobError
 from apps.common.settings import load_settings
 from apps.common.ui.worklist import Row, worklist
 from apps.industrial.bootstrap import open_industrial
-from apps.industrial.errors import IndustrialError
+from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.learning import Report
 from apps.industrial.messages import FRAMES
 from apps.industrial.service import IndustrialService
 from apps.industrial.spc import p_chart, score_chart
 from apps.industrial.store import DEFECT, GOOD, Part
+from apps.industrial.teaching import Taught, advice
 from apps.industrial.ui.charts import control_chart
+from apps.industrial.ui.job import Teaching, TeachingJobs, new_folder
 from apps.industrial.worker import GROUP
 from pipelines import Log, PipelineError
 
@@ -31,12 +34,21 @@ TONES = {"pass": "good", "review": "warn", "fail": "bad"}
 GROUP_SIZE = 25
 LARGE = 520
 """Pixels of the large picture."""
+SILENT_SECONDS = 5.0
+"""While frames wait and none was judged for so long, the lamp shows no verdict."""
+QUEUE, CHOSEN, CHARTS, TEACH = TABS = ("Review queue", "Chosen part", "Control charts", "Teach")
 
 
 @st.cache_resource
 def industrial() -> tuple[IndustrialService, Log]:
     """The service and its log, opened once a server."""
     return open_industrial(load_settings().settings)
+
+
+@st.cache_resource
+def jobs() -> TeachingJobs:
+    """The teachings of this server."""
+    return TeachingJobs()
 
 
 @st.cache_data(ttl=3.0, show_spinner=False)
@@ -61,14 +73,26 @@ def row(part: Part) -> Row:
     return Row(v.frame_id, (*cells, part.judged or "-", v.reasons[0] if v.reasons else "-"), TONES[v.verdict])
 
 
-def lamp(part: Part) -> None:
-    """PASS, REVIEW or FAIL, to be read from three metres."""
+def silent(newest: str, behind: int | None) -> float:
+    """Seconds since this page saw a new verdict, of whatever recipe, while frames wait or the log does not answer; otherwise 0."""
+    state, now = st.session_state, time.monotonic()
+    if behind == 0 or state.get("industrial_newest", ("",))[0] != newest:
+        state["industrial_newest"] = (newest, now)
+    return now - float(state["industrial_newest"][1])
+
+
+def lamp(part: Part, silence: float, behind: int | None) -> None:
+    """PASS, REVIEW or FAIL, to be read from three metres; grey while the station does not judge what waits."""
     v = part.verdict
+    word, colour = (v.verdict.upper(), COLOURS[v.verdict]) if silence < SILENT_SECONDS else ("NO VERDICT", "#6b7280")
     st.markdown(
-        f'<div role="status" aria-label="verdict" style="background:{COLOURS[v.verdict]};color:white;border-radius:12px;padding:18px;'
-        f'text-align:center;font-size:84px;font-weight:800;line-height:1.1">{v.verdict.upper()}</div>',
+        f'<div role="status" aria-label="verdict" style="background:{colour};color:white;border-radius:12px;padding:18px;'
+        f'text-align:center;font-size:84px;font-weight:800;line-height:1.1">{word}</div>',
         unsafe_allow_html=True,
     )
+    if silence >= SILENT_SECONDS:
+        what = "The log does not answer" if behind is None else f"{behind} frames wait"
+        st.error(f"{what}, and none was judged for {silence:.0f} s. Is `triscope industrial station` running? The last part it judged:")
     st.markdown(f"**Part {html.escape(v.serial or v.frame_id[:8])}** · score {v.score:.2f} · {v.ms:.0f} ms")
     for reason in v.reasons:
         st.caption(reason)
@@ -87,12 +111,14 @@ def live(recipe: str) -> None:
         )
         return
     newest, behind = parts[0], waiting()
+    last = service.store.latest(1)[0].verdict
+    silence = silent(last.frame_id, behind)
     counts = service.store.counts(recipe, newest.verdict.lot or None)
     left, right = st.columns([2, 3])
     with left:
         show(newest)
     with right:
-        lamp(newest)
+        lamp(newest, silence, behind)
         figures = {
             "parts": str(counts.total),
             "yield": f"{counts.passed / counts.total:.1%}" if counts.total else "-",
@@ -103,6 +129,8 @@ def live(recipe: str) -> None:
         for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
             column.metric(label, value)
         st.caption(f"lot {newest.verdict.lot}" if newest.verdict.lot else "all parts of this recipe")
+        if last.recipe != recipe:
+            st.warning(f"The newest part on the line is of recipe {last.recipe}.")
     for row_of_parts in (parts[:10], parts[10:]):
         for column, part in zip(st.columns(10), row_of_parts, strict=False):
             with column:
@@ -110,6 +138,7 @@ def live(recipe: str) -> None:
     chosen = worklist(COLUMNS, [row(part) for part in parts], key="industrial_worklist")
     if chosen and chosen != st.session_state.get("industrial_part"):
         st.session_state["industrial_part"] = chosen
+        st.session_state["industrial_tab"] = CHOSEN
         st.rerun()
 
 
@@ -139,14 +168,21 @@ def decision(part: Part, key: str) -> None:
             st.rerun()
 
 
+@st.fragment(run_every=2.0)
 def review() -> None:
-    """Parts that wait for a person."""
-    queue = industrial()[0].store.to_review()
+    """Parts that wait for a person. The part that is shown stays until it is decided, whatever joins the queue."""
+    store = industrial()[0].store
+    queue = store.to_review()
     if not queue:
         st.info("Nothing waits for a look.")
         return
-    st.caption(f"{len(queue)} parts wait. What you decide joins the recipe's next teaching (`triscope industrial teach --from-line`).")
-    decision(queue[0], "queue")
+    shown = next((part for part in queue if part.verdict.frame_id == st.session_state.get("industrial_queue")), queue[0])
+    st.session_state["industrial_queue"] = shown.verdict.frame_id
+    st.caption(
+        f"{store.undecided()} parts wait. What you decide joins the recipe's next teaching (`triscope industrial teach --from-line`)."
+    )
+    st.markdown(f"Part **{html.escape(shown.verdict.serial or shown.verdict.frame_id[:8])}** · recipe {shown.verdict.recipe}")
+    decision(shown, "queue")
 
 
 def charts(recipe: str) -> None:
@@ -174,31 +210,45 @@ def teaching(recipe: str | None) -> None:
         judged = st.checkbox("Add the parts that were judged on this page", value=True)
         if not st.form_submit_button("Teach", type="primary"):
             return
-    with tempfile.TemporaryDirectory() as place, st.status("Learning what good parts look like ...") as status:
-        folder = Path(place)
-        samples, defects = _saved(good or [], folder, GOOD), _saved(bad or [], folder, DEFECT)
-        try:
-            if judged and name in service.recipes.names():
-                more_good, more_bad = service.learned_from_line(name, folder)
-                samples, defects = samples + more_good, defects + more_bad
-            actor = getpass.getuser()
-            taught = service.teach(
-                name, samples, defects, actor=actor, report=lambda step, share: status.update(label=f"{step} {share:.0%}")
-            )
-        except IndustrialError as error:
-            status.update(label="The recipe was not taught", state="error")
-            st.error(str(error))
-            return
-    facts = taught.recipe.facts
+    folder = new_folder()
+    samples, defects = _saved(good or [], folder, GOOD), _saved(bad or [], folder, DEFECT)
+    actor = getpass.getuser()
+
+    def work(folder: Path, report: Report) -> Taught:
+        more_good, more_bad = service.learned_from_line(name, folder) if judged and name in service.recipes.names() else ([], [])
+        return service.teach(name, samples + more_good, defects + more_bad, actor=actor, report=report)
+
+    names = {sample.path.name: file.name for sample, file in zip(samples + defects, [*(good or []), *(bad or [])], strict=True)}
+    try:
+        jobs().start(Teaching(name, names), folder, work)
+    except InputError as error:
+        st.error(str(error))
+
+
+@st.fragment(run_every=1.0)
+def taught() -> None:
+    """How far the teaching is, and what came of it."""
+    job = jobs().latest
+    if job is None:
+        return
+    if job.running:
+        st.progress(job.share, f"Recipe {job.recipe}: {job.step} {job.share:.0%}. The page stays live; you may leave it.")
+        return
+    if job.taught is None:
+        st.error(f"Recipe {job.recipe} was not taught: {job.error}")
+        return
+    facts = job.taught.recipe.facts
     expected = f"{100 * facts.calibration.fail.expected:.1f} % of good parts are expected to fail"
-    st.success(f"Recipe {name}: {facts.good} good parts, {facts.defects} defects; {expected}. {service.advice(name)}.")
-    names = {f"{GOOD}-{number:05d}.img": file.name for number, file in enumerate(good or [])}
-    for outlier in taught.outliers:
-        st.warning(f"stands apart: {names.get(outlier, outlier)}")
-    for left_out, why in taught.skipped:
-        st.warning(f"left out: {names.get(left_out, left_out)}: {why}")
+    st.success(f"Recipe {job.recipe}: {facts.good} good parts, {facts.defects} defects; {expected}. {advice(facts.good, facts.defects)}.")
+    for outlier in job.taught.outliers:
+        st.warning(f"stands apart: {job.names.get(outlier, outlier)}")
+    for left_out, why in job.taught.skipped:
+        st.warning(f"left out: {job.names.get(left_out, left_out)}: {why}")
     for warning in facts.warnings:
         st.warning(warning)
+    if st.session_state.get("industrial_taught") is not job:  # once: the list of recipes has a new one
+        st.session_state["industrial_taught"] = job
+        st.rerun()
 
 
 def _saved(files: Sequence[Any], folder: Path, kind: str) -> list[Sample]:
@@ -220,8 +270,7 @@ def page() -> None:
         live(recipe)
     else:
         st.info("No recipe yet. Teach one below from images of good parts, or with `triscope industrial teach --good DIR --recipe NAME`.")
-    titles = ["Review queue", "Chosen part", "Control charts", "Teach"]
-    queue, chosen, control, learn = st.tabs(titles)
+    queue, chosen, control, learn = st.tabs(TABS, key="industrial_tab", on_change="rerun")
     with queue:
         review()
     with chosen:
@@ -236,3 +285,4 @@ def page() -> None:
             charts(recipe)
     with learn:
         teaching(recipe if names else None)
+        taught()
