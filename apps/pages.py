@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sqlalchemy as sa
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from apps.common.database import open_database
-from apps.common.settings import load_settings
-from apps.common.ui.workers import models_of, workers_of
+from apps.common.ui.workers import database, models_of, workers_of
 from apps.common.workers import known_workers
 from apps.finance.ui.page import page as finance_page
 from apps.finance.ui.summary import summary as finance_summary
@@ -25,12 +22,6 @@ APPS = (
     ("Finance", FINANCE, finance_summary),
     ("Industrial", INDUSTRIAL, industrial_summary),
 )
-
-
-@st.cache_resource
-def database() -> sa.Engine:
-    """The database of all apps."""
-    return open_database(load_settings().settings.database_url)
 
 
 @st.fragment(run_every=2.0)

@@ -100,6 +100,9 @@ def test_an_alert_shows_why_and_takes_a_verdict(cards: tuple[FinanceService, Log
     assert [(label.transaction_id, label.fraud) for label in labels if label.source.startswith("analyst")] == [(chosen, False)]
     app.number_input[0].set_value(9).run()
     assert service.store.budget() == 9
+    service.set_budget(12, "a colleague")
+    app.run()
+    assert (service.store.budget(), app.number_input[0].value) == (12, 12), "a page that was open before undoes nothing"
     app.session_state["finance_alert"] = "nothing"
     app.run()
     assert "no transaction 'nothing'" in app.error[0].value

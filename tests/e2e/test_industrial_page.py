@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,16 +166,17 @@ def test_a_station_that_died_leaves_no_verdict_on_the_lamp(line: tuple[Industria
         assert not app.exception
         return next(m.value for m in app.markdown if 'aria-label="verdict"' in m.value)
 
-    monkeypatch.setattr(module, "SILENT_SECONDS", 0.2)
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     app = AppTest.from_function(script, default_timeout=90)
     lamp()
-    time.sleep(0.3)
+    clock[0] += 100
     assert "NO VERDICT" not in lamp(), "nothing waits: the last part is what lies there"
     service.submit(png(good_part("brushed", np.random.default_rng(5))), RECIPE, "station-1", "P-5", "2026-47")
     assert "NO VERDICT" not in lamp(), "it has just come"
-    time.sleep(0.3)
+    clock[0] += 6
     assert "NO VERDICT" in lamp()
-    assert any("1 frames wait" in error.value for error in app.error)
+    assert any("1 frames wait, and none was judged for 6 s" in error.value for error in app.error)
     run_worker(service, log, threading.Event(), until_idle=True)
     assert "NO VERDICT" not in lamp()
 

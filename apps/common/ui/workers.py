@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+import sqlalchemy as sa
 import streamlit as st
 
+from apps.common.database import open_database
+from apps.common.settings import load_settings
 from apps.common.workers import Worker
 from shared_runtime.telemetry.metrics import ModelStatistics
+
+
+@st.cache_resource
+def database() -> sa.Engine:
+    """The database of all apps."""
+    return open_database(load_settings().settings.database_url)
 
 
 def state_of(worker: Worker) -> str:

@@ -11,7 +11,7 @@ from apps.common.settings import load_settings
 from apps.common.ui.worklist import Row, worklist
 from apps.finance.bootstrap import open_finance
 from apps.finance.errors import FinanceError
-from apps.finance.features.schema import DAY, LABEL_DELAY
+from apps.finance.features.schema import CUSTOMER_SPAN, DAY, LABEL_DELAY
 from apps.finance.messages import TRANSACTIONS
 from apps.finance.service import VERDICT_REASONS, VERDICTS, FinanceService
 from apps.finance.store import NOTHING, Case
@@ -105,8 +105,9 @@ def detail(case: Case) -> None:
     st.caption(f"{when} · {decision.model} · features v{decision.feature_version} · trace {trace}")
     service, _ = finance()
     history = service.store.timeline(customer=t.customer_id, until_us=t.event_us + DAY)
-    before = sorted(c.transaction.amount_minor / 100 for c in history if c.transaction.event_us < t.event_us)
-    usual = before[len(before) // 2] if before else None
+    known = range(t.event_us - CUSTOMER_SPAN, t.event_us)
+    before = sorted(c.transaction.amount_minor / 100 for c in history if c.transaction.event_us in known)
+    usual = before[(len(before) - 1) // 2] if before else None  # as AMOUNT_TO_MEDIAN has it
     figures = {
         "probability of fraud": f"{t.score:.1%}",
         "amount": f"{t.amount_minor / 100:.2f} {t.currency}",
@@ -160,12 +161,15 @@ def budget_panel() -> None:
     """The alert budget beside the distribution of scores."""
     service, _ = finance()
     latest = service.store.latest()
+
+    def change() -> None:
+        service.set_budget(int(st.session_state["finance_budget"]), getpass.getuser())
+
     with st.expander("Alert budget and scores", expanded=False):
         left, right = st.columns([1, 3])
-        budget = left.number_input("Alerts a day", 1, 1_000_000, service.store.budget(), key="finance_budget")
+        st.session_state["finance_budget"] = service.store.budget()  # what a colleague set meanwhile is shown, not overwritten
+        left.number_input("Alerts a day", 1, 1_000_000, key="finance_budget", on_change=change)
         left.caption("The threshold follows: as many cards a day become alerts.")
-        if budget != service.store.budget():
-            service.set_budget(int(budget), getpass.getuser())
         if latest is not None:
             right.altair_chart(histogram_chart(service.store.recent_scores(), latest.threshold), width="stretch")
 

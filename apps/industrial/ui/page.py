@@ -13,7 +13,9 @@ import streamlit as st
 
 from apps.common.errors import BlobError
 from apps.common.settings import load_settings
+from apps.common.ui.workers import database, workers_of
 from apps.common.ui.worklist import Row, worklist
+from apps.common.workers import known_workers
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
@@ -131,6 +133,7 @@ def live(recipe: str) -> None:
         st.caption(f"lot {newest.verdict.lot}" if newest.verdict.lot else "all parts of this recipe")
         if last.recipe != recipe:
             st.warning(f"The newest part on the line is of recipe {last.recipe}.")
+        workers_of(GROUP, known_workers(database()))
     for row_of_parts in (parts[:10], parts[10:]):
         for column, part in zip(st.columns(10), row_of_parts, strict=False):
             with column:
