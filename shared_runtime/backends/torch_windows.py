@@ -129,7 +129,8 @@ def cut(inputs: list[Any], attributes: Attributes) -> Tensor:
         if step < 0:
             backwards.append((axis, range(*slice(start, end, step).indices(x.shape[axis]))))
         else:
-            index[axis % x.dim()] = slice(min(start, x.shape[axis]), min(end, x.shape[axis]), step)
+            size = x.shape[axis]  # exporters write the least and the largest number of 64 bits for "from the first" and "to the last"
+            index[axis % x.dim()] = slice(max(min(start, size), -size), max(min(end, size), -size), step)
     result = x[tuple(index)]
     for axis, places in backwards:
         taken = torch.arange(len(places), device=x.device) * places.step + places.start

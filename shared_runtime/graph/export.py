@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FLOATS = (1, 10, 11)
+"""onnx.TensorProto's FLOAT, FLOAT16 and DOUBLE."""
+
 
 def to_onnx(
     module: Any,
@@ -60,8 +63,47 @@ def to_onnx(
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
+    _mask_whole_rows(model.graph)
     onnx.checker.check_model(model)
     return (model, ends) if scopes else model
+
+
+def _mask_whole_rows(graph: Any) -> None:
+    """Make masks of fused attention -inf, where the exporter writes float's lowest number: torch gives zeros for a query that may look
+    at nothing (padding on the left under a causal mask), as the exporter's own test for NaN behind the softmax would, but of lowest
+    numbers a softmax makes an average over all that is masked."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def guarded(mask: Any) -> bool:
+        """Whether a mask is added to nothing but scores whose softmax is tested for NaN."""
+        sums = readers.get(mask.output[0], [])
+        behind = [node for add in sums for node in readers.get(add.output[0], [])]
+        return (
+            bool(behind)
+            and all(node.op_type == "Add" for node in sums)
+            and all(node.op_type == "Softmax" for node in behind)
+            and all(any(test.op_type == "IsNaN" for test in readers.get(node.output[0], [])) for node in behind)
+        )
+
+    for mask in [node for node in makers.values() if node.op_type == "Where"]:
+        lowest = constants.get(mask.input[2])
+        if lowest is None or lowest.dims or lowest.data_type not in FLOATS:
+            continue
+        value = numpy_helper.to_array(lowest)
+        if value == np.finfo(value.dtype).min and guarded(mask):
+            name = f"{lowest.name}_masked"
+            if name not in constants:
+                constants[name] = numpy_helper.from_array(np.array(-np.inf, value.dtype), name)
+                graph.initializer.append(constants[name])
+            mask.input[2] = name
 
 
 def _as_taken(module: Any, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:

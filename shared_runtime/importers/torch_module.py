@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import zipfile
@@ -57,6 +58,7 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     was_training = module.training
     module.eval()
     try:
+        module = _tensors_only(module, given)
         axes = _row_axes(module, given)
         tensors = {name: torch.from_numpy(value) for name, value in _two_rows(given, axes).items()}
         outputs = outputs or tuple(f"{key}_out" if key in given else key for key in _keys(_run(module, given, given)))
@@ -124,12 +126,69 @@ def _by_name(module: Any, given: Tensors) -> Any:
     return Named()
 
 
-def _keys(result: Any) -> tuple[str, ...]:
-    """What a module that returns a mapping of tensors calls its outputs."""
+def _tensors_only(module: Any, given: Tensors) -> Any:
+    """The module without what it returns beside tensors (caches of keys and values, numbers). Raises TypeError where no tensor is left."""
     import torch
 
-    named = isinstance(result, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in result.items())
-    return tuple(result) if named else ()
+    left_out: list[str] = []
+    result = _run(module, given, given)
+    kept = _tensors_of(result, left_out)
+    if _nothing(kept):
+        raise TypeError(f"it returns {', '.join(left_out) or 'nothing'}; expected tensors")
+    if left_out:
+        logger.warning("left out of what %s returns, as a graph gives tensors only: %s", type(module).__name__, ", ".join(left_out))
+    if kept is result:
+        return module
+
+    class TensorsOnly(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *values: Any) -> Any:
+            return _tensors_of(self.module(*values), [])
+
+    return TensorsOnly()
+
+
+def _tensors_of(result: Any, left_out: list[str]) -> Any:
+    """A result as it is where mappings and sequences hold nothing but tensors; otherwise without the rest, whose kinds go to
+    `left_out`, and with mappings for data classes and named tuples."""
+    import torch
+
+    if result is None or isinstance(result, torch.Tensor):
+        return result
+    parts: Mapping[Any, Any]
+    plain = type(result) in (tuple, list)
+    if dataclasses.is_dataclass(result) and not isinstance(result, (type, Mapping)):
+        parts = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    elif isinstance(result, tuple) and hasattr(result, "_asdict"):
+        parts = result._asdict()
+    elif isinstance(result, (Mapping, tuple, list)):
+        parts = result if isinstance(result, Mapping) else dict(enumerate(result))
+    else:
+        left_out.append(type(result).__name__)
+        return None
+    made = {key: _tensors_of(value, left_out) for key, value in parts.items()}
+    if (plain or parts is result) and all(made[key] is value for key, value in parts.items()):
+        return result
+    kept = {key: value for key, value in made.items() if not _nothing(value)}
+    return list(kept.values()) if plain else kept
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (Mapping, tuple, list)) and not value)
+
+
+def _keys(result: Any, of: str = "") -> tuple[str, ...]:
+    """What a module that returns a mapping calls its outputs; a part of a part is called "part.of" or "part.0"."""
+    if isinstance(result, Mapping):
+        parts = [(str(key), value) for key, value in result.items()]
+    elif of and isinstance(result, (tuple, list)):
+        parts = [(str(place), value) for place, value in enumerate(result)]
+    else:
+        return (of,) if of else ()
+    return tuple(name for key, value in parts if value is not None for name in _keys(value, f"{of}.{key}" if of else key))
 
 
 def _row_axes(module: Any, given: Tensors) -> dict[str, int | None]:
@@ -172,7 +231,7 @@ def _flat(value: Any) -> list[np.ndarray[Any, Any]]:
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         return [array for item in value for array in _flat(item)]
-    return [value.detach().cpu().numpy()]
+    return [] if value is None else [value.detach().cpu().numpy()]
 
 
 def _is_script(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 import shared_runtime as rt
-from shared_runtime.importers import IMPORTERS, torch_module
+from shared_runtime.importers import IMPORTERS
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.variants import VariantStore
@@ -22,111 +21,6 @@ from tests.networks import run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
-
-
-def small_network() -> Any:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3)
-    )
-
-
-def test_a_torch_module_in_training_mode_is_imported_as_it_predicts(tmp_path: Path, repository: ModelRepository) -> None:
-    module = small_network().train()
-    x = np.random.default_rng(0).standard_normal((5, 2, 6, 6)).astype(np.float32)
-    rt.import_model(module, "small", example={"image": x[:1]}, repository=repository)
-    model = rt.load("small", repository=repository)
-    assert model.signature.inputs[0].shape == ("batch", 2, 6, 6)
-    assert module.training
-    (output,) = run(model, {"image": x}, tmp_path).values()
-    with torch.no_grad():
-        np.testing.assert_allclose(output, module.eval()(torch.from_numpy(x)).numpy(), atol=1e-5)
-    assert model.card["import"]["difference"] < 1e-5
-
-
-class Recurrent(torch.nn.Module):
-    """Hands its state in and out, as a stream would: (layers, rows, width)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = torch.nn.LSTM(5, 6, 2, batch_first=True), torch.nn.Linear(6, 2)
-
-    def forward(self, x: Any, hidden: Any, cell: Any, scale: Any) -> Any:
-        y, (hidden, cell) = self.lstm(x * scale, (hidden, cell))
-        return self.head(y), hidden, cell, y.mean()
-
-
-def test_states_count_rows_on_another_axis(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module, generator = Recurrent().eval(), np.random.default_rng(0)
-
-    def rows(n: int) -> dict[str, np.ndarray]:
-        shapes = {"x": (n, 7, 5), "hidden": (2, n, 6), "cell": (2, n, 6), "scale": (5,)}
-        return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-    assert rt.load(module, example=tuple(map(torch.from_numpy, rows(1).values()))).signature == rt.load(module, example=rows(1)).signature
-    model = rt.load(module, example=rows(1))
-    assert [spec.shape for spec in model.signature.inputs] == [("batch", 7, 5), (2, "batch", 6), (2, "batch", 6), (5,)]
-    assert {name: value.shape for name, value in model.random(4).items()} == {name: value.shape for name, value in rows(4).items()}
-    with rt.Session(model, plans=tmp_path / "plans", ladder=(1, 8), budget_s=0.5) as session:
-        for n in (1, 3, 8):
-            inputs = rows(n)
-            with torch.no_grad():
-                expected = module(*map(torch.from_numpy, inputs.values()))
-            for value, wanted in zip(session.run(inputs).values(), expected, strict=True):
-                np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
-        empty = session.run(rows(0))
-    assert next(iter(empty.values())).shape == (0, 7, 2)
-
-
-class Spread(torch.nn.Module):
-    """Fused attention of windows, whose heads are laid beside each other by reshape; inputs in any number, outputs by name."""
-
-    def forward(self, *inputs: Any) -> Any:
-        queries, keys = (value.reshape(-1, 4, 2, 8).transpose(1, 2) for value in inputs)
-        heads = torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
-        return {"keys": heads.transpose(1, 2).reshape(-1, 4, 16), "largest": keys.amax((1, 2, 3))}
-
-
-class Swapped(torch.nn.Module):
-    def forward(self, first: Any, unused: Any = None, second: Any = None) -> Any:
-        return first - 2 * second
-
-
-def test_inputs_in_any_number_and_outputs_by_name(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    inputs = {name: generator.standard_normal((3, 16, 4)).astype(np.float32) for name in ("queries", "keys")}
-    outputs = run(rt.load(Spread(), example={name: value[:1] for name, value in inputs.items()}), inputs, tmp_path)
-    expected = Spread()(*map(torch.from_numpy, inputs.values()))
-    assert list(outputs) == ["keys_out", "largest"], "one is called as an input is"
-    for value, wanted in zip(outputs.values(), expected.values(), strict=True):
-        np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5)
-
-
-def test_inputs_are_taken_by_their_names(tmp_path: Path) -> None:
-    inputs = {name: np.full((2, 3), value, np.float32) for name, value in (("second", 5), ("first", 1))}
-    (output,) = run(rt.load(Swapped(), example=inputs), inputs, tmp_path).values()
-    assert (output == -9).all()
-
-
-def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason() -> None:
-    class Counts(torch.nn.Module):
-        def forward(self, x: Any) -> Any:
-            return torch.cat([torch.zeros(len(x), 1), x], dim=1)
-
-    with pytest.raises(rt.UnsupportedModelError, match=r"makes a Python number of the size of its batch, as len\(x\)"):
-        rt.load(Counts(), example={"x": np.zeros((1, 3), np.float32)})
-
-
-def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
-    module = small_network().eval()
-    imported = torch_module.from_module(module, {"image": np.zeros((1, 2, 6, 6), np.float32)}, "torch")
-    gemm = next(node for node in imported.proto.graph.node if node.op_type == "Gemm")
-    weight = next(item for item in imported.proto.graph.initializer if item.name == gemm.input[1])
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
-    with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is Gemm"):
-        write_folder(imported, tmp_path / "models" / "broken", "broken")
-    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_the_step_of_a_pipeline_that_differs_is_named(tmp_path: Path) -> None:
@@ -161,20 +55,6 @@ def test_the_boosting_round_that_differs_is_named(library: str, tmp_path: Path) 
     weights.floats[:] = [v * 3 if tree == 6 else v for v, tree in zip(weights.floats, lists["target_treeids"].ints, strict=True)]
     with pytest.raises(rt.ImportMismatchError, match=r"first layer to differ is boosting round 7 of 9"):
         write_folder(imported, tmp_path / "models" / "broken", "broken")
-
-
-def test_scripted_and_pickled_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    module = small_network().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of TorchScript
-        scripted = torch.jit.trace(module, torch.zeros(1, 2, 6, 6))
-        torch.jit.save(scripted, str(tmp_path / "scripted.pt"))
-    torch.save(module.state_dict(), tmp_path / "weights.pth")
-    for source, words in ((scripted, "TorchScript holds code"), (tmp_path / "scripted.pt", "TorchScript holds code")):
-        with pytest.raises(rt.UnsupportedModelError, match=words):
-            rt.load(source, example={"image": np.zeros((1, 2, 6, 6), np.float32)})
-    with pytest.raises(rt.UnsupportedModelError, match="weights_only=True"):
-        rt.load(tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("kind", ["forest", "logistic", "regressor", "pipeline"])
