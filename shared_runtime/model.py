@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shared_runtime.certificate import Certificate
-from shared_runtime.errors import ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
+from shared_runtime.errors import InputError, ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
 from shared_runtime.graph.check import OLDEST, check_graph, graph_hash, opset, read_graph
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature, Tensors
@@ -26,7 +26,8 @@ class Model:
     """A verified model on disk. `sha256` is that of the graph file; `card` is empty for a bare file.
 
     `known` holds every variant by name, also those that are not served; `dims` the usual sizes of named dimensions;
-    `sample` one row of valid inputs, in memory alone; `refused` says what the last `rt.optimize` tried and did not keep, and why.
+    `sample` one row of the calibration set and `example` one of what it was loaded with, in memory alone; `refused` says what the
+    last `rt.optimize` tried and did not keep, and why.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Model:
     dims: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     sample: Tensors | None = field(default=None, repr=False, compare=False)
+    example: Tensors | None = field(default=None, repr=False, compare=False)
 
     @property
     def version(self) -> str:
@@ -89,12 +91,30 @@ def load(
     """Load a model: a repository name, a model folder, an ONNX file, or anything that `rt.import_model` takes
     (a torch module, a scikit-learn, XGBoost or LightGBM estimator, a MONAI bundle, an nnU-Net folder ...).
 
-    `sha256` is what the graph file must hash to; a folder's card states it. A torch module needs `example`, named
-    inputs with a leading batch dimension (an array, or a tuple of them in order, does as well). What was optimised on this
-    host before comes with its certified variants.
-    Raises ModelNotFoundError, ModelIntegrityError, UnsupportedModelError, ImportMismatchError.
+    `sha256` is what the graph file must hash to; a folder's card states it. `example`: valid inputs by name with a leading batch
+    dimension (an array, or a tuple of them in order, does as well); a torch module needs some, and sessions of any model are planned
+    on its first row. What was optimised on this host before comes with its certified variants.
+    Raises ModelNotFoundError, ModelIntegrityError, UnsupportedModelError, ImportMismatchError; InputError where the example does not
+    fit a model that is on disk.
     """
-    store = variants or VariantStore()
+    model = _load(source, sha256, example, name, repository, variants or VariantStore())
+    if example is None:
+        return model
+    from shared_runtime.importers import named
+
+    try:
+        given = model.signature.check(named(model.graph, example) or {}, model.name)
+    except InputError:
+        if isinstance(source, (str, Path)):
+            raise
+        return model  # an estimator's table has other columns than the graph has inputs
+    one = {key: value.copy() for key, value in model.signature.row(given, 0).items()}
+    return replace(model, example=one if model.signature.rows(given) else None, dims=model.signature.dims_of(given))
+
+
+def _load(
+    source: Any, sha256: str | None, example: Any, name: str | None, repository: ModelRepository | None, store: VariantStore
+) -> Model:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir() and (path / CARD_FILE).is_file():

@@ -140,14 +140,14 @@ def float_bytes(model: Model) -> int:
 
 
 def valid_inputs(model: Model) -> Tensors:
-    """Inputs that passes are verified on: random ones, or the model's sample where it can't run on those."""
-    inputs = model.random(2, 3)
-    if model.sample is not None:
+    """Inputs that passes are verified on: random ones, or the model's sample or example where it can't run on those."""
+    inputs, given = model.random(2, 3), model.sample or model.example
+    if given is not None:
         try:
             plain_session(model.graph).run(None, inputs)
         except Exception as error:
-            logger.info("%s does not run on random inputs, its sample is taken: %s", model.name, " ".join(str(error).split())[:200])
-            return model.sample
+            logger.info("%s does not run on random inputs, given ones are taken: %s", model.name, " ".join(str(error).split())[:200])
+            return given
     return inputs
 
 

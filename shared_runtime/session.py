@@ -10,7 +10,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from shared_runtime.errors import BackendUnavailableError
+from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.memory import within_budget
 from shared_runtime.home import home
 from shared_runtime.host import usable_cores
@@ -33,7 +33,8 @@ class Session:
     `plans`: folder of the plan cache, by default `TRISCOPE_HOME/plans`. `objective`: "latency", "throughput",
     "memory", "energy" or an Objective. `ladder`: numbers of rows to plan for. `variant`: only that one ("float32":
     the reference); without, every variant with a valid certificate takes part. `thorough`: also try what is slow
-    to prepare. `budget_s`: seconds of measurement. `probe`: inputs to measure on, random ones without.
+    to prepare. `budget_s`: seconds of measurement. `probe`: inputs to measure on, random ones without;
+    where no engine takes those, the model's example or the first request.
     `memory_budget_mib`: refuse a model whose planned peak for one row is above it (MemoryBudgetError).
     """
 
@@ -99,7 +100,7 @@ class Session:
         """
         checked = self._check(inputs)
         if self._run is None:
-            self._prepared()
+            self._prepared(checked)
         assert self._run is not None
         begin = perf_counter()
         outputs = self._run(checked)
@@ -118,14 +119,29 @@ class Session:
                 self._ready[1].close()
             self._ready, self._run, self._closed = None, None, True
 
-    def _prepared(self) -> tuple[Plan, Ladder]:
+    def _prepared(self, request: Tensors | None = None) -> tuple[Plan, Ladder]:
         with self._lock:
             if self._closed:
                 raise BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
             if self._ready is None:
-                self._ready = plan_and_compile(self.model, self._device, self._threads, self._plans, **self._asked)
+                self._ready = self._planned(request)
                 metrics.planned(self._ready[0], self.model.version)
                 self._observe = metrics.observer(self._ready[0], self.model.version)
                 self._run = self._ready[1].run
                 logger.info("plan: %s", self._ready[0].describe())
             return self._ready
+
+    def _planned(self, request: Tensors | None) -> tuple[Plan, Ladder]:
+        asked, signature = (self.model, self._device, self._threads, self._plans), self.model.signature
+        try:
+            return plan_and_compile(*asked, **self._asked)
+        except (BackendUnavailableError, UnsupportedModelError) as error:
+            valid = self.model.example or (signature.row(request, 0) if request is not None and signature.rows(request) else None)
+            if valid is None or self._asked["probe"] is not None:
+                raise
+            try:
+                made = plan_and_compile(*asked, **{**self._asked, "probe": valid})
+            except (BackendUnavailableError, UnsupportedModelError):
+                raise error from None
+            logger.info("%s is planned on inputs that were given: no engine takes random ones", self.model.name)
+            return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -102,8 +103,8 @@ def replace_folder(part: Path, target: Path) -> None:
         try:
             os.rename(part, target)
             return
-        except OSError:
-            if not target.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
             try:

@@ -49,10 +49,10 @@ def import_to_folder(source: Any, folder: Path, *, name: str | None = None, exam
             "Python and pass the object)"
         )
     default = source.stem if isinstance(source, Path) else type(source).__name__
-    return write_folder(importer.load(source, _named(source, example)), folder, name or default)
+    return write_folder(importer.load(source, named(source, example)), folder, name or default)
 
 
-def _named(source: Any, example: Any) -> Mapping[str, Any] | None:
+def named(source: Any, example: Any) -> Mapping[str, Any] | None:
     """An example by input name, from what people have at hand: a dict, an array or tensor, a tuple of them, a table.
 
     Raises UnsupportedModelError where there are more arrays than inputs.

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
+from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.importers import base
 from shared_runtime.importers.base import Imported, write_folder
 from shared_runtime.repository.store import ModelRepository
@@ -301,3 +302,32 @@ def test_an_empty_list_of_axes_is_no_request_of_zero_rows(tmp_path: Path) -> Non
     for engine in ("onnxruntime", "torch"):
         executable = backends()[engine].compile(rt.load(tmp_path / "sum.onnx"), "cpu", 1)
         assert executable.run({"x": x, "axes": none})["y"].tolist() == [[12.0]]
+
+
+def test_a_session_of_a_graph_that_takes_no_random_inputs(tmp_path: Path) -> None:
+    """A window of sound that is longer than what random inputs have by default, and a place within it."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["sound", "one"], ["row"]),
+        helper.make_node("Conv", ["row", "filter"], ["bands"], strides=[8]),
+        helper.make_node("ReduceMax", ["bands"], ["y"], axes=[2], keepdims=0),
+    ]
+    weights = {"one": np.array([1]), "filter": np.random.default_rng(0).standard_normal((4, 1, 400)).astype(np.float32)}
+    path = save(tmp_path / "sound.onnx", nodes, weights, {"sound": ["batch", "length"]}, {"y": ["batch", 4]})
+    inputs = {"sound": np.random.default_rng(1).standard_normal((3, 4000)).astype(np.float32)}
+    expected = plain_session(path).run(None, inputs)[0]
+    short = {"sound": np.zeros((1, 8), np.float32)}
+    with rt.Session(rt.load(path), plans=tmp_path / "plans", budget_s=0.5) as session:
+        for unfit in (session.prepare, lambda: session.run(short)):
+            with pytest.raises(rt.BackendUnavailableError, match=r"give the session some as probe="):
+                unfit()
+        np.testing.assert_allclose(session.run(inputs)["y"], expected, rtol=1e-4)
+        assert session.run({"sound": inputs["sound"][:0]})["y"].shape == (0, 4)
+    with rt.Session(rt.load(path), plans=tmp_path / "plans") as session:  # from the plan that was kept
+        np.testing.assert_allclose(session.run(inputs)["y"], expected, rtol=1e-4)
+    model = rt.load(path, example=inputs["sound"])
+    assert model.random()["sound"].shape == (1, 4000)
+    with rt.Session(model, plans=tmp_path / "other", budget_s=0.5) as session:
+        session.prepare()
+        np.testing.assert_allclose(session.run(inputs)["y"], expected, rtol=1e-4)
+    with pytest.raises(rt.InputError, match="no input 'noise'"):
+        rt.load(path, example={"noise": inputs["sound"]})
