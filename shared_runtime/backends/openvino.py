@@ -192,7 +192,42 @@ def compile_graph(
     unshare_constants(network)
     if host().saturates and fills_bytes(network):
         properties["LP_TRANSFORMS_MODE"] = "NO"  # its kernels would saturate: what is quantized is rounded so and computed in float
-    return OpenVinoExecutable(network, properties, outputs, precision)
+    return OpenVinoExecutable(network, properties | safe(network), outputs, precision)
+
+
+def safe(network: Any) -> dict[str, str]:
+    """Properties without which OpenVINO would end the process while it compiles a network."""
+    return {"SNIPPETS_MODE": "DISABLE"} if forks(network) else {}
+
+
+def forks(network: Any) -> bool:
+    """Whether a chain of dense layers on rows has a value that more than one layer reads, as blocks with a way around them have.
+
+    OpenVINO 2026.4 takes such chains for one kernel where it knows that there are few rows (`TokenizeMLPSeqSnippets`), and then reads
+    past what is there: a segmentation fault when the network is compiled.
+    """
+    depth: dict[str, int] = {}  # dense layers up to a value, by what makes it
+    deepest, forked = 0, False
+    for node in network.get_ordered_ops():
+        rank = node.get_output_partial_shape(0).rank if node.get_output_size() else None
+        if rank is None or (rank.is_static and rank.get_length() > 2):
+            continue
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        sources = [node.input_value(place).get_node() for place in range(node.get_input_size())]
+        if kind == "MatMul" and constant(sources[1]) is not None:
+            depth.setdefault(sources[0].get_friendly_name(), 0)
+            depth[name] = depth[sources[0].get_friendly_name()] + 1
+            forked = forked or _readers(sources[0]) > 1
+        elif kind != "ShapeOf" and (before := [depth[n] for source in sources if (n := source.get_friendly_name()) in depth]):
+            depth[name] = max(before)
+        if name in depth:
+            deepest, forked = max(deepest, depth[name]), forked or _readers(node) > 1
+    return deepest > 1 and forked
+
+
+def _readers(node: Any) -> int:
+    """How many layers read what a layer gives."""
+    return sum(use.get_node().get_type_name() != "ShapeOf" for use in node.output(0).get_target_inputs())
 
 
 def reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from shared_runtime.backends.base import Executable
-from shared_runtime.backends.openvino import HINTS, compile_graph, read_network, reason, save_network
+from shared_runtime.backends.openvino import HINTS, compile_graph, forks, read_network, reason, safe, save_network
 from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
@@ -172,6 +172,8 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
     kinds = [op.get_type_name() for op in network.get_ops()]
     if not set(kinds) & set(WEIGHTED):
         raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute (convolution, matrix product, LSTM)")
+    if forks(network) and not network.is_dynamic():
+        raise UnsupportedModelError(f"NNCF would compile {model.name!r} so that OpenVINO ends the process; export it with a free batch")
     ranges = {"minmax": RangeEstimatorParametersSet.MINMAX, "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE}[method]
     options = AdvancedQuantizationParameters(
         overflow_fix=OverflowFix.ENABLE if host().saturates else OverflowFix.DISABLE,
@@ -351,7 +353,7 @@ def network_times(network: Any, inputs: Tensors, threads: int, rest: str) -> dic
 
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
     with signal_stack_kept():
-        request = openvino.Core().compile_model(network, "CPU", properties).create_infer_request()
+        request = openvino.Core().compile_model(network, "CPU", properties | safe(network)).create_infer_request()
     runs: dict[str, list[float]] = {}
     for _ in range(6):
         request.infer(inputs)

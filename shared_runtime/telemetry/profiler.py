@@ -198,7 +198,7 @@ def _onnxruntime(name: str, graph: Path, inputs: Tensors, device: str, threads: 
 def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) -> list[_Timed]:
     import openvino
 
-    from shared_runtime.backends.openvino import HINTS, read_network, unshare_constants
+    from shared_runtime.backends.openvino import HINTS, read_network, safe, unshare_constants
     from shared_runtime.backends.signal_stack import signal_stack_kept
 
     core = openvino.Core()
@@ -207,7 +207,7 @@ def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) 
     network.reshape({key: list(value.shape) for key, value in inputs.items()})
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
     with signal_stack_kept():
-        request = core.compile_model(network, "CPU", properties).create_infer_request()
+        request = core.compile_model(network, "CPU", properties | safe(network)).create_infer_request()
     request.infer(inputs)
     timed: dict[str, _Timed] = {}
     for _ in range(runs):
