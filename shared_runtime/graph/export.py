@@ -22,11 +22,13 @@ def to_onnx(
     *,
     scopes: bool = False,
     row_axes: Mapping[str, int | None] | None = None,
+    strict: bool = False,
 ) -> Any:
     """An `onnx.ModelProto` of `module` in evaluation mode; the leading dimension of every input is its one dynamic one.
 
     `example`: a tensor of two rows or more an input, by name, in the module's order. `outputs`: names, the
     exporter's own without. `row_axes`: where an input counts rows on another axis, or None where it counts none.
+    `strict`: read the module's code instead of running it, slower, so that Python numbers of its batch (len) stay free.
     Notes of where each operator came from (folders of this machine) are left out; with `scopes` the result is a pair
     of the graph and, by path of each sub-module, the tensor in which it ends.
     """
@@ -35,6 +37,7 @@ def to_onnx(
 
     for chatty in ("torch.onnx._internal.exporter", "onnxscript"):  # that torchvision is missing, that a constant could not be folded
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    module.eval()
     batch, axes = torch.export.Dim("batch"), [(row_axes or {}).get(name, 0) for name in example]
     options: dict[str, Any] = {
         "input_names": list(example),
@@ -44,15 +47,19 @@ def to_onnx(
         "external_data": False,
         "verbose": False,
     }
+    values: tuple[Any, ...] = tuple(example.values())
+    if strict:
+        module = torch.export.export(module, values, dynamic_shapes=options.pop("dynamic_shapes"), strict=True)
+        values = ()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on how it takes a recurrent network apart
         file = Path(folder) / "model.onnx"
         try:
-            torch.onnx.export(module.eval(), tuple(example.values()), str(file), **options)
+            torch.onnx.export(module, values, str(file), **options)
         except Exception:
             # Fused attention says how its result lies in memory, which is not how it lies once it is taken apart: views of it fail.
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                torch.onnx.export(module.eval(), tuple(example.values()), str(file), **options)
+                torch.onnx.export(module, values, str(file), **options)
         model = onnx.load(file)
     ends = {}
     for node in model.graph.node:

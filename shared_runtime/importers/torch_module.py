@@ -63,17 +63,14 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
         tensors = {name: torch.from_numpy(value) for name, value in _two_rows(given, axes).items()}
         outputs = outputs or tuple(f"{key}_out" if key in given else key for key in _keys(_run(module, given, given)))
         proto, scopes = to_onnx(module, tensors, outputs, scopes=True, row_axes=axes)
+        if (fixed := _fixed_rows(proto, axes)) is not None:
+            proto, scopes = _read(module, tensors, outputs, axes, fixed)
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(f"torch can't export this {type(module).__name__}: {_reason(error)}") from error
     finally:
         module.train(was_training)
-    for value in proto.graph.input:
-        axis, shape = axes[value.name], value.type.tensor_type.shape.dim
-        if axis is not None and shape[axis].HasField("dim_value"):
-            raise UnsupportedModelError(
-                f"this {type(module).__name__} can be exported for {shape[axis].dim_value} rows only: it makes a Python number "
-                "of the size of its batch, as len(x) and int(x.shape[0]) do; use x.shape[0] as it is"
-            )
     names = [output.name for output in proto.graph.output]
 
     def origin(inputs: Tensors) -> Tensors:
@@ -102,6 +99,32 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
         return dict(sorted(seen.items(), key=lambda item: order.get(item[0], len(order))))
 
     return Imported(proto, origin, source, given, layers)
+
+
+def _fixed_rows(proto: Any, axes: Mapping[str, int | None]) -> int | None:
+    """The one number of rows that a graph holds for, or None."""
+    for value in proto.graph.input:
+        axis, shape = axes[value.name], value.type.tensor_type.shape.dim
+        if axis is not None and shape[axis].HasField("dim_value"):
+            return int(shape[axis].dim_value)
+    return None
+
+
+def _read(module: Any, tensors: Mapping[str, Any], outputs: tuple[str, ...], axes: Mapping[str, int | None], fixed: int) -> Any:
+    """The graph by reading the module's code: there the length of a tensor is no number yet. Raises UnsupportedModelError."""
+    from shared_runtime.graph.export import to_onnx
+
+    reason: Exception | None = None
+    try:
+        made = to_onnx(module, tensors, outputs, scopes=True, row_axes=axes, strict=True)
+        if _fixed_rows(made[0], axes) is None:
+            return made
+    except Exception as error:
+        reason = error
+    raise UnsupportedModelError(
+        f"this {type(module).__name__} can be exported for {fixed} rows only: it makes a Python number "
+        "of the size of its batch, as int(x.shape[0]) does; use x.shape[0] as it is"
+    ) from reason
 
 
 def _by_name(module: Any, given: Tensors) -> Any:

@@ -108,13 +108,25 @@ def test_inputs_are_taken_by_their_names(tmp_path: Path) -> None:
     assert (output == -9).all()
 
 
-def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason() -> None:
-    class Counts(torch.nn.Module):
-        def forward(self, x: Any) -> Any:
-            return torch.cat([torch.zeros(len(x), 1), x], dim=1)
+class Counts(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.cat([torch.zeros(len(x), 1), x], dim=1)
 
-    with pytest.raises(rt.UnsupportedModelError, match=r"makes a Python number of the size of its batch, as len\(x\)"):
-        rt.load(Counts(), example={"x": np.zeros((1, 3), np.float32)})
+
+class EachRow(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.stack([x[row] + row for row in range(x.shape[0])])
+
+
+def test_the_length_of_a_batch_stays_free(tmp_path: Path) -> None:
+    x = np.arange(15, dtype=np.float32).reshape(5, 3)
+    (output,) = run(rt.load(Counts(), example={"x": x[:1]}), {"x": x}, tmp_path).values()
+    np.testing.assert_array_equal(output, np.concatenate([np.zeros((5, 1)), x], axis=1))
+
+
+def test_a_network_that_holds_for_one_number_of_rows_is_refused_with_the_reason() -> None:
+    with pytest.raises(rt.UnsupportedModelError, match=r"makes a Python number of the size of its batch, as int\(x.shape\[0\]\)"):
+        rt.load(EachRow(), example={"x": np.zeros((1, 3), np.float32)})
 
 
 def test_a_mismatch_names_the_first_layer_that_differs(tmp_path: Path) -> None:
