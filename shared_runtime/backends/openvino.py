@@ -32,6 +32,15 @@ HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 """How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
+REDUCTIONS = {
+    "ReduceMean": "reduce_mean",
+    "ReduceMax": "reduce_max",
+    "ReduceMin": "reduce_min",
+    "ReduceSum": "reduce_sum",
+    "ReduceProd": "reduce_prod",
+    "ReduceL1": "reduce_l1",
+    "ReduceL2": "reduce_l2",
+}
 MOST_COPIED = 1 << 18
 """A constant of more bytes stays shared by its layers."""
 HALF_BYTE = 64
@@ -190,6 +199,8 @@ def compile_graph(
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {reason(error)}") from error
     network.set_friendly_name(name)
     unshare_constants(network)
+    if any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
+        part_reductions(network)
     if host().saturates and fills_bytes(network):
         properties["LP_TRANSFORMS_MODE"] = "NO"  # its kernels would saturate: what is quantized is rounded so and computed in float
     return OpenVinoExecutable(network, properties | safe(network), outputs, precision)
@@ -198,6 +209,32 @@ def compile_graph(
 def safe(network: Any) -> dict[str, str]:
     """Properties without which OpenVINO would end the process while it compiles a network."""
     return {"SNIPPETS_MODE": "DISABLE"} if forks(network) else {}
+
+
+def part_reductions(network: Any) -> int:
+    """Have reductions keep their axes, and drop these behind them, in place; the number of reductions.
+
+    OpenVINO 2026.4 fuses a scale or ranges a channel and the quantizer behind a reduction into it, and where the axes are gone takes those
+    of other channels, or what lies behind them in memory (tokens that are averaged before a head in INT8).
+    """
+    from openvino import opset13
+
+    parted = 0
+    for node in network.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in REDUCTIONS or node.get_attributes()["keep_dims"]:
+            continue
+        data, axes = node.input_value(0), node.input_value(1)
+        kept = getattr(opset13, REDUCTIONS[kind])(data, axes, keep_dims=True)
+        dropped = opset13.squeeze(kept, axes)
+        dropped.set_friendly_name(node.get_friendly_name())
+        names = node.output(0).get_names()
+        for use in node.output(0).get_target_inputs():
+            use.replace_source_output(dropped.output(0))
+        dropped.output(0).set_names(names)
+        parted += 1
+    network.validate_nodes_and_infer_types()
+    return parted
 
 
 def forks(network: Any) -> bool:
@@ -214,7 +251,7 @@ def forks(network: Any) -> bool:
             continue
         name, kind = node.get_friendly_name(), node.get_type_name()
         sources = [node.input_value(place).get_node() for place in range(node.get_input_size())]
-        if kind == "MatMul" and constant(sources[1]) is not None:
+        if kind == "MatMul" and _weights(sources[1]):
             depth.setdefault(sources[0].get_friendly_name(), 0)
             depth[name] = depth[sources[0].get_friendly_name()] + 1
             forked = forked or _readers(sources[0]) > 1
@@ -223,6 +260,14 @@ def forks(network: Any) -> bool:
         if name in depth:
             deepest, forked = max(deepest, depth[name]), forked or _readers(node) > 1
     return deepest > 1 and forked
+
+
+def _weights(node: Any) -> bool:
+    """Whether a node gives weights, also such as are quantized or scaled back."""
+    stored = node
+    while stored.get_type_name() in ("Multiply", "Subtract", "FakeQuantize", "Convert", "Reshape"):
+        stored = stored.input_value(0).get_node()
+    return bool(stored.get_type_name() == "Constant")
 
 
 def _readers(node: Any) -> int:

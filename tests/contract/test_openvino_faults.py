@@ -1,4 +1,4 @@
-"""Dense layers with a way around them: OpenVINO must not end the process on them, whatever the number of rows."""
+"""What OpenVINO fuses wrongly: dense layers with a way around them end the process, reductions before a quantizer give other numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import pytest
 from onnx import helper
 
 import shared_runtime as rt
+from shared_runtime.backends.base import backends
 from shared_runtime.backends.openvino import forks, read_network
 from shared_runtime.graph.passes.base import plain_session
+from shared_runtime.numeric import relative_difference
+from shared_runtime.variants import VariantStore
 from tests.networks import save
 
 WIDTH = 16
@@ -64,6 +67,52 @@ def test_blocks_with_a_way_around_them(around: str, tmp_path: Path) -> None:
     session = plain_session(path)
     for name, x in given.items():
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), session.run(None, {"x": x})[0], rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_in_int8_give_the_same_for_few_rows_and_for_many(tmp_path: Path) -> None:
+    model = rt.load(network(tmp_path / "blocks.onnx", "Add"))
+    rows = [np.random.default_rng(i).standard_normal((1, WIDTH)).astype(np.float32) for i in range(48)]
+    made = rt.optimize(
+        model,
+        calibration=[{"x": row} for row in rows],
+        metric=rt.metrics.correlation,
+        precisions=["int8"],
+        threads=1,
+        budget_s=10,
+        max_drop=0.05,
+        store=VariantStore(tmp_path / "variants"),
+    )
+    variant, x = made.variant("int8-openvino"), np.concatenate(rows)
+    assert forks(read_network(variant.graph(model.graph)))
+    expected = plain_session(model.graph).run(None, {"x": x})[0]
+    for count in (1, 2, 4, 8, 48):
+        executable = backends()["openvino"].compile(made, "cpu", 1, variant)
+        executable.specialise({"x": x[:count]})
+        output = executable.run({"x": x[:count]})["y"]
+        assert relative_difference(output, expected[:count]) < 0.1, f"{count} rows"
+
+
+@pytest.mark.parametrize("reduction", ["ReduceMean", "ReduceMax", "ReduceL2"])
+def test_a_reduction_before_a_quantizer(reduction: str, tmp_path: Path) -> None:
+    """Tokens that are put together before a head in INT8."""
+    generator = np.random.default_rng(0)
+    weights = {
+        "axes": np.array([1]),
+        "scale": generator.uniform(0.5, 2, (1, WIDTH)).astype(np.float32),
+        "step": np.float32(0.05),
+        "zero": np.uint8(128),
+    }
+    nodes = [
+        helper.make_node(reduction, ["x", "axes"], ["together"], keepdims=0),
+        helper.make_node("Mul", ["together", "scale"], ["scaled"]),
+        helper.make_node("QuantizeLinear", ["scaled", "step", "zero"], ["levels"]),
+        helper.make_node("DequantizeLinear", ["levels", "step", "zero"], ["y"]),
+    ]
+    path = save(tmp_path / "tokens.onnx", nodes, weights, {"x": ["batch", 6, WIDTH]}, {"y": ["batch", WIDTH]}, 18)
+    x = generator.standard_normal((40, 6, WIDTH)).astype(np.float32)
+    expected = plain_session(path).run(None, {"x": x})[0]
+    executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
+    np.testing.assert_allclose(executable.run({"x": x})["y"], expected, atol=0.051)
 
 
 def test_a_chain_without_forks_is_fused_as_before(tmp_path: Path) -> None:
