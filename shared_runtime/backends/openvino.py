@@ -32,6 +32,9 @@ HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 """How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
+FUSING = "SNIPPETS_MODE"
+NO_FUSING = {FUSING: "DISABLE"}
+"""Leave layers as they are where OpenVINO would make one kernel of several."""
 REDUCTIONS = {
     "ReduceMean": "reduce_mean",
     "ReduceMax": "reduce_max",
@@ -141,7 +144,9 @@ def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[in
         with signal_stack_kept():
             compiled = openvino.Core().compile_model(network, "CPU", properties)
     except RuntimeError as error:
-        raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {reason(error)}") from error
+        if FUSING in properties:
+            raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {reason(error)}") from error
+        return _compile(network, properties | NO_FUSING)  # where what it fuses into one kernel has no registers left (AMX)
     hint = "INFERENCE_PRECISION_HINT"
     chosen = str(compiled.get_property(hint).get_type_name())
     if chosen != properties[hint]:
@@ -198,17 +203,22 @@ def compile_graph(
     except (RuntimeError, OSError, EOFError, lzma.LZMAError) as error:
         raise UnsupportedModelError(f"OpenVINO can't load {name!r}: {reason(error)}") from error
     network.set_friendly_name(name)
-    unshare_constants(network)
-    if any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
-        part_reductions(network)
+    mend(network)
     if host().saturates and fills_bytes(network):
         properties["LP_TRANSFORMS_MODE"] = "NO"  # its kernels would saturate: what is quantized is rounded so and computed in float
     return OpenVinoExecutable(network, properties | safe(network), outputs, precision)
 
 
+def mend(network: Any) -> None:
+    """Change a network in place so that OpenVINO fuses what it can, and rightly."""
+    unshare_constants(network)
+    if any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
+        part_reductions(network)
+
+
 def safe(network: Any) -> dict[str, str]:
     """Properties without which OpenVINO would end the process while it compiles a network."""
-    return {"SNIPPETS_MODE": "DISABLE"} if forks(network) else {}
+    return NO_FUSING if forks(network) else {}
 
 
 def part_reductions(network: Any) -> int:
@@ -227,7 +237,8 @@ def part_reductions(network: Any) -> int:
         data, axes = node.input_value(0), node.input_value(1)
         kept = getattr(opset13, REDUCTIONS[kind])(data, axes, keep_dims=True)
         dropped = opset13.squeeze(kept, axes)
-        dropped.set_friendly_name(node.get_friendly_name())
+        kept.set_friendly_name(node.get_friendly_name())
+        dropped.set_friendly_name(f"{node.get_friendly_name()}/dropped")
         names = node.output(0).get_names()
         for use in node.output(0).get_target_inputs():
             use.replace_source_output(dropped.output(0))

@@ -198,12 +198,12 @@ def _onnxruntime(name: str, graph: Path, inputs: Tensors, device: str, threads: 
 def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) -> list[_Timed]:
     import openvino
 
-    from shared_runtime.backends.openvino import HINTS, read_network, safe, unshare_constants
+    from shared_runtime.backends.openvino import HINTS, mend, read_network, safe
     from shared_runtime.backends.signal_stack import signal_stack_kept
 
     core = openvino.Core()
     network = read_network(graph)
-    unshare_constants(network)
+    mend(network)
     network.reshape({key: list(value.shape) for key, value in inputs.items()})
     properties = {"INFERENCE_PRECISION_HINT": HINTS[rest], "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
     with signal_stack_kept():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +126,24 @@ def test_a_network_of_eight_rows_is_optimised_without_nncf(tmp_path: Path) -> No
     options = {"metric": rt.metrics.correlation, "threads": 1, "budget_s": 10, "max_drop": 0.05}
     made = rt.optimize(model, calibration=data, precisions=["int8"], **options)
     assert "export it with a free batch" in made.refused["int8-openvino"]
+
+
+def test_what_can_not_be_fused_is_compiled_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of several layers may need more registers than there are (INT8 with bfloat16 on AMX)."""
+    import openvino
+
+    class Core(openvino.Core):
+        def compile_model(self, model: Any, device: str, properties: dict[str, str]) -> Any:
+            asked.append(properties.get("SNIPPETS_MODE"))
+            if asked[-1] is None:
+                raise RuntimeError("Not enough gp registers in the pool to perform manual assignment")
+            return super().compile_model(model, device, properties)
+
+    asked: list[str | None] = []
+    model = rt.load(network(tmp_path / "chain.onnx", ""))
+    executable = backends()["openvino"].compile(model, "cpu", 1)
+    monkeypatch.setattr(openvino, "Core", Core)
+    x = np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32)
+    executable.specialise({"x": x})
+    np.testing.assert_allclose(executable.run({"x": x})["y"], plain_session(model.graph).run(None, {"x": x})[0], rtol=1e-3, atol=1e-3)
+    assert asked == [None, "DISABLE"]
