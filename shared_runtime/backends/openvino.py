@@ -33,6 +33,7 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gz
 """How a network's description is read; variants of earlier versions have it in .gz."""
 MOST_SHAPES = 6
 FUSING = "SNIPPETS_MODE"
+NO_REGISTERS = "Not enough gp registers"
 NO_FUSING = {FUSING: "DISABLE"}
 """Leave layers as they are where OpenVINO would make one kernel of several."""
 REDUCTIONS = {
@@ -144,9 +145,9 @@ def _compile(network: Any, properties: dict[str, str], shapes: dict[str, list[in
         with signal_stack_kept():
             compiled = openvino.Core().compile_model(network, "CPU", properties)
     except RuntimeError as error:
-        if FUSING in properties:
-            raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {reason(error)}") from error
-        return _compile(network, properties | NO_FUSING)  # where what it fuses into one kernel has no registers left (AMX)
+        if NO_REGISTERS in str(error) and FUSING not in properties:  # for what it fuses into one kernel (AMX)
+            return _compile(network, properties | NO_FUSING)
+        raise UnsupportedModelError(f"OpenVINO can't compile {network.get_friendly_name()!r}: {reason(error)}") from error
     hint = "INFERENCE_PRECISION_HINT"
     chosen = str(compiled.get_property(hint).get_type_name())
     if chosen != properties[hint]:
