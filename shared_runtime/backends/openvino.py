@@ -222,20 +222,22 @@ def safe(network: Any) -> dict[str, str]:
     return NO_FUSING if forks(network) else {}
 
 
-def part_reductions(network: Any) -> int:
-    """Have reductions keep their axes, and drop these behind them, in place; the number of reductions.
+def part_reductions(network: Any) -> None:
+    """Have reductions keep their axes, and drop these behind them, in place.
 
     OpenVINO 2026.4 fuses a scale or ranges a channel and the quantizer behind a reduction into it, and where the axes are gone takes those
     of other channels, or what lies behind them in memory (tokens that are averaged before a head in INT8).
     """
     from openvino import opset13
 
-    parted = 0
     for node in network.get_ordered_ops():
         kind = node.get_type_name()
         if kind not in REDUCTIONS or node.get_attributes()["keep_dims"]:
             continue
         data, axes = node.input_value(0), node.input_value(1)
+        known = constant(axes.get_node())
+        if known is None or not known.size:  # to drop no axis in particular would drop all of length one
+            continue
         kept = getattr(opset13, REDUCTIONS[kind])(data, axes, keep_dims=True)
         dropped = opset13.squeeze(kept, axes)
         kept.set_friendly_name(node.get_friendly_name())
@@ -244,9 +246,7 @@ def part_reductions(network: Any) -> int:
         for use in node.output(0).get_target_inputs():
             use.replace_source_output(dropped.output(0))
         dropped.output(0).set_names(names)
-        parted += 1
     network.validate_nodes_and_infer_types()
-    return parted
 
 
 def forks(network: Any) -> bool:

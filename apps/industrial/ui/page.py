@@ -38,7 +38,8 @@ LARGE = 520
 """Pixels of the large picture."""
 SILENT_SECONDS = 5.0
 """While frames wait and none was judged for so long, the lamp shows no verdict."""
-QUEUE, CHOSEN, CHARTS, TEACH = TABS = ("Review queue", "Chosen part", "Control charts", "Teach")
+CHOSEN = "Chosen part"
+TABS = ("Review queue", CHOSEN, "Control charts", "Teach")
 
 
 @st.cache_resource
