@@ -45,7 +45,9 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     `drop` is `before - after` in the metric's unit, `drop_interval` its 95 % bootstrap interval. `probe_error` is
     the relative difference from the float model on the signature's own seeded inputs, of the sizes in `dims`: it can be computed again
     without any data; None where the model does not run on those. `packed`: layers of `reverted` whose weights are stored in
-    INT8 all the same. `numerics` names what the values depend on; the certificate is void where it differs.
+    INT8 all the same. `together`: the most samples that were judged in one run, besides one by one, with the metric's drop on such
+    runs (None where it says nothing of them: rows depend on each other). `numerics` names what the values depend on; the
+    certificate is void where it differs.
     """
 
     model: str
@@ -67,6 +69,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     reverted: tuple[Reversion, ...] = ()
     packed: tuple[str, ...] = ()
     saturated: int | None = None
+    together: int = 1
+    together_drop: float | None = None
     probe_error: float | None = 0.0
     dims: dict[str, int] = {}
     bytes: int = 0

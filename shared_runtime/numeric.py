@@ -16,6 +16,9 @@ STEPS, MOST, LEAST = 4.0, 0.05, 1e-6
 """How many times as far as by rounding alone an output may be from a reference; how far at most, relative, where some number is
 further off than the last."""
 
+SLACK, NEAR = 1.5, 0.02
+"""How many times as far from float reduced precision may be on many rows as on one; relative differences below the last are let pass."""
+
 
 def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Norm of `a - b` over the norm of `b`; infinite where shapes, kinds or the places of finite numbers differ.
@@ -58,6 +61,21 @@ def disagreeing(outputs: Tensors, reference: Tensors, tolerance: float, movement
         if not (near and distance <= STEPS * own[name]):
             return name
     return None
+
+
+def strays(outputs: Tensors, reference: Tensors, own: float) -> float | None:
+    """How far outputs in floating point are from the reference's, where that is too far for a form in reduced precision that is
+    `own` from it on one row at a time; None where it is not.
+
+    Labels are left to the user's metric: one that another rounding turns is no fault.
+    """
+    far = difference_of_floats(outputs, reference)
+    return None if np.isfinite(far) and far <= max(NEAR, SLACK * own) else far
+
+
+def difference_of_floats(outputs: Tensors, reference: Tensors) -> float:
+    """The largest relative difference of an output in floating point from the reference's."""
+    return difference(outputs, {name: value for name, value in reference.items() if value.dtype.kind == "f"})
 
 
 def _furthest(a: NDArray[Any], b: NDArray[Any]) -> float:

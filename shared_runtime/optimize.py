@@ -27,9 +27,10 @@ from shared_runtime.quantization.guard import Guard, Guarded, Report
 from shared_runtime.quantization.judge import Judge, slice_names
 from shared_runtime.quantization.metrics import Metric, agreement
 from shared_runtime.quantization.samples import SampleStore, hold_out, read_calibration, read_validation, refuse_overlap
+from shared_runtime.quantization.together import judge_together
 from shared_runtime.rewritten import float_bytes, probe_difference, rewritten, valid_inputs
 from shared_runtime.signature import Tensors
-from shared_runtime.variants import Variant, VariantStore, file_hashes
+from shared_runtime.variants import DYNAMIC, Variant, VariantStore, file_hashes
 
 logger = logging.getLogger(__name__)
 MAX_DROP = 0.005
@@ -199,13 +200,17 @@ def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None
         return None, "a form of the same layers was refused"
     found = guard.search(job.hints.get(close) or ())
     job.hints[close] = found.reverted if found.passed else None
-    return (_certify(job, found), "") if found.passed else (None, found.verdict.why)
+    return _certify(job, found) if found.passed else (None, found.verdict.why)
 
 
-def _certify(job: _Job, found: Guarded) -> Variant:
+def _certify(job: _Job, found: Guarded) -> tuple[Variant | None, str]:
+    """The variant, or None and why a form that passed sample by sample does not with several in one run."""
     judge, form, verdict = job.judge, found.form, found.verdict
     executable = form.compile(found.layers, job.threads)
     try:
+        together = judge_together(executable, job.references["onnxruntime", "cpu"], judge, job.model.signature, form.facts.name == DYNAMIC)
+        if together.why:
+            return None, together.why
         probe_error = probe_difference(job.model, executable, job.threads)
     finally:
         executable.close()
@@ -234,6 +239,8 @@ def _certify(job: _Job, found: Guarded) -> Variant:
             reverted=found.reverted,
             packed=found.packed,
             saturated=saturated,
+            together=together.samples,
+            together_drop=together.drop,
             probe_error=probe_error,
             dims=dict(job.model.dims),
             bytes=size or job.model.graph.stat().st_size,
@@ -246,7 +253,7 @@ def _certify(job: _Job, found: Guarded) -> Variant:
 
     variant = job.store.write(job.model.sha256, form.facts, fill)
     job.report(f"{form.facts.name} certified: {judge.name} {verdict.before:.4g} to {verdict.after:.4g}")
-    return variant
+    return variant, ""
 
 
 @dataclass
@@ -317,13 +324,15 @@ def verify(
             reference = backends()["onnxruntime"].compile(model, "cpu", cores)
             try:
                 judge = _judge_again(model, validation, metric, certificate, slices, reference)
+                together = judge_together(executable, reference, judge, model.signature, variant == DYNAMIC)
             finally:
                 reference.close()
             verdict = judge.judge(judge.run(executable))
             found |= {"metric": judge.name, "before": verdict.before, "after": verdict.after, "drop": verdict.drop}
-            found |= {"drop_interval": verdict.interval, "why": verdict.why}
+            found |= {"drop_interval": verdict.interval, "together": together.samples, "together_drop": together.drop}
+            found["why"] = why = verdict.why or together.why
             found["same_validation_set"] = judge.samples.digest == certificate.validation
-            same = same and not verdict.why
+            same = same and not why
             if found["same_validation_set"] and judge.name == certificate.metric:
                 same = same and bool(np.isclose(verdict.after, certificate.after, rtol=0, atol=max(1e-3, certificate.max_drop / 5)))
     finally:

@@ -19,6 +19,8 @@ from shared_runtime.home import home
 logger = logging.getLogger(__name__)
 VARIANT_FILE = "variant.json"
 FLOAT = "float32"
+DYNAMIC = "int8-dynamic"
+"""The form that takes the scale of a layer's input from what it is given, over all rows of a run."""
 
 
 class VariantFacts(msgspec.Struct, frozen=True):

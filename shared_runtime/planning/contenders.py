@@ -15,7 +15,7 @@ from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, 
 from shared_runtime.graph.cost import GraphCost
 from shared_runtime.graph.rounding import movement
 from shared_runtime.model import Model
-from shared_runtime.numeric import difference, disagreeing
+from shared_runtime.numeric import difference, disagreeing, strays
 from shared_runtime.planning.ceiling import lower_bound_ms
 from shared_runtime.planning.measure import Timed
 from shared_runtime.planning.plan import Candidate, Timing
@@ -41,18 +41,20 @@ SHARED = 5e7
 
 @dataclass(eq=False)
 class Contender:
-    """One way that runs: its engine (None once it is let go), the seconds of its first run, its times by number of rows."""
+    """One way that runs: its engine (None once it is let go), the seconds of its first run, its times by number of rows, and what
+    it gave for the probe."""
 
     candidate: Candidate
     executable: Executable | None
     first: float
+    outputs: Tensors = field(default_factory=dict)
     timed: dict[int, Timed] = field(default_factory=dict)
 
     def let_go(self) -> None:
         """Free the engine of one that can't win: with large models they may not all fit in memory."""
         if self.executable is not None:
             self.executable.close()
-            self.executable = None
+            self.executable, self.outputs = None, {}
 
     def timings(self) -> tuple[Timing, ...]:
         """As a plan states them."""
@@ -141,7 +143,7 @@ def find_contenders(
             executable.close()
             lost.append(msgspec.structs.replace(candidate, error=error, lost=f"outputs differ from the reference by {error:.1e}"))
             continue
-        contenders.append(Contender(msgspec.structs.replace(candidate, error=error), executable, first))
+        contenders.append(Contender(msgspec.structs.replace(candidate, error=error), executable, first, outputs))
         if not hold:
             contenders[-1].let_go()
         _let_go_hopeless(contenders)
@@ -151,6 +153,21 @@ def find_contenders(
         if v.why_void
     ]
     return contenders, lost
+
+
+def astray(model: Model, contender: Contender, inputs: Tensors, outputs: Tensors) -> float | None:
+    """How far outputs for the probe's row, many times over, are from the reference, where that is more than on the row alone; None
+    where it is not. The reference itself runs on so many rows only where they do not simply repeat what the contender gave for one."""
+    candidate, rows = contender.candidate, model.signature.rows(inputs)
+    alone = {name: np.repeat(value, rows, axis=0) if value.shape[:1] == (1,) else value for name, value in contender.outputs.items()}
+    if candidate.variant != FLOAT:
+        own = candidate.error or 0.0
+        return None if strays(outputs, alone, own) is None else strays(outputs, reference(model, candidate.threads, inputs), own)
+    if difference(outputs, alone) <= TOLERANCE:
+        return None
+    wanted = reference(model, candidate.threads, inputs)
+    far = disagreeing(outputs, wanted, TOLERANCE, partial(movement, model.graph, inputs))
+    return None if far is None else difference(outputs, wanted)
 
 
 def _let_go_hopeless(contenders: Sequence[Contender]) -> None:

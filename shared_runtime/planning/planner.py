@@ -3,8 +3,9 @@
 Candidates are backend x variant x mode x threads. A cost model gives up those that can't win; the rest run in
 turn, round by round, so that a busy moment of the machine falls on all of them. A float32 candidate whose outputs
 differ from the reference (ONNX Runtime on the CPU) loses, however fast; another precision takes part only as a
-variant with a valid certificate. The plan is cached under the model's hash and the host's fingerprint; the same graph with
-other weights (a network that was trained on, a recipe that was taught again) takes it over, once its outputs are checked.
+variant with a valid certificate; either has to compute the same at every number of rows that is measured. The plan
+is cached under the model's hash and the host's fingerprint; the same graph with other weights (a network that was
+trained on, a recipe that was taught again) takes it over, once its outputs are checked.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference, disagreeing
 from shared_runtime.planning.apart import plan_apart
-from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, backend_of, find_contenders, reference
+from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, astray, backend_of, find_contenders, reference
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Candidate, Plan, Rung
 from shared_runtime.planning.rested import with_spinning
-from shared_runtime.signature import Signature, Tensors
+from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT
 
 logger = logging.getLogger(__name__)
@@ -113,15 +114,15 @@ def plan_and_compile(
         ladder = (model.signature.fixed_rows,)
     cost = _cost(model, probe)
     contenders, lost = find_contenders(model, device, threads, probe, cost, thorough, variant, max(ladder), hold)
+    if hold and contenders:
+        contenders, lost = _measure(model, contenders, lost, probe, ladder, budget_s)
     if not contenders:
         reasons = "; ".join(f"{c.label}: {c.lost}" for c in lost) or "no backend knows this device"
         way = "" if given else "; should random numbers be no valid inputs of it, give the session some as probe={'input_name': array}"
         raise BackendUnavailableError(f"no backend can run {model.name!r} on device {device!r}: {reasons}{way}")
-    if hold:
-        _measure(contenders, model.signature, probe, ladder, budget_s)
-        if objective.kind == "latency":
-            contenders, lost = with_spinning(model, contenders, lost, probe, min(ladder))
-    else:
+    if objective.kind == "latency":
+        contenders, lost = with_spinning(model, contenders, lost, probe, min(ladder))
+    elif not hold:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
     plan, winners = _select(model, contenders, lost, objective, threads, probe)
@@ -237,15 +238,18 @@ def _cost(model: Model, probe: Tensors) -> GraphCost:
         return GraphCost((), ())
 
 
-def _measure(contenders: Sequence[Contender], signature: Signature, probe: Tensors, ladder: Sequence[int], budget: float) -> None:
-    """Time the contenders at every rung that the budget allows; those far behind at a rung are left out of it."""
+def _measure(
+    model: Model, contenders: list[Contender], lost: list[Candidate], probe: Tensors, ladder: Sequence[int], budget: float
+) -> tuple[list[Contender], list[Candidate]]:
+    """Time the contenders at every rung that the budget allows: who is left, and who lost. Those far behind at a rung are left out of
+    it; those that compute something else on so many rows are out of the plan."""
     alone = len(contenders) == 1
     fastest = min(contender.first for contender in contenders)
     for rows in sorted(set(ladder)):
         if rows > min(ladder) and (alone or fastest * rows > budget / 3):
             break
-        inputs = signature.repeated(probe, rows)
-        racing = []
+        inputs = model.signature.repeated(probe, rows)
+        racing, wrong = [], {}
         for contender in contenders:
             before = contender.timed.get(min(ladder))
             if rows > min(ladder) and fewest_rows(backend_of(contender)) == 1 and before is not None and before.median > 4 * fastest:
@@ -256,17 +260,23 @@ def _measure(contenders: Sequence[Contender], signature: Signature, probe: Tenso
                 continue
             try:
                 specialise(contender.executable, inputs)
-                contender.executable.run(inputs)
+                outputs = contender.executable.run(inputs)
             except UnsupportedModelError as error:
                 if rows == min(ladder):
                     raise
                 logger.info("%s is not measured on %d rows: %s", contender.candidate.label, rows, error)
                 continue
+            if (far := astray(model, contender, inputs, outputs)) is not None:
+                wrong[contender] = msgspec.structs.replace(contender.candidate, lost=f"{rows} rows differ from the reference by {far:.1e}")
+                contender.let_go()
+                continue
             rest = SPIN_REST if contender.candidate.mode == "spinning" else 0.0
             contender.timed[rows] = Timed(partial(contender.executable.run, inputs), rest=rest)
             racing.append(contender.timed[rows])
+        contenders, lost = [contender for contender in contenders if contender not in wrong], [*lost, *wrong.values()]
         if racing:
             interleave(racing, budget / (2 if rows == min(ladder) else 4))
+    return contenders, lost
 
 
 def _select(

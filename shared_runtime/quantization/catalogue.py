@@ -13,6 +13,7 @@ from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.quantization.forms import Form
 from shared_runtime.quantization.samples import SampleStore
+from shared_runtime.variants import DYNAMIC
 
 if TYPE_CHECKING:
     from shared_runtime.quantization.openvino_int8 import OpenVinoInt8
@@ -55,7 +56,7 @@ def _cpu(model: Model) -> list[FormMaker]:
         if kinds & set(onnxruntime_int8.STATIC_KINDS):
             made.append(FormMaker("int8-onnxruntime", "int8", lambda data: _static(model, data)))
         if kinds & set(onnxruntime_int8.DYNAMIC_KINDS) and not kinds & {"Conv", "ConvTranspose"}:
-            made.append(FormMaker("int8-dynamic", "int8", lambda data: one(onnxruntime_int8.DynamicInt8(model))))
+            made.append(FormMaker(DYNAMIC, "int8", lambda data: one(onnxruntime_int8.DynamicInt8(model))))
         made.append(FormMaker("int8-weights", "int8", lambda data: one(onnxruntime_int8.WeightOnlyInt8(model))))
     if half:
         made.append(FormMaker("bfloat16-openvino", "bfloat16", lambda data: one(openvino_int8.EnginePrecision(model, "bfloat16"))))

@@ -27,7 +27,7 @@ from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.quantization.saturation import count_saturation
 from shared_runtime.quantization.storage import RECURRENT, SMALLEST, halve, pack, weights, weighty
 from shared_runtime.signature import Tensors
-from shared_runtime.variants import VariantFacts
+from shared_runtime.variants import DYNAMIC, VariantFacts
 
 STATIC_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 BIASED_KINDS = (*STATIC_KINDS, "InstanceNormalization", "LayerNormalization", "BatchNormalization")
@@ -153,7 +153,7 @@ class DynamicInt8(_OnnxForm):
     passes = ("onnxruntime dynamic",)
 
     def __init__(self, model: Model) -> None:
-        super().__init__(model, VariantFacts("int8-dynamic", "int8", "onnxruntime", "cpu", "model.onnx"))
+        super().__init__(model, VariantFacts(DYNAMIC, "int8", "onnxruntime", "cpu", "model.onnx"))
         self._prepared = _prepared(model, Path(self._work.name))
         _unshare(self._prepared, ("Gemm", "MatMul"))
         proto = onnx.load(self._prepared)

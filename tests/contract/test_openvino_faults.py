@@ -17,6 +17,7 @@ from shared_runtime.backends.openvino import forks, read_network
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.numeric import relative_difference
 from shared_runtime.variants import VariantStore
+from tests.contract.test_random_networks import draw
 from tests.networks import save
 
 WIDTH = 16
@@ -114,6 +115,20 @@ def test_a_reduction_before_a_quantizer(reduction: str, tmp_path: Path) -> None:
     expected = plain_session(path).run(None, {"x": x})[0]
     executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
     np.testing.assert_allclose(executable.run({"x": x})["y"], expected, atol=0.051)
+
+
+def test_the_guard_finds_what_is_wrong_for_many_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same fault in a network that is quantized here, left as it is: one by one all samples are right."""
+    shape = draw(21, tmp_path / "tokens.onnx")
+    model, generator = rt.load(tmp_path / "tokens.onnx"), np.random.default_rng(0)
+    data = [{"x": generator.standard_normal((1, *shape)).astype(np.float32)} for _ in range(24)]
+    options: dict[str, Any] = {"metric": rt.metrics.correlation, "precisions": ["int8"], "threads": 1, "budget_s": 10, "max_drop": 0.05}
+    made = rt.optimize(model, calibration=data, store=VariantStore(tmp_path / "mended"), **options)
+    assert made.certificate("int8-openvino").together == 40
+    for module in ("backends.openvino", "quantization.openvino_int8"):
+        monkeypatch.setattr(f"shared_runtime.{module}.part_reductions", lambda network: None)
+    left = rt.optimize(model, calibration=data, store=VariantStore(tmp_path / "left"), **options)
+    assert "40 samples in one run" in left.refused["int8-openvino"]
 
 
 def test_a_chain_without_forks_is_fused_as_before(tmp_path: Path) -> None:

@@ -175,6 +175,28 @@ def test_a_fast_backend_with_other_numbers_loses(linear: Path, monkeypatch: pyte
     assert "differ from the reference" in next(c.lost for c in plan.candidates if c.backend == "wrong")
 
 
+def test_one_that_is_wrong_for_many_rows_loses(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(_Engine):
+        def run(self, inputs: Tensors) -> Tensors:
+            outputs = super().run(inputs)
+            outputs["y"][30:] = 0
+            return outputs
+
+    wrong = Wrong("wrong", 0, 1)
+    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), wrong])
+    assert plan.backend == "onnxruntime"
+    assert next(c.lost for c in plan.candidates if c.backend == "wrong").startswith("32 rows differ from the reference by ")
+    assert wrong.closed
+
+
+def test_rows_that_depend_on_each_other_are_no_fault(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mixing(_Engine):
+        def run(self, inputs: Tensors) -> Tensors:
+            return {"y": super().run(inputs)["y"] + np.float32(len(inputs["x"]))}
+
+    assert _plan(monkeypatch, linear, [Mixing("onnxruntime", 0, 60), Mixing("quick", 0, 1)]).backend == "quick"
+
+
 def test_a_plan_is_cached_for_the_model_and_the_host(linear: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "plans"
     first = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 1), _Engine("other", 0, 60)], cache)
