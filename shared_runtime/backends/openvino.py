@@ -45,6 +45,8 @@ REDUCTIONS = {
     "ReduceL1": "reduce_l1",
     "ReduceL2": "reduce_l2",
 }
+CONSTANTS = ("Constant", "Convert")
+"""What gives a scale or a bias, stored in half precision or not."""
 MOST_COPIED = 1 << 18
 """A constant of more bytes stays shared by its layers."""
 HALF_BYTE = 64
@@ -266,7 +268,7 @@ def forks(network: Any) -> bool:
         if kind == "MatMul" and _weights(sources[1]):
             depth.setdefault(sources[0].get_friendly_name(), 0)
             depth[name] = depth[sources[0].get_friendly_name()] + 1
-            forked = forked or _readers(sources[0]) > 1
+            forked = forked or _read_elsewhere(sources[0])
         elif kind != "ShapeOf" and (before := [depth[n] for source in sources if (n := source.get_friendly_name()) in depth]):
             depth[name] = max(before)
         if name in depth:
@@ -280,6 +282,17 @@ def _weights(node: Any) -> bool:
     while stored.get_type_name() in ("Multiply", "Subtract", "FakeQuantize", "Convert", "Reshape"):
         stored = stored.input_value(0).get_node()
     return bool(stored.get_type_name() == "Constant")
+
+
+def _read_elsewhere(node: Any) -> bool:
+    """Whether another layer as well reads what a dense layer is given, or what that is made of: activated, scaled, quantized."""
+    while _readers(node) == 1:
+        sources = [node.input_value(place).get_node() for place in range(node.get_input_size())]
+        values = [source for source in sources if source.get_type_name() not in CONSTANTS]
+        if len(values) != 1 or node.get_type_name() == "MatMul":
+            break
+        node = values[0]
+    return _readers(node) > 1
 
 
 def _readers(node: Any) -> int:

@@ -110,10 +110,10 @@ class Draw:
         return self.blocks(self.dense("x", 12, width), width), [12]
 
 
-def draw(seed: int, path: Path) -> list[int]:
-    """Write a network; the shape of one of its rows."""
+def draw(seed: int, path: Path, kind: str = "") -> list[int]:
+    """Write a network of a kind (one kind after another without); the shape of one of its rows."""
     made = Draw(seed)
-    value, shape = (made.tokens, made.pictures, made.rows)[seed % 3]()
+    value, shape = getattr(made, kind or ("tokens", "pictures", "rows")[seed % 3])()
     made.nodes.append(helper.make_node("Identity", [value], ["y"]))
     graph = helper.make_graph(
         made.nodes,

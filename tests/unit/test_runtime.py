@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from shared_runtime.backends import base
 from shared_runtime.host import peak_resident_mib
 from shared_runtime.planning import contenders, planner
 from shared_runtime.repository.store import ModelRepository
-from shared_runtime.signature import Tensors
+from tests.engines import Engine, plan_with
 
 
 @pytest.fixture
@@ -117,43 +116,10 @@ def test_a_missing_device_is_an_error_that_names_what_is_missing(linear: Path) -
         rt.Session(rt.load(linear), device="tpu")
 
 
-class _Engine:
-    """A backend with a chosen answer and speed, in place of the installed ones."""
-
-    requires, devices, planned = "", ("cpu",), ("cpu",)
-
-    def __init__(self, name: str, offset: float, cost: int) -> None:
-        self.name, self.offset, self.cost, self.device, self.precision, self.closed = name, offset, cost, "cpu", "float32", 0
-
-    def availability(self, device: str) -> base.Availability:
-        return base.Availability(version="1")
-
-    def modes(self, device: str) -> tuple[str, ...]:
-        return ("",)
-
-    def compile(self, model: rt.Model, device: str, threads: int, variant: Any = None, mode: str = "") -> _Engine:
-        return self
-
-    def run(self, inputs: Tensors) -> Tensors:
-        for _ in range(self.cost):
-            np.linalg.inv(np.eye(60))
-        return {"y": 2 * inputs["x"] + 1 + self.offset}
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-def _plan(monkeypatch: pytest.MonkeyPatch, model: Path, engines: list[_Engine], cache: Path | None = None) -> rt.Plan:
-    table: Mapping[str, Any] = {engine.name: engine for engine in engines}
-    for module in (planner, contenders):
-        monkeypatch.setattr(module, "backends", lambda: table)
-    return planner.plan_and_compile(rt.load(model), "auto", 1, cache)[0]
-
-
 def test_one_that_was_let_go_can_still_be_chosen(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its engine is made ready again."""
     monkeypatch.setattr(contenders, "_let_go_hopeless", lambda found: [contender.let_go() for contender in found])
-    engines = [_Engine("onnxruntime", 0, 60), _Engine("quick", 0, 1)]
+    engines = [Engine("onnxruntime", 0, 60), Engine("quick", 0, 1)]
     monkeypatch.setattr(planner, "backends", lambda: {engine.name: engine for engine in engines})
     monkeypatch.setattr(contenders, "backends", lambda: {engine.name: engine for engine in engines})
     plan, ladder = planner.plan_and_compile(rt.load(linear), "auto", 1, None)
@@ -162,7 +128,7 @@ def test_one_that_was_let_go_can_still_be_chosen(linear: Path, monkeypatch: pyte
 
 
 def test_the_fastest_backend_is_kept_and_the_others_are_explained(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("quick", 0, 1)])
+    plan = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 60), Engine("quick", 0, 1)])
     assert plan.backend == "quick"
     lost = {c.backend: c.lost for c in plan.candidates}
     assert "times as slow" in lost["onnxruntime"]
@@ -170,41 +136,19 @@ def test_the_fastest_backend_is_kept_and_the_others_are_explained(linear: Path, 
 
 
 def test_a_fast_backend_with_other_numbers_loses(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("wrong", 0.5, 1)])
+    plan = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 60), Engine("wrong", 0.5, 1)])
     assert plan.backend == "onnxruntime"
     assert "differ from the reference" in next(c.lost for c in plan.candidates if c.backend == "wrong")
 
 
-def test_one_that_is_wrong_for_many_rows_loses(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(_Engine):
-        def run(self, inputs: Tensors) -> Tensors:
-            outputs = super().run(inputs)
-            outputs["y"][30:] = 0
-            return outputs
-
-    wrong = Wrong("wrong", 0, 1)
-    plan = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), wrong])
-    assert plan.backend == "onnxruntime"
-    assert next(c.lost for c in plan.candidates if c.backend == "wrong").startswith("32 rows differ from the reference by ")
-    assert wrong.closed
-
-
-def test_rows_that_depend_on_each_other_are_no_fault(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Mixing(_Engine):
-        def run(self, inputs: Tensors) -> Tensors:
-            return {"y": super().run(inputs)["y"] + np.float32(len(inputs["x"]))}
-
-    assert _plan(monkeypatch, linear, [Mixing("onnxruntime", 0, 60), Mixing("quick", 0, 1)]).backend == "quick"
-
-
 def test_a_plan_is_cached_for_the_model_and_the_host(linear: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "plans"
-    first = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 1), _Engine("other", 0, 60)], cache)
-    second = _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache)
+    first = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 1), Engine("other", 0, 60)], cache)
+    second = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 60), Engine("other", 0, 1)], cache)
     assert second == first
     for file in cache.iterdir():
         file.write_text("{ damaged")
-    assert _plan(monkeypatch, linear, [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache).backend == "other"
+    assert plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 60), Engine("other", 0, 1)], cache).backend == "other"
 
 
 def weighted(path: Path, weight: float, constant: float = 1.0, columns: int = 32) -> Path:
@@ -225,18 +169,18 @@ def weighted(path: Path, weight: float, constant: float = 1.0, columns: int = 32
 
 def test_a_graph_with_other_weights_takes_a_plan_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "plans"
-    slow_first, slow_last = ([_Engine("onnxruntime", 0, a), _Engine("other", 0, b)] for a, b in ((60, 1), (1, 60)))
-    first = _plan(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), slow_first, cache)
+    slow_first, slow_last = ([Engine("onnxruntime", 0, a), Engine("other", 0, b)] for a, b in ((60, 1), (1, 60)))
+    first = plan_with(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), slow_first, cache)
     assert first.backend == "other"
-    second = _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache)
+    second = plan_with(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache)
     assert (second.backend, second.model, second.ladder) == ("other", "second", first.ladder)
     assert second.sha256 != first.sha256
     assert second.why.startswith("as measured for first, the same graph with other weights: median")
-    third = _plan(monkeypatch, weighted(tmp_path / "third.onnx", 0.9), slow_last, cache)
+    third = plan_with(monkeypatch, weighted(tmp_path / "third.onnx", 0.9), slow_last, cache)
     assert third.why == second.why, "it names where it was measured"
-    assert _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache) == second
+    assert plan_with(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), slow_last, cache) == second
     for other in ({"constant": 3.0}, {"columns": 40}):
-        measured = _plan(monkeypatch, weighted(tmp_path / "other.onnx", 0.5, **other), slow_last, cache)
+        measured = plan_with(monkeypatch, weighted(tmp_path / "other.onnx", 0.5, **other), slow_last, cache)
         assert measured.backend == "onnxruntime", f"{other} is another graph"
 
 
@@ -248,7 +192,7 @@ def test_a_plan_of_other_sizes_is_not_taken_over(monkeypatch: pytest.MonkeyPatch
         graph = helper.make_graph([helper.make_node("Mul", ["x", "x"], ["y"])], "g", [x], [y], values)
         files.append(tmp_path / f"{name}.onnx")
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), files[-1])
-    engines = {engine.name: engine for engine in [_Engine("onnxruntime", 0, 1)]}
+    engines = {engine.name: engine for engine in [Engine("onnxruntime", 0, 1)]}
     for module in (planner, contenders):
         monkeypatch.setattr(module, "backends", lambda: engines)
     whys = []
@@ -263,9 +207,9 @@ def test_a_plan_of_other_sizes_is_not_taken_over(monkeypatch: pytest.MonkeyPatch
 
 def test_a_plan_that_computes_something_else_with_other_weights_is_measured_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "plans"
-    _plan(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), [_Engine("onnxruntime", 0, 60), _Engine("other", 0, 1)], cache)
-    engines = [_Engine("onnxruntime", 0, 60), _Engine("other", 0.5, 1)]
-    found = _plan(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), engines, cache)
+    plan_with(monkeypatch, weighted(tmp_path / "first.onnx", 0.5), [Engine("onnxruntime", 0, 60), Engine("other", 0, 1)], cache)
+    engines = [Engine("onnxruntime", 0, 60), Engine("other", 0.5, 1)]
+    found = plan_with(monkeypatch, weighted(tmp_path / "second.onnx", 0.7), engines, cache)
     assert found.backend == "onnxruntime"
     assert "differ from the reference" in next(c.lost for c in found.candidates if c.backend == "other")
     assert engines[1].closed
