@@ -36,6 +36,9 @@ FUSING = "SNIPPETS_MODE"
 NO_REGISTERS = "Not enough gp registers"
 NO_FUSING = {FUSING: "DISABLE"}
 """Leave layers as they are where OpenVINO would make one kernel of several."""
+IN_FLOAT = {"LP_TRANSFORMS_MODE": "NO"}
+"""Round what is quantized, and compute it in float."""
+CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 REDUCTIONS = {
     "ReduceMean": "reduce_mean",
     "ReduceMax": "reduce_max",
@@ -58,7 +61,8 @@ READ = "import sys, openvino; core = openvino.Core(); core.compile_model(core.re
 class OpenVinoExecutable:
     """A compiled model for any shape, and one more for each shape it was prepared for; an infer request a thread.
 
-    The one for any shape is compiled by `prepare_any`, or when a shape comes that was not prepared for.
+    The one for any shape is compiled by `prepare_any`, or when a shape comes that was not prepared for; where its numbers would
+    depend on earlier shapes, it computes INT8 in float.
     """
 
     device = "cpu"
@@ -129,7 +133,7 @@ class OpenVinoExecutable:
     def _general(self) -> Any:
         with self._lock:
             if self._any is None:
-                self._any = _compile(self._network, self._properties)
+                self._any = _compile(self._network, self._properties | (IN_FLOAT if unsteady(self._network) else {}))
             return self._any
 
 
@@ -208,20 +212,42 @@ def compile_graph(
     network.set_friendly_name(name)
     mend(network)
     if host().saturates and fills_bytes(network):
-        properties["LP_TRANSFORMS_MODE"] = "NO"  # its kernels would saturate: what is quantized is rounded so and computed in float
+        properties |= IN_FLOAT  # its kernels would saturate
     return OpenVinoExecutable(network, properties | safe(network), outputs, precision)
 
 
 def mend(network: Any) -> None:
     """Change a network in place so that OpenVINO fuses what it can, and rightly."""
     unshare_constants(network)
-    if any(node.get_type_name() == "FakeQuantize" for node in network.get_ops()):
+    if is_quantized(network):
         part_reductions(network)
 
 
 def safe(network: Any) -> dict[str, str]:
-    """Properties without which OpenVINO would end the process while it compiles a network."""
-    return NO_FUSING if forks(network) else {}
+    """Properties without which OpenVINO would end the process while it compiles a network, or compute other numbers.
+
+    OpenVINO 2026.4 takes a chain of dense layers on rows for one kernel where it knows that there are few (`TokenizeMLPSeqSnippets`).
+    Where more than one layer reads a value on the way it then reads past what is there: a segmentation fault when the network is
+    compiled. In INT8, on some processors, it gives other numbers.
+    """
+    depth, forked = dense_chain(network)
+    return NO_FUSING if depth > 1 and (forked or is_quantized(network)) else {}
+
+
+def unsteady(network: Any) -> bool:
+    """Whether numbers of a network compiled for any shape depend on the shapes that it was given before.
+
+    OpenVINO 2026.4 does so in INT8 on AMX, with a convolution over one axis behind another: few rows are wrong after many.
+    """
+    if "amx_int8" not in host().vector or not network.is_dynamic() or not is_quantized(network):
+        return False
+    ranks = [node.get_output_partial_shape(0).rank for node in network.get_ops() if node.get_type_name() in CONVOLUTIONS]
+    return any(rank.is_dynamic or rank.get_length() == 3 for rank in ranks)
+
+
+def is_quantized(network: Any) -> bool:
+    """Whether a network holds quantizers."""
+    return any(node.get_type_name() == "FakeQuantize" for node in network.get_ops())
 
 
 def part_reductions(network: Any) -> None:
@@ -252,11 +278,13 @@ def part_reductions(network: Any) -> None:
 
 
 def forks(network: Any) -> bool:
-    """Whether a chain of dense layers on rows has a value that more than one layer reads, as blocks with a way around them have.
+    """Whether a chain of dense layers on rows has a value that more than one layer reads, as blocks with a way around them have."""
+    depth, forked = dense_chain(network)
+    return depth > 1 and forked
 
-    OpenVINO 2026.4 takes such chains for one kernel where it knows that there are few rows (`TokenizeMLPSeqSnippets`), and then reads
-    past what is there: a segmentation fault when the network is compiled.
-    """
+
+def dense_chain(network: Any) -> tuple[int, bool]:
+    """How many dense layers on rows follow each other at most, and whether more than one layer reads a value on their way."""
     depth: dict[str, int] = {}  # dense layers up to a value, by what makes it
     deepest, forked = 0, False
     for node in network.get_ordered_ops():
@@ -273,7 +301,7 @@ def forks(network: Any) -> bool:
             depth[name] = max(before)
         if name in depth:
             deepest, forked = max(deepest, depth[name]), forked or _readers(node) > 1
-    return deepest > 1 and forked
+    return deepest, forked
 
 
 def _weights(node: Any) -> bool:

@@ -18,6 +18,8 @@ COUNTS = (2, 8, 40)
 """How many samples run at once: a few, and more than the 32 rows that plans and servers ask for."""
 MOST_ELEMENTS = 6_100_000
 """Input elements in one run, at most: 40 colour pictures of 224 x 224, two volumes of 128 x 128 x 128."""
+STEADY = 1e-3
+"""How far a form may be from itself on the same samples, relative."""
 MOST_SECONDS = 10.0
 """How long a run of many samples may take, by the time that one takes."""
 MIXES = 1e-3
@@ -37,7 +39,7 @@ class Together:
 def judge_together(executable: Executable, reference: Executable, judge: Judge, signature: Signature, dynamic: bool = False) -> Together:
     """Whether a form that passed sample by sample also does on samples laid behind each other, as a server's batches bring them.
 
-    `reference` is the float model. First the numbers of 2, 8 and 40 samples (the set over again where it is smaller), then the metric
+    `reference` is the float model. First the numbers of 2, 8 and 40 samples of one size (over again where there are fewer), then the metric
     over the set in runs of up to 40. `dynamic`: the form takes scales over all that is in a run; its numbers differ, and the metric
     alone says whether that matters.
     """
@@ -47,15 +49,14 @@ def judge_together(executable: Executable, reference: Executable, judge: Judge, 
     alike = [item for item, inputs in enumerate(judge.samples) if _sizes(inputs) == _sizes(first)]
     begin = time.perf_counter()
     own = [executable.run(judge.samples[item]) for item in alike[:2]]
-    seconds = (time.perf_counter() - begin) / 2
+    seconds = (time.perf_counter() - begin) / len(own)
     most = int(min(COUNTS[-1], MOST_ELEMENTS / max(1, sum(value.size for value in first.values())), MOST_SECONDS / seconds))
     counts = sorted({min(count, most) for count in COUNTS} - {0, 1})
-    if not counts or len(alike) < 2:
+    pair = [alike[0], alike[-1]]
+    floats = _float_together(reference, judge, pair) if counts else None
+    if floats is None:
         return Together()
-    pair = _float_together(reference, judge, alike[:2])
-    if pair is None:
-        return Together()
-    mixes = difference_of_floats(joined([judge.reference[item] for item in alike[:2]]), pair) > MIXES
+    mixes = difference_of_floats(joined([judge.reference[item] for item in pair]), floats) > MIXES
     own += [executable.run(judge.samples[item]) for item in alike[2:most]]
     for count in [] if dynamic else counts:
         places = [place % len(alike) for place in range(count)]
@@ -69,6 +70,9 @@ def judge_together(executable: Executable, reference: Executable, judge: Judge, 
             return Together(count, None, f"{count} samples in one run: {error}")
         if wanted is not None and (far := strays(outputs, wanted, near)) is not None:
             return Together(count, None, f"{count} samples in one run are {far:.2g} from float, one by one {near:.2g}")
+    again = [executable.run(judge.samples[item]) for item in alike[:most]]
+    if (changed := difference_of_floats(joined(again), joined(own))) > STEADY:
+        return Together(counts[-1], None, f"the same samples differ by {changed:.2g} one by one after {counts[-1]} in one run")
     if mixes:
         return Together(counts[-1])
     drop = judge.before - judge.score(in_groups(judge.samples, counts[-1], executable.run), judge.targets)

@@ -73,6 +73,21 @@ def test_wrong_from_the_33rd_row_on(count: int) -> None:
     assert found.why.startswith("40 samples in one run are ")
 
 
+@pytest.mark.parametrize("lengths", [(3,), (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)])
+def test_samples_of_as_many_sizes_as_there_are(lengths: tuple[int, ...]) -> None:
+    assert together(wrong(lambda rows: np.arange(rows) >= 32), samples(len(lengths), lengths)).why.startswith("40 samples in one run are ")
+
+
+def test_numbers_that_depend_on_earlier_runs() -> None:
+    seen = [0]
+
+    def worn(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        seen.append(max(seen[-1], len(x)))
+        return float_model(x) * np.float32(0.5 if len(x) < seen[-1] else 1)
+
+    assert together(worn, samples(12)).why == "the same samples differ by 0.5 one by one after 40 in one run"
+
+
 @pytest.mark.parametrize("rows", [2, 8])
 def test_wrong_for_a_few_rows(rows: int) -> None:
     assert together(wrong(lambda given: np.full(given, given == rows)), samples(30)).why.startswith(f"{rows} samples in one run are ")
@@ -114,7 +129,6 @@ def test_what_can_not_be_laid_together_is_left() -> None:
     apart = rt.Signature(SIGNATURE.inputs, (rt.TensorSpec("y", ("length", "batch"), "float32"),))
     assert together(float_model, samples(12), signature=apart) == Together()
     assert together(one_row, samples(12), one_row) == Together()
-    assert together(float_model, samples(1)) == Together()
 
 
 def test_a_form_that_runs_row_by_row_alone_does_not_pass() -> None:
