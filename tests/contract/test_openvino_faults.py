@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import helper
 
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
-from shared_runtime.backends.openvino import forks, read_network
+from shared_runtime.backends.openvino import forks, in_float, read_network, unsteady
 from shared_runtime.graph.passes.base import plain_session
+from shared_runtime.host import host
 from shared_runtime.numeric import relative_difference
 from shared_runtime.variants import VariantStore
 from tests.contract.test_random_networks import draw
@@ -24,6 +26,7 @@ WIDTH = 16
 pytest.importorskip("openvino")
 RUN = """
 import sys
+import msgspec
 import numpy as np
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
@@ -128,6 +131,73 @@ def test_a_reduction_before_a_quantizer(reduction: str, tmp_path: Path) -> None:
     expected = plain_session(path).run(None, {"x": x})[0]
     executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
     np.testing.assert_allclose(executable.run({"x": x})["y"], expected, atol=0.051)
+
+
+def rounding(value: str, name: str) -> list[Any]:
+    """A quantizer of 256 steps behind a value, and what takes it back."""
+    return [
+        helper.make_node("QuantizeLinear", [value, "step", "zero"], [f"{name}_levels"]),
+        helper.make_node("DequantizeLinear", [f"{name}_levels", "step", "zero"], [name]),
+    ]
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_product_of_two_computed_matrices_that_is_scaled_by_channel(heads: tuple[int, ...], told: bool, tmp_path: Path) -> None:
+    """Attention in INT8 whose output is scaled for the layer behind it: all but the first matrix were wrong."""
+    generator, shape = np.random.default_rng(0), ["batch", *heads, 6]
+    weights = {"scale": generator.uniform(0.5, 2, WIDTH).astype(np.float32), "step": np.float32(0.05), "zero": np.int8(0)}
+    nodes = [
+        *rounding("shares", "a"),
+        *rounding("x", "b"),
+        helper.make_node("MatMul", ["a", "b"], ["product"]),
+        helper.make_node("Mul", ["product", "scale"], ["scaled"]),
+        *rounding("scaled", "y"),
+    ]
+    path = save(tmp_path / "attention.onnx", nodes, weights, {"shares": [*shape, 6], "x": [*shape, WIDTH]}, {"y": [*shape, WIDTH]})
+    sizes = (5, *heads, 6)
+    given = {"shares": generator.uniform(0, 0.4, (*sizes, 6)).astype(np.float32)}
+    given["x"] = generator.standard_normal((*sizes, WIDTH)).astype(np.float32)
+    executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
+    if told:
+        executable.specialise(given)
+    np.testing.assert_allclose(executable.run(given)["y"], plain_session(path).run(None, given)[0], atol=0.051)
+
+
+def test_what_is_quantized_can_be_computed_in_float(tmp_path: Path) -> None:
+    """As on processors without VNNI; left to OpenVINO, a quantizer behind scaled means took other channels' ranges for free sizes."""
+    import openvino
+
+    generator = np.random.default_rng(0)
+    weights = {"scale": generator.uniform(0.3, 3, (1, WIDTH)).astype(np.float32), "step": np.float32(0.05), "zero": np.uint8(128)}
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Mul", ["flat", "scale"], ["scaled"]),
+        *rounding("scaled", "y"),
+    ]
+    path = save(tmp_path / "means.onnx", nodes, weights, {"x": ["batch", "length", WIDTH]}, {"y": ["batch", WIDTH]})
+    network = read_network(path)
+    compiled = openvino.Core().compile_model(network, "CPU", in_float(network) | {"INFERENCE_PRECISION_HINT": "f32"})
+    for rows, length in ((1, 6), (5, 3), (2, 34)):
+        x = generator.standard_normal((rows, length, WIDTH)).astype(np.float32)
+        np.testing.assert_allclose(compiled(x)[0], plain_session(path).run(None, {"x": x})[0], atol=0.051)
+
+
+def test_convolutions_over_one_axis_are_unsteady_on_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In INT8, with a free batch: then what is compiled for any shape computes in float, and gives the same numbers."""
+    generator = np.random.default_rng(0)
+    weights = {"w": generator.standard_normal((WIDTH, 4, 3)).astype(np.float32), "step": np.float32(0.05), "zero": np.uint8(128)}
+    nodes = [*rounding("x", "q"), helper.make_node("Conv", ["q", "w"], ["y"], pads=[1, 1])]
+    model = rt.load(save(tmp_path / "line.onnx", nodes, weights, {"x": ["batch", 4, 20]}, {"y": ["batch", WIDTH, 20]}))
+    fixed = read_network(save(tmp_path / "fixed.onnx", nodes, weights, {"x": [2, 4, 20]}, {"y": [2, WIDTH, 20]}))
+    x = generator.standard_normal((5, 4, 20)).astype(np.float32)
+    expected = plain_session(model.graph).run(None, {"x": x})[0]
+    for vector, found in (((), False), (("amx_int8",), True)):
+        monkeypatch.setattr("shared_runtime.backends.openvino.host", lambda vector=vector: msgspec.structs.replace(host(), vector=vector))
+        assert unsteady(read_network(model.graph)) == found
+        assert not unsteady(fixed)
+        assert relative_difference(backends()["openvino"].compile(model, "cpu", 1).run({"x": x})["y"], expected) < 0.01
 
 
 def test_the_guard_finds_what_is_wrong_for_many_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
