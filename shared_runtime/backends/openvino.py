@@ -36,7 +36,22 @@ FUSING = "SNIPPETS_MODE"
 NO_REGISTERS = "Not enough gp registers"
 NO_FUSING = {FUSING: "DISABLE"}
 """Leave layers as they are where OpenVINO would make one kernel of several."""
-ARITHMETIC = ("Multiply", "Add", "Subtract", "Divide")
+ELEMENTWISE = (
+    "Multiply",
+    "Add",
+    "Subtract",
+    "Divide",
+    "Relu",
+    "PRelu",
+    "Sigmoid",
+    "Tanh",
+    "Elu",
+    "Gelu",
+    "Swish",
+    "HSwish",
+    "Clamp",
+    "Maximum",
+)
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 REDUCTIONS = {
     "ReduceMean": "reduce_mean",
@@ -223,8 +238,7 @@ def mend(network: Any) -> None:
     """Change a network in place so that OpenVINO fuses what it can, and rightly."""
     unshare_constants(network)
     if is_quantized(network):
-        part_reductions(network)
-        part_products(network)
+        part_layers(network)
 
 
 def safe(network: Any) -> dict[str, str]:
@@ -254,28 +268,27 @@ def in_float(network: Any) -> dict[str, str]:
 
     Rounding is written out: OpenVINO 2026.4 takes a quantizer's ranges of other channels where it knows no sizes and computes in float.
     """
-    from openvino import opset13
-
     for node in network.get_ordered_ops():
-        if node.get_type_name() != "FakeQuantize":
-            continue
-        ranges = [constant(node.input_value(place).get_node()) for place in range(1, 5)]
-        if any(value is None for value in ranges):
-            continue
-        low, high, least, most = (value.astype(np.float32) for value in ranges)
-        steps = node.get_attributes()["levels"] - 1
-        inside = opset13.minimum(opset13.maximum(node.input_value(0), opset13.constant(low)), opset13.constant(high))
-        scale = (steps / np.maximum(high - low, 1e-30)).astype(np.float32)
-        level = opset13.round(opset13.multiply(opset13.subtract(inside, opset13.constant(low)), opset13.constant(scale)), "half_to_even")
-        back = opset13.multiply(level, opset13.constant(((most - least) / steps).astype(np.float32)))
-        rounded = opset13.add(back, opset13.constant(least))
-        uses, names = node.output(0).get_target_inputs(), node.output(0).get_names()
-        rounded.set_friendly_name(node.get_friendly_name())
-        for use in uses:
-            use.replace_source_output(rounded.output(0))
-        rounded.output(0).set_names(names)
+        if node.get_type_name() == "FakeQuantize":
+            _write_out(node)
     network.validate_nodes_and_infer_types()
     return {"LP_TRANSFORMS_MODE": "NO"}
+
+
+def _write_out(quantizer: Any) -> None:
+    """Put what a quantizer computes in its place; one whose ranges are computed is left."""
+    from openvino import opset13
+
+    ranges = [constant(quantizer.input_value(place).get_node()) for place in range(1, 5)]
+    if any(value is None for value in ranges):
+        return
+    low, high, least, most = (value.astype(np.float32) for value in ranges)
+    steps = quantizer.get_attributes()["levels"] - 1
+    inside = opset13.minimum(opset13.maximum(quantizer.input_value(0), opset13.constant(low)), opset13.constant(high))
+    scale = (steps / np.maximum(high - low, 1e-30)).astype(np.float32)
+    level = opset13.round(opset13.multiply(opset13.subtract(inside, opset13.constant(low)), opset13.constant(scale)), "half_to_even")
+    back = opset13.multiply(level, opset13.constant(((most - least) / steps).astype(np.float32)))
+    _take_over(opset13.add(back, opset13.constant(least)), quantizer)
 
 
 def is_quantized(network: Any) -> bool:
@@ -283,78 +296,55 @@ def is_quantized(network: Any) -> bool:
     return any(node.get_type_name() == "FakeQuantize" for node in network.get_ops())
 
 
-def part_reductions(network: Any) -> None:
-    """Have reductions keep their axes, and drop these behind them, in place.
+def part_layers(network: Any) -> None:
+    """Keep apart layers that OpenVINO fuses wrongly in a network with quantizers, in place.
 
-    OpenVINO 2026.4 fuses a scale or ranges a channel and the quantizer behind a reduction into it, and where the axes are gone takes those
-    of other channels, or what lies behind them in memory (tokens that are averaged before a head in INT8).
+    OpenVINO 2026.4 forgets the zero point of what it sums in INT8, and fuses scales or ranges a channel into reductions and into products
+    of two computed matrices, where it takes those of other channels, or what lies behind them in memory: for the second row or head on.
     """
-    from openvino import opset13
-
     for node in network.get_ordered_ops():
         kind = node.get_type_name()
-        if kind not in REDUCTIONS or node.get_attributes()["keep_dims"]:
+        if node.get_output_size() != 1 or node.get_output_element_type(0).get_type_name() != "f32":
             continue
-        data, axes = node.input_value(0), node.input_value(1)
-        known = constant(axes.get_node())
-        if known is None or not known.size:  # to drop no axis in particular would drop all of length one
-            continue
-        kept = getattr(opset13, REDUCTIONS[kind])(data, axes, keep_dims=True)
-        dropped = opset13.squeeze(kept, axes)
-        kept.set_friendly_name(node.get_friendly_name())
-        dropped.set_friendly_name(f"{node.get_friendly_name()}/dropped")
-        names = node.output(0).get_names()
-        for use in node.output(0).get_target_inputs():
-            use.replace_source_output(dropped.output(0))
-        dropped.output(0).set_names(names)
+        if kind in REDUCTIONS:
+            node.input(0).replace_source_output(_apart(node.input_value(0)).output(0))
+        if kind in REDUCTIONS or (kind == "MatMul" and _scaled_amiss(node)):
+            uses = node.output(0).get_target_inputs()
+            after = _apart(node.output(0))
+            for use in uses:
+                use.replace_source_output(after.output(0))
+            after.output(0).set_names(node.output(0).get_names())
     network.validate_nodes_and_infer_types()
 
 
-def part_products(network: Any) -> None:
-    """Have what scales products of two computed matrices channel by channel do so on rows of channels, in place.
-
-    OpenVINO 2026.4 fuses such a scale into a product in INT8, and for the second matrix of a batch, or the second head of attention, reads
-    what lies behind it in memory.
-    """
+def _apart(value: Any) -> Any:
+    """The same numbers by a layer that no other is fused into, since it reads them twice, and that takes none in INT8."""
     from openvino import opset13
 
-    for product in network.get_ordered_ops():
-        if product.get_type_name() != "MatMul" or product.get_output_partial_shape(0).rank.get_min_length() < 3 or _weights_of(product):
-            continue
-        node, place = _scaled_by_channel(product)
-        if node is None:
-            continue
-        scale = constant(node.input_value(1 - place).get_node()).reshape(1, -1)
-        value, uses, names = node.input_value(place), node.output(0).get_target_inputs(), node.output(0).get_names()
-        rows = opset13.reshape(value, opset13.constant(np.array([-1, scale.size])), False)
-        pair = (rows, opset13.constant(scale.astype(np.float32)))
-        scaled = getattr(opset13, node.get_type_name().lower())(*(pair if place == 0 else pair[::-1]))
-        whole = opset13.reshape(scaled, opset13.shape_of(value), False)
-        scaled.set_friendly_name(f"{node.get_friendly_name()}/rows")
-        whole.set_friendly_name(node.get_friendly_name())
-        for use in uses:
-            use.replace_source_output(whole.output(0))
-        whole.output(0).set_names(names)
-    network.validate_nodes_and_infer_types()
+    return opset13.maximum(value, value)
 
 
-def _scaled_by_channel(product: Any) -> tuple[Any, int]:
-    """The first layer behind a product that has a number for each of its columns, with the place of what it is given; (None, 0) where
-    there is none before a layer of another kind."""
-    node = product
-    while len(uses := node.output(0).get_target_inputs()) == 1:
-        use = next(iter(uses))
-        node, place = use.get_node(), use.get_index()
-        if node.get_type_name() not in ARITHMETIC or place > 1 or (other := constant(node.input_value(1 - place).get_node())) is None:
-            break
-        if other.size > 1:
-            return (node, place) if other.shape[-1] == other.size else (None, 0)
-    return None, 0
+def _scaled_amiss(product: Any) -> bool:
+    """Whether what stands behind a product has a number for each place along an axis: any, or, behind weights, one that is not theirs."""
+    own, node, rank = _weights(product.input_value(1).get_node()), product, product.get_output_partial_shape(0).rank
+    while rank.is_static and rank.get_length() > 2 and len(uses := node.output(0).get_target_inputs()) == 1:
+        node = next(iter(uses)).get_node()
+        if node.get_type_name() not in ELEMENTWISE:
+            return False
+        for place in range(node.get_input_size()):
+            values = constant(node.input_value(place).get_node())
+            if values is not None and values.size > (values.shape[-1] if own else 1):
+                return True
+    return False
 
 
-def _weights_of(product: Any) -> bool:
-    """Whether one side of a product is weights."""
-    return any(_weights(product.input_value(place).get_node()) for place in (0, 1))
+def _take_over(made: Any, node: Any) -> None:
+    """Give the layers that read a node, and its names, to another."""
+    uses, names = node.output(0).get_target_inputs(), node.output(0).get_names()
+    made.set_friendly_name(node.get_friendly_name())
+    for use in uses:
+        use.replace_source_output(made.output(0))
+    made.output(0).set_names(names)
 
 
 def forks(network: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from shared_runtime.backends.base import Executable
-from shared_runtime.backends.openvino import HINTS, compile_graph, forks, part_reductions, read_network, reason, safe, save_network
+from shared_runtime.backends.openvino import HINTS, compile_graph, forks, read_network, reason, safe, save_network
 from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host
@@ -170,7 +170,6 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
     except RuntimeError as error:
         raise UnsupportedModelError(f"OpenVINO can't read {model.name!r}: {reason(error)}") from error
     apart = _arithmetic(network)
-    part_reductions(network)
     kinds = [op.get_type_name() for op in network.get_ops()]
     if not set(kinds) & set(WEIGHTED):
         raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute (convolution, matrix product, LSTM)")
