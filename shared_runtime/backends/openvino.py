@@ -50,8 +50,12 @@ ELEMENTWISE = (
     "Swish",
     "HSwish",
     "Clamp",
-    "Maximum",
+    "FakeQuantize",
 )
+"""Layers that are fused into the one before them."""
+MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Relu", "MaxPool", "Concat", "Slice", "StridedSlice", "Gather", "Split")
+SCALINGS = ("Convert", "Subtract", "Multiply")
+"""Layers through which what is in INT8 stays so: those that move numbers about, and those that give them their scale back."""
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 REDUCTIONS = {
     "ReduceMean": "reduce_mean",
@@ -237,8 +241,7 @@ def compile_graph(
 def mend(network: Any) -> None:
     """Change a network in place so that OpenVINO fuses what it can, and rightly."""
     unshare_constants(network)
-    if is_quantized(network):
-        part_layers(network)
+    part_layers(network)
 
 
 def safe(network: Any) -> dict[str, str]:
@@ -297,24 +300,30 @@ def is_quantized(network: Any) -> bool:
 
 
 def part_layers(network: Any) -> None:
-    """Keep apart layers that OpenVINO fuses wrongly in a network with quantizers, in place.
+    """Keep apart layers that OpenVINO fuses wrongly, in place.
 
-    OpenVINO 2026.4 forgets the zero point of what it sums in INT8, and fuses scales or ranges a channel into reductions and into products
-    of two computed matrices, where it takes those of other channels, or what lies behind them in memory: for the second row or head on.
+    OpenVINO 2026.4 fuses numbers a channel (scales, biases, ranges of quantizers) into reductions, in float as well, and into products of
+    two computed matrices in INT8, and takes those of other channels, or what lies behind them in memory: from the second row or head on.
+    What it sums in INT8 loses its zero point.
     """
     for node in network.get_ordered_ops():
         kind = node.get_type_name()
-        if node.get_output_size() != 1 or node.get_output_element_type(0).get_type_name() != "f32":
-            continue
-        if kind in REDUCTIONS:
+        if kind in REDUCTIONS and _comes_quantized(node.input_value(0).get_node()):
             node.input(0).replace_source_output(_apart(node.input_value(0)).output(0))
-        if kind in REDUCTIONS or (kind == "MatMul" and _scaled_amiss(node)):
-            uses = node.output(0).get_target_inputs()
+        if (kind in REDUCTIONS or kind == "MatMul") and _scaled_amiss(node):
+            uses, names = node.output(0).get_target_inputs(), node.output(0).get_names()
             after = _apart(node.output(0))
             for use in uses:
                 use.replace_source_output(after.output(0))
-            after.output(0).set_names(node.output(0).get_names())
+            after.output(0).set_names(names)
     network.validate_nodes_and_infer_types()
+
+
+def _comes_quantized(node: Any) -> bool:
+    """Whether a value is a quantizer's, scaled and moved about."""
+    while (kind := node.get_type_name()) in MOVES or kind in SCALINGS:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
 
 
 def _apart(value: Any) -> Any:
@@ -324,17 +333,19 @@ def _apart(value: Any) -> Any:
     return opset13.maximum(value, value)
 
 
-def _scaled_amiss(product: Any) -> bool:
-    """Whether what stands behind a product has a number for each place along an axis: any, or, behind weights, one that is not theirs."""
-    own, node, rank = _weights(product.input_value(1).get_node()), product, product.get_output_partial_shape(0).rank
-    while rank.is_static and rank.get_length() > 2 and len(uses := node.output(0).get_target_inputs()) == 1:
+def _scaled_amiss(node: Any) -> bool:
+    """Whether what is fused into a layer has a number for each place along an axis: any, or, behind weights, one that is not theirs."""
+    product = node.get_type_name() == "MatMul"
+    own, rank = product and _weights(node.input_value(1).get_node()), node.get_output_partial_shape(0).rank
+    if product and rank.is_static and rank.get_length() < 3:
+        return False
+    while len(uses := node.output(0).get_target_inputs()) == 1:
         node = next(iter(uses)).get_node()
-        if node.get_type_name() not in ELEMENTWISE:
+        known = [constant(node.input_value(place).get_node()) for place in range(node.get_input_size())]
+        if node.get_type_name() not in ELEMENTWISE or sum(values is None for values in known) != 1:
             return False
-        for place in range(node.get_input_size()):
-            values = constant(node.input_value(place).get_node())
-            if values is not None and values.size > (values.shape[-1] if own else 1):
-                return True
+        if any(values is not None and values.size > (values.shape[-1] if own and values.ndim else 1) for values in known):
+            return True
     return False
 
 

@@ -1,4 +1,4 @@
-"""What OpenVINO fuses wrongly: dense layers with a way around them end the process, reductions before a quantizer give other numbers."""
+"""What OpenVINO fuses wrongly: dense layers with a way around them end the process, scales behind reductions are those of others."""
 
 from __future__ import annotations
 
@@ -131,6 +131,25 @@ def test_a_reduction_before_a_quantizer(reduction: str, tmp_path: Path) -> None:
     expected = plain_session(path).run(None, {"x": x})[0]
     executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
     np.testing.assert_allclose(executable.run({"x": x})["y"], expected, atol=0.051)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("told", [False, True])
+def test_means_over_time_that_are_scaled_by_channel(keep: int, told: bool, tmp_path: Path) -> None:
+    """In float, as pooling and a normalisation have it: all rows but the first were wrong."""
+    generator, sizes = np.random.default_rng(0), [1, WIDTH, 1][: 2 + keep]
+    weights = {name: generator.uniform(0.5, 2, sizes).astype(np.float32) for name in ("scale", "shift")}
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[-1], keepdims=keep),
+        helper.make_node("Mul", ["mean", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "shift"], ["y"]),
+    ]
+    path = save(tmp_path / "time.onnx", nodes, weights, {"x": ["batch", WIDTH, "time"]}, {"y": ["batch", *sizes[1:]]})
+    x = generator.standard_normal((5, WIDTH, 9)).astype(np.float32)
+    executable = backends()["openvino"].compile(rt.load(path), "cpu", 1)
+    if told:
+        executable.specialise({"x": x})
+    np.testing.assert_allclose(executable.run({"x": x})["y"], plain_session(path).run(None, {"x": x})[0], atol=1e-5)
 
 
 def rounding(value: str, name: str) -> list[Any]:
