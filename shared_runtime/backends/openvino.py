@@ -308,9 +308,10 @@ def part_layers(network: Any) -> None:
     """
     for node in network.get_ordered_ops():
         kind = node.get_type_name()
-        if kind in REDUCTIONS and _comes_quantized(node.input_value(0).get_node()):
+        reduced = kind in REDUCTIONS and _comes_quantized(node.input_value(0).get_node())
+        if reduced:
             node.input(0).replace_source_output(_apart(node.input_value(0)).output(0))
-        if (kind in REDUCTIONS or kind == "MatMul") and _scaled_amiss(node):
+        if reduced or ((kind in REDUCTIONS or kind == "MatMul") and _scaled_amiss(node)):
             uses, names = node.output(0).get_target_inputs(), node.output(0).get_names()
             after = _apart(node.output(0))
             for use in uses:
@@ -334,7 +335,8 @@ def _apart(value: Any) -> Any:
 
 
 def _scaled_amiss(node: Any) -> bool:
-    """Whether what is fused into a layer has a number for each place along an axis: any, or, behind weights, one that is not theirs."""
+    """Whether what is fused into a layer has a number for each place along an axis (any, or, behind weights, one that is not theirs),
+    or quantizes what was reduced."""
     product = node.get_type_name() == "MatMul"
     own, rank = product and _weights(node.input_value(1).get_node()), node.get_output_partial_shape(0).rank
     if product and rank.is_static and rank.get_length() < 3:
@@ -344,6 +346,8 @@ def _scaled_amiss(node: Any) -> bool:
         known = [constant(node.input_value(place).get_node()) for place in range(node.get_input_size())]
         if node.get_type_name() not in ELEMENTWISE or sum(values is None for values in known) != 1:
             return False
+        if not product and node.get_type_name() == "FakeQuantize":
+            return True
         if any(values is not None and values.size > (values.shape[-1] if own and values.ndim else 1) for values in known):
             return True
     return False
