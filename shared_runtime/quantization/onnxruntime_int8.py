@@ -131,7 +131,7 @@ class StaticInt8(_OnnxForm):
             "tensors_range": self._ranges.data,
             "nodes_to_quantize": [],
             "nodes_to_exclude": sorted(reverted | self.stored | self._unfit | (self._between if BETWEEN in reverted else set())),
-            "op_types_to_quantize": list(QLinearOpsRegistry if self._operators else QDQRegistry),
+            "op_types_to_quantize": [kind for kind in (QLinearOpsRegistry if self._operators else QDQRegistry) if kind != "Softmax"],
             "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
         }
         proto = onnx.load(self._prepared)
@@ -141,10 +141,29 @@ class StaticInt8(_OnnxForm):
             else:
                 quantizer = QDQQuantizer(proto, **common)
             quantizer.quantize_model()
-        return quantizer.model.model
+        return _float_softmax(quantizer.model.model)
 
     def saturated(self, reverted: frozenset[str], sample: Tensors) -> int | None:
         return sum(layer.saturated for layer in count_saturation(self.proto(reverted), sample))
+
+
+def _float_softmax(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with each Softmax on what was not rounded: ONNX Runtime's in INT8 (`QLinearSoftmax`) wraps around where a share is
+    above those of the calibration set, so that what a sharper attention looks at most counts for nothing."""
+    maker = {name: node for node in proto.graph.node for name in node.output}
+    passed = []
+    for node in proto.graph.node:
+        back = maker.get(node.input[0]) if node.op_type == "Softmax" else None
+        rounded = maker.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
+        if back is not None and rounded is not None and rounded.op_type == "QuantizeLinear":
+            node.input[0] = rounded.input[0]
+            passed += [back, rounded]
+    read = {name for node in proto.graph.node for name in node.input} | {output.name for output in proto.graph.output}
+    for node in passed:  # a way back before what it takes back
+        if node.output[0] not in read and node in proto.graph.node:
+            proto.graph.node.remove(node)
+            read = {name for node in proto.graph.node for name in node.input} | {output.name for output in proto.graph.output}
+    return proto
 
 
 class DynamicInt8(_OnnxForm):

@@ -148,3 +148,29 @@ def test_statistics_are_not_reduced(tmp_path: Path) -> None:
         np.testing.assert_allclose(executable.run(inputs)["y"], expected, rtol=0.1)
         assert 0.01 < expected.mean() < 0.5
     executable.close()
+
+
+def test_a_softmax_that_is_sharper_than_any_it_was_calibrated_on(tmp_path: Path) -> None:
+    """ONNX Runtime's in INT8 wraps around where a share is above those of the calibration set."""
+    generator, width = np.random.default_rng(0), 16
+    weights = {name: (generator.standard_normal((width, width)) / 4).astype(np.float32) for name in ("wq", "wk", "wv", "wo")}
+    nodes = [
+        *(helper.make_node("MatMul", ["x", f"w{name}"], [name], f"layer {name}") for name in "qkv"),
+        helper.make_node("Transpose", ["k"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "turned"], ["scores"], "scores"),
+        helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "v"], ["seen"], "seen"),
+        helper.make_node("MatMul", ["seen", "wo"], ["y"], "output"),
+    ]
+    model = rt.load(save(tmp_path / "attention.onnx", nodes, weights, {"x": ["batch", "length", width]}, {"y": ["batch", "length", width]}))
+    data = [{"x": generator.standard_normal((1, 40, width)).astype(np.float32)} for _ in range(8)]
+    form = StaticInt8(model, read_calibration(data, model.signature, model.name))
+    proto = form.proto(frozenset())
+    quantized = {name for node in proto.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    assert not any(node.input[0] in quantized for node in proto.graph.node if node.op_type == "Softmax")
+    assert any(node.input[0] in quantized for node in proto.graph.node if node.name == "seen")
+    executable = form.compile(frozenset(), 1)
+    short = {"x": data[0]["x"][:, :1]}
+    expected = plain_session(model.graph).run(None, short)[0]
+    np.testing.assert_allclose(executable.run(short)["y"], plain_session(proto).run(None, short)[0], atol=0.1)
+    assert np.linalg.norm(executable.run(short)["y"]) > 0.2 * np.linalg.norm(expected), "what all attention is on counts"
