@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import shared_runtime as rt
-from shared_runtime.backends.openvino import HINTS, read_network, unshare_constants
+from shared_runtime.backends.openvino import HINTS, read_network
+from shared_runtime.backends.openvino_mends import unshare_constants
 from shared_runtime.host import host
 from shared_runtime.planning.measure import Timed, interleave, paired_ratio
 

@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 
 from shared_runtime.backends.base import Executable
-from shared_runtime.backends.openvino import HINTS, compile_graph, forks, read_network, reason, safe, save_network
+from shared_runtime.backends.openvino import HINTS, compile_graph, read_network, reason, save_network
+from shared_runtime.backends.openvino_mends import forks, safe
 from shared_runtime.backends.signal_stack import signal_stack_kept
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.host import host

@@ -198,7 +198,8 @@ def _onnxruntime(name: str, graph: Path, inputs: Tensors, device: str, threads: 
 def _openvino(graph: Path, inputs: Tensors, threads: int, rest: str, runs: int) -> list[_Timed]:
     import openvino
 
-    from shared_runtime.backends.openvino import HINTS, mend, read_network, safe
+    from shared_runtime.backends.openvino import HINTS, read_network
+    from shared_runtime.backends.openvino_mends import mend, safe
     from shared_runtime.backends.signal_stack import signal_stack_kept
 
     core = openvino.Core()

@@ -14,7 +14,8 @@ from onnx.reference import ReferenceEvaluator
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
 from shared_runtime.backends.onnxruntime import _options as onnxruntime_options
-from shared_runtime.backends.openvino import compile_graph, fills_bytes, read_network
+from shared_runtime.backends.openvino import compile_graph, read_network
+from shared_runtime.backends.openvino_mends import fills_bytes
 from shared_runtime.graph.check import EXACT_BYTES, session_source
 from shared_runtime.host import host
 from shared_runtime.model import ModelRepository

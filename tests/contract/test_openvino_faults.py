@@ -14,7 +14,8 @@ from onnx import helper
 
 import shared_runtime as rt
 from shared_runtime.backends.base import backends
-from shared_runtime.backends.openvino import forks, in_float, read_network, unsteady
+from shared_runtime.backends.openvino import read_network
+from shared_runtime.backends.openvino_mends import forks, in_float, unsteady
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.host import host
 from shared_runtime.numeric import relative_difference
@@ -213,7 +214,8 @@ def test_convolutions_over_one_axis_are_unsteady_on_amx(tmp_path: Path, monkeypa
     x = generator.standard_normal((5, 4, 20)).astype(np.float32)
     expected = plain_session(model.graph).run(None, {"x": x})[0]
     for vector, found in (((), False), (("amx_int8",), True)):
-        monkeypatch.setattr("shared_runtime.backends.openvino.host", lambda vector=vector: msgspec.structs.replace(host(), vector=vector))
+        changed = msgspec.structs.replace(host(), vector=vector)
+        monkeypatch.setattr("shared_runtime.backends.openvino_mends.host", lambda changed=changed: changed)
         assert unsteady(read_network(model.graph)) == found
         assert not unsteady(fixed)
         assert relative_difference(backends()["openvino"].compile(model, "cpu", 1).run({"x": x})["y"], expected) < 0.01
@@ -227,7 +229,7 @@ def test_the_guard_finds_what_is_wrong_for_many_rows_alone(tmp_path: Path, monke
     options: dict[str, Any] = {"metric": rt.metrics.correlation, "precisions": ["int8"], "threads": 1, "budget_s": 10, "max_drop": 0.05}
     made = rt.optimize(model, calibration=data, store=VariantStore(tmp_path / "mended"), **options)
     assert made.certificate("int8-openvino").together == 40
-    monkeypatch.setattr("shared_runtime.backends.openvino.part_layers", lambda network: None)
+    monkeypatch.setattr("shared_runtime.backends.openvino_mends.part_layers", lambda network: None)
     left = rt.optimize(model, calibration=data, store=VariantStore(tmp_path / "left"), **options)
     assert "40 samples in one run" in left.refused["int8-openvino"]
 
