@@ -18,8 +18,8 @@ COUNTS = (2, 8, 40)
 """How many samples run at once: a few, and more than the 32 rows that plans and servers ask for."""
 MOST_ELEMENTS = 6_100_000
 """Input elements in one run, at most: 40 colour pictures of 224 x 224, two volumes of 128 x 128 x 128."""
-STEADY = 1e-3
-"""How far a form may be from itself on the same samples, relative."""
+STEADY = 5e-3
+"""How far a form may be from itself on the same samples, relative: kernels of GPUs may add in another order each time."""
 MOST_SECONDS = 10.0
 """How long a run of many samples may take, by the time that one takes."""
 MIXES = 1e-3
