@@ -170,7 +170,6 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
         network = _read(model)
     except RuntimeError as error:
         raise UnsupportedModelError(f"OpenVINO can't read {model.name!r}: {reason(error)}") from error
-    apart = _arithmetic(network)
     kinds = [op.get_type_name() for op in network.get_ops()]
     if not set(kinds) & set(WEIGHTED):
         raise UnsupportedModelError(f"{model.name!r} has no layer that INT8 can compute (convolution, matrix product, LSTM)")
@@ -197,7 +196,7 @@ def _quantize(model: Model, calibration: SampleStore, method: str) -> Any:
                 subset_size=len(calibration),
                 target_device=nncf.TargetDevice.CPU,
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-                ignored_scope=nncf.IgnoredScope(names=apart, types=list(RECURRENT), validate=False),
+                ignored_scope=nncf.IgnoredScope(names=_arithmetic(network), types=list(RECURRENT), validate=False),
                 advanced_parameters=options,
             )
         except Exception as error:

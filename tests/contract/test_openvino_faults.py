@@ -27,7 +27,6 @@ WIDTH = 16
 pytest.importorskip("openvino")
 RUN = """
 import sys
-import msgspec
 import numpy as np
 import shared_runtime as rt
 from shared_runtime.backends.base import backends

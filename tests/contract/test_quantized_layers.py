@@ -15,6 +15,7 @@ import shared_runtime as rt
 from shared_runtime.backends.base import backends
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.numeric import relative_difference
+from tests.contract.test_random_networks import Draw
 
 pytest.importorskip("openvino")
 SHAPES = [(8, 12), (8, 6, 10), (4, 6, 10, 4)]
@@ -39,27 +40,16 @@ NEAR = 0.04
 """Relative difference that one step of rounding makes at most."""
 
 
-class Draw:
-    """A graph that is written node by node; `signed`: quantizers without a zero point."""
+class Quantized(Draw):
+    """A graph in INT8; `signed`: quantizers without a zero point."""
 
     def __init__(self, signed: bool) -> None:
-        self.random, self.nodes = np.random.default_rng(0), []
-        self.weights: dict[str, Any] = {"zero": np.int8(0) if signed else np.uint8(128)}
-
-    def add(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        """A node; the name of its output."""
-        self.nodes.append(helper.make_node(kind, inputs, [f"t{len(self.nodes)}"], **attributes))
-        return str(self.nodes[-1].output[0])
-
-    def constant(self, values: Any) -> str:
-        """A constant's name."""
-        name = f"c{len(self.weights)}"
-        self.weights[name] = np.asarray(values)
-        return name
+        super().__init__(0)
+        self.weights["zero"] = np.array(0, np.int8) if signed else np.array(128, np.uint8)
 
     def rounded(self, value: str, step: float) -> str:
         """A quantizer and what takes it back."""
-        size = self.constant(np.float32(step))
+        size = self.constant(np.array(step, np.float32))
         return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, size, "zero"]), size, "zero"])
 
     def matrix(self, shape: tuple[int, ...], axis: int) -> str:
@@ -91,7 +81,7 @@ class Draw:
             return self.add(kind, [value, other], **({"axis": 1} if kind == "Concat" else {}))
         if kind.startswith("Reduce"):
             name, axis, keep = kind.replace("--", "-~").split("-")  # "ReduceMean--1-0"
-            return self.add(name, [value, self.constant([int(axis.replace("~", "-"))])], keepdims=int(keep))
+            return self.add(name, [value, self.constant(np.array([int(axis.replace("~", "-"))]))], keepdims=int(keep))
         options: dict[str, Any] = {"Softmax": {"axis": -1}, "MaxPool": {"kernel_shape": [2] * spatial, "strides": [2] * spatial}}
         return self.add(kind, [value], **options.get(kind, {"perm": [0, *range(2, spatial + 2), 1]} if kind == "Transpose" else {}))
 
@@ -105,7 +95,7 @@ class Draw:
 
 def network(kind: str, shape: tuple[int, ...], last: bool, signed: bool, path: Path) -> Path | None:
     """Write a layer with a scale along its channels or its last axis behind it; None where it has no such axis."""
-    draw = Draw(signed)
+    draw = Quantized(signed)
     value = draw.layer(kind, draw.rounded("x", 0.03), shape)
     made = plain_session(draw.model(value, [2, *shape], [None] * 2)).run(None, {"x": np.zeros((2, *shape), np.float32)})[0].shape
     axis = len(made) - 1 if last else 1
