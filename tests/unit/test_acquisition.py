@@ -17,12 +17,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from apps.industrial.acquisition.base import Frame, FrameBuffer, fill
 from apps.industrial.acquisition.folder import FolderSource
-from apps.industrial.acquisition.genicam import GenicamSource
+from apps.industrial.acquisition.genicam import GenicamSource, pixels_of
+from apps.industrial.acquisition.named import source_named
 from apps.industrial.acquisition.upload import WAITING, UploadSource
-from apps.industrial.acquisition.video import VideoSource
+from apps.industrial.acquisition.video import VideoSource, without_password
 from apps.industrial.errors import SourceError
 from apps.industrial.images import decode_image, png
 from tests.conftest import eventually
@@ -189,7 +191,7 @@ class Harvester:
 
     @contextmanager
     def _buffer(self) -> Iterator[Any]:
-        part = SimpleNamespace(width=40, height=30, data=np.full(1200, self.number, np.uint8))
+        part = SimpleNamespace(width=40, height=30, data=np.full(1200, self.number, np.uint8), data_format="Mono8", x_padding=0)
         yield SimpleNamespace(payload=SimpleNamespace(components=[part]))
 
     def fetch(self, timeout: float) -> Any:
@@ -227,6 +229,63 @@ def test_a_genicam_camera_waits_out_a_pause_and_comes_back(caplog: pytest.LogCap
     assert camera.ended == ["start", "stop", "destroy", "start", "stop", "destroy", "reset"]
     with pytest.raises(SourceError, match="no camera cam-9"):
         next(GenicamSource(Path("maker.cti"), "cam-9", make=Harvester).frames(threading.Event()))
+
+
+SCENE = np.full((12, 20, 3), (200, 120, 40), np.uint8)
+SCENE[4:8, 6:12] = (30, 60, 220)
+
+
+def mosaic(order: str, white: int) -> NDArray[Any]:
+    """What a sensor behind a Bayer filter sees of SCENE; `order`: the colours of its first two lines, as the PFNC names them."""
+    places = {"RG": "RGGB", "GR": "GRBG", "GB": "GBRG", "BG": "BGGR"}[order]
+    raw = np.empty(SCENE.shape[:2], np.uint16)
+    for place, colour in enumerate(places):
+        raw[place // 2 :: 2, place % 2 :: 2] = SCENE[place // 2 :: 2, place % 2 :: 2, "RGB".index(colour)]
+    return np.round(raw * (white / 255)).astype(np.uint8 if white == 255 else np.uint16)
+
+
+def component(data_format: str, data: NDArray[Any], x_padding: int = 0) -> Any:
+    return SimpleNamespace(data_format=data_format, data=data.ravel(), height=12, width=20, x_padding=x_padding)
+
+
+@pytest.mark.parametrize("order", ["RG", "GR", "GB", "BG"])
+@pytest.mark.parametrize(("bits", "ending"), [(8, ""), (10, "p"), (12, ""), (12, "Packed"), (16, "")])
+def test_the_mosaic_of_a_colour_camera_becomes_its_colours(order: str, bits: int, ending: str) -> None:
+    found = pixels_of(component(f"Bayer{order}{bits}{ending}", mosaic(order, 2**bits - 1)))
+    assert found is not None
+    for place in ((2, 2), (5, 8), (10, 17)):  # away from edges, where the neighbours' colours are taken
+        assert np.abs(found[place].astype(int) - SCENE[place]).max() <= 1
+
+
+def test_pixel_formats_of_cameras_are_read_as_what_they_are() -> None:
+    grey_level = SCENE[..., 0]
+    for bits in (10, 12, 14, 16):
+        found = pixels_of(component(f"Mono{bits}", np.round(grey_level * ((2**bits - 1) / 255)).astype(np.uint16)))
+        assert found is not None
+        assert np.abs(found.astype(int) - grey_level).max() <= 1, f"{bits} bits"
+    alpha = np.full((12, 20, 1), 9, np.uint8)
+    coloured = {"RGB8": SCENE, "BGR8": SCENE[..., ::-1], "RGBa8": np.dstack([SCENE, alpha]), "BGRa8": np.dstack([SCENE[..., ::-1], alpha])}
+    for name, data in coloured.items():
+        np.testing.assert_array_equal(pixels_of(component(name, data)), SCENE, name)
+    brightness = np.dstack([grey_level, np.full_like(grey_level, 128)])  # no colour
+    for name, data in (("YUV422_8", brightness), ("YUV422_8_UYVY", brightness[..., ::-1])):
+        found = pixels_of(component(name, data))
+        assert found is not None
+        assert np.ptp(found.astype(int), axis=2).max() <= 1
+        assert np.corrcoef(found[..., 0].ravel(), grey_level.ravel())[0, 1] > 0.999
+    padded = np.pad(mosaic("RG", 4095), ((0, 0), (0, 2)))
+    np.testing.assert_array_equal(pixels_of(component("BayerRG12", padded, 4)), pixels_of(component("BayerRG12", mosaic("RG", 4095))))
+    assert pixels_of(component("Mono8", grey_level[:9])) is None, "lines are missing"
+    with pytest.raises(SourceError, match="Coord3D_ABC16"):
+        pixels_of(component("Coord3D_ABC16", grey_level))
+
+
+def test_passwords_of_cameras_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SourceError, match=r"rtsp://\*\*\*@127.0.0.1:1/line") as refused:
+        next(source_named("rtsp://operator:s3cr:e@t@127.0.0.1:1/line").frames(threading.Event()))
+    assert "s3cr" not in str(refused.value) + caplog.text
+    assert without_password("video.mp4") == "video.mp4"
+    assert without_password("rtsp://host:554/a@b") == "rtsp://host:554/a@b"
 
 
 def post(port: int, content: bytes, query: str = "") -> tuple[int, dict[str, Any]]:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from apps.industrial.acquisition.base import Frame
 from apps.industrial.errors import SourceError
-from apps.industrial.images import png
+from apps.industrial.images import Pixels, png
 from pipelines.messages import now_rfc3339
 
 logger = logging.getLogger(__name__)
 TIMEOUT_SECONDS, RETRY_SECONDS = 3.0, 2.0
+ORDERS: dict[str, tuple[int, int | None]] = {
+    "Mono": (1, None),
+    "RGB": (3, None),
+    "RGBa": (4, cv2.COLOR_RGBA2RGB),
+    "BGR": (3, cv2.COLOR_BGR2RGB),
+    "BGRa": (4, cv2.COLOR_BGRA2RGB),
+    "BayerRG": (1, cv2.COLOR_BayerRGGB2RGB),
+    "BayerGR": (1, cv2.COLOR_BayerGRBG2RGB),
+    "BayerGB": (1, cv2.COLOR_BayerGBRG2RGB),
+    "BayerBG": (1, cv2.COLOR_BayerBGGR2RGB),
+}
+"""The pixel formats' names before the number of bits: values a pixel, and how OpenCV makes them RGB (the GenICam PFNC's names)."""
+ORDERS_422: dict[str, int | None] = {"YUV422_8": cv2.COLOR_YUV2RGB_YUY2, "YUV422_8_UYVY": cv2.COLOR_YUV2RGB_UYVY}
 
 
 def _harvester() -> Any:
@@ -32,7 +47,7 @@ class _LostError(Exception):
 
 
 class GenicamSource:
-    """The first camera, or the one with serial number `serial`, of a GenTL producer (a .cti file). Mono8 and RGB8 frames.
+    """The first camera, or the one with serial number `serial`, of a GenTL producer (a .cti file). Frames as in `pixels_of`.
 
     A camera that fails is opened again every `retry_seconds` until it is back.
     """
@@ -45,7 +60,7 @@ class GenicamSource:
         self.reconnects = 0
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        """Every frame. Raises SourceError where there is no such camera at first."""
+        """Every frame. Raises SourceError where there is no such camera at first, and for a pixel format that is not read."""
         harvester = self._make()
         try:
             harvester.add_file(str(self._producer))
@@ -91,13 +106,46 @@ class GenicamSource:
                     raise _LostError(str(error)) from error
                 logger.warning("no frame within %.0f s", TIMEOUT_SECONDS)
                 continue
+            if fetched is None:  # a frame of which parts were lost on the way
+                logger.warning("an incomplete frame came; it is passed over")
+                continue
             with fetched as buffer:
-                part = buffer.payload.components[0]
-                channels = max(1, part.data.size // (part.width * part.height))
-                shape = (part.height, part.width) if channels == 1 else (part.height, part.width, channels)
-                pixels = np.array(part.data, np.uint8).reshape(shape)
+                parts = buffer.payload.components
+                pixels = pixels_of(parts[0]) if parts and parts[0] is not None else None
+            if pixels is None:
+                logger.warning("a frame came without a whole picture; it is passed over")
+                continue
             self._number += 1
             yield Frame(png(pixels), now_rfc3339(), f"{self._number:08d}")
+
+
+def pixels_of(part: Any) -> Pixels | None:
+    """(H, W) grey or (H, W, 3) RGB of 8 bits from a component of harvesters: Mono, RGB, BGR (with or without alpha) and Bayer of
+    8 to 16 bits, packed or not, and YUV 4:2:2. None where its data are too few. Raises SourceError for any other pixel format.
+    """
+    name = str(part.data_format)
+    found = re.fullmatch(r"([A-Za-z]+?)(8|10|12|14|16)(p|Packed|g\d+)?", name)
+    bits = int(found[2]) if found and found[1] in ORDERS else 8
+    if name in ORDERS_422:
+        each, conversion = 2, ORDERS_422[name]
+    elif found and found[1] in ORDERS:
+        each, conversion = ORDERS[found[1]]
+    else:
+        raise SourceError(
+            f"the camera sends pixels as {name}; read are Mono, Bayer, RGB and BGR of 8 to 16 bits and YUV422_8: set its PixelFormat"
+        )
+    values = np.asarray(part.data)
+    height, width = int(part.height), int(part.width)
+    line = width * each + int(part.x_padding) // values.itemsize
+    if values.size != height * width * each:
+        if values.size < height * line:
+            return None
+        values = values[: height * line].reshape(height, line)[:, : width * each]
+    values = values.reshape((height, width) if each == 1 else (height, width, each))
+    if bits > 8:
+        values = np.round(values * np.float32(255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
+    picture = values if conversion is None else cv2.cvtColor(np.ascontiguousarray(values), conversion)
+    return np.array(picture, np.uint8)  # the camera writes its next frame where this one was
 
 
 def _closed(acquirer: Any) -> None:

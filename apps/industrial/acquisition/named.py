@@ -22,7 +22,7 @@ def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> 
         return FolderSource(Path(where), follow=follow)
     if kind in ("video", "camera"):
         return VideoSource(where)
-    if kind == "rtsp":
+    if kind in ("rtsp", "rtsps"):
         return VideoSource(text)
     if kind == "http":
         if not where.isdigit() or not 0 < int(where) < 65536:

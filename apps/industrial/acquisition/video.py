@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 
@@ -15,6 +16,23 @@ from apps.industrial.images import png
 from pipelines.messages import now_rfc3339
 
 logger = logging.getLogger(__name__)
+ANSWER_MS = 5000
+"""How long a network camera may take to open, and between two frames, before it counts as gone (OpenCV's own: 30 s)."""
+
+
+def open_capture(address: Any) -> Any:
+    """What OpenCV reads `address` with: a number (USB camera), an address with `://` (through FFmpeg) or a file."""
+    if isinstance(address, str) and "://" in address:
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, ANSWER_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, ANSWER_MS]
+        return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
+    return cv2.VideoCapture(address)
+
+
+def without_password(address: str) -> str:
+    """`rtsp://user:secret@host/path` as `rtsp://***@host/path`: what may stand in logs and messages."""
+    scheme, mark, rest = address.partition("://")
+    place = urlsplit(address).netloc if mark else ""
+    return f"{scheme}://***@{rest[len(place.rpartition('@')[0]) + 1 :]}" if "@" in place else address
 
 
 class VideoSource:
@@ -26,9 +44,10 @@ class VideoSource:
         *,
         live: bool | None = None,
         retry_seconds: float = 2.0,
-        open_capture: Callable[[Any], Any] = cv2.VideoCapture,
+        open_capture: Callable[[Any], Any] = open_capture,
     ) -> None:
         self._address: Any = int(address) if address.isdigit() else address
+        self._shown = without_password(address)
         self._live = (isinstance(self._address, int) or "://" in address) if live is None else live
         self._retry, self._open = retry_seconds, open_capture
         self.reconnects = 0
@@ -37,7 +56,7 @@ class VideoSource:
         """Every frame; serial numbers count up. Raises SourceError where the source can't be opened at first."""
         capture = self._open(self._address)
         if not capture.isOpened():
-            raise SourceError(f"can't open {self._address!r}; expected a video file, a camera number or rtsp://HOST/PATH that answers")
+            raise SourceError(f"can't open {self._shown!r}; expected a video file, a camera number or rtsp://HOST/PATH that answers")
         number = 0
         try:
             while not stop.is_set():
@@ -54,7 +73,7 @@ class VideoSource:
             capture.release()
 
     def _again(self, capture: Any, stop: threading.Event) -> Any:
-        logger.warning("the camera does not answer; trying again", extra={"camera": str(self._address)})
+        logger.warning("the camera does not answer; trying again", extra={"camera": self._shown})
         while not stop.is_set():
             capture.release()
             if stop.wait(self._retry):
@@ -62,6 +81,6 @@ class VideoSource:
             capture = self._open(self._address)
             if capture.isOpened():
                 self.reconnects += 1
-                logger.info("the camera is back", extra={"camera": str(self._address), "reconnects": self.reconnects})
+                logger.info("the camera is back", extra={"camera": self._shown, "reconnects": self.reconnects})
                 break
         return capture
