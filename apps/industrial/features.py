@@ -16,12 +16,17 @@ BRIGHTNESS, CONTRAST, FLAT = 110.0, 40.0, 8.0
 """Mean and deviation of the grey levels that every image is brought to; FLAT keeps noise of empty images small."""
 
 
+def shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image at SIZE a side, (SIZE, SIZE) or (SIZE, SIZE, 3): all that the network is shown of it. Of one that was shrunk, itself."""
+    return np.asarray(cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def prepared(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The network's input (3, SIZE, SIZE) float32 0..1 of an image (H, W) or (H, W, 3) uint8 RGB.
 
     Exposure is taken out: the grey levels get one mean and deviation, the same factor for all channels.
     """
-    small = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = shrunk(image).astype(np.float32)
     grey = small if small.ndim == 2 else small.mean(axis=2)
     level = (small - grey.mean()) * (CONTRAST / (float(grey.std()) + FLAT)) + BRIGHTNESS
     level = np.clip(level, 0, 255) / 255

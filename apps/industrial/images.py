@@ -177,8 +177,7 @@ def sharpness(pixels: Pixels) -> float:
 
 def unusable(pixels: Pixels, usual_sharpness: float | None = None) -> str | None:
     """Why a frame can't be judged, in words; None where it can."""
-    levels = grey(pixels)
-    mean, spread = float(levels.mean()), float(levels.std())
+    mean, spread = (float(value[0, 0]) for value in cv2.meanStdDev(grey(pixels)))
     if mean < DARK:
         return f"the frame is black (mean grey {mean:.1f}): check light and camera"
     if spread < FLAT:

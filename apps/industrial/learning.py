@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import shared_runtime as rt
 from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError
-from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels
 from apps.industrial.inspection.inspector import features
@@ -35,6 +35,7 @@ WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
 SHIPPED_LAYERS = ("fine", "half")
 """Layers that regions are learned from beside a network of the recipe's own: what it says as the shipped one does."""
 Report = Callable[[str, float], None]
+Array = NDArray[np.float32]
 OpenSession = Callable[[Path | None], rt.Session]
 
 
@@ -68,7 +69,7 @@ def from_good(images: Sequence[Pixels], open_session: OpenSession, times: dict[s
 def from_defects(
     images: Sequence[Pixels],
     bad_images: Sequence[Pixels],
-    bad: Sequence[Sample],
+    outlines: Sequence[Array | None],
     open_session: OpenSession,
     place: str,
     seconds: float | None,
@@ -78,7 +79,8 @@ def from_defects(
 ) -> Found:
     """From good images as the shipped network describes them, and from a copy of it that learns the defects at `place`.
 
-    The copy does not see the good images that are judged. `seconds`: how long it learns; without, what is left since `start`.
+    The copy does not see the good images that are judged. `outlines`: of the defects as `Sample.cells` gives them. `seconds`: how long
+    it learns; without, what is left since `start`.
     """
     unseen = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
     with open_session(None) as session:
@@ -90,7 +92,7 @@ def from_defects(
         def learn(report: Report) -> tempfile.TemporaryDirectory[str]:
             begin = time.monotonic()
             left = LEARN_SECONDS if place == "cuda" else max(LEAST_SECONDS, WHOLE_SECONDS - (begin - start))
-            folder = _learned(images, ~unseen, bad_images, bad, shipped, seconds or left, place, report)
+            folder = _learned(images, ~unseen, bad_images, outlines, shipped, seconds or left, place, report)
             times["learn"] = time.monotonic() - begin
             return folder
 
@@ -172,7 +174,7 @@ def _learned(
     images: Sequence[Pixels],
     rows: np.ndarray,
     bad_images: Sequence[Pixels],
-    bad: Sequence[Sample],
+    outlines: Sequence[Array | None],
     base: rt.Model,
     seconds: float,
     place: str,
@@ -186,14 +188,13 @@ def _learned(
     from apps.industrial.training.export import network_from, taught, write_model
 
     good = [image for image, row in zip(images, rows, strict=True) if row]
-    cells = [sample.cells(image.shape) for sample, image in zip(bad, bad_images, strict=True)]
     nothing = np.zeros((MAP, MAP), np.float32)
     examples = Examples(
         np.stack([prepared(image) for image in (*good, *bad_images)]),
-        np.stack([*[nothing] * len(good), *[nothing if c is None else c for c in cells]]),
-        np.array([*[True] * len(good), *[c is not None for c in cells]]),
-        np.array([*[False] * len(good), *[True] * len(bad)]),
-        np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(bad)] * len(bad)], np.float32),
+        np.stack([*[nothing] * len(good), *[nothing if c is None else c for c in outlines]]),
+        np.array([*[True] * len(good), *[c is not None for c in outlines]]),
+        np.array([*[False] * len(good), *[True] * len(outlines)]),
+        np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(outlines)] * len(outlines)], np.float32),
     )
     shipped = onnx.load(base.graph)
     network = adapt(network_from(shipped), examples, seconds, torch.device(place), report=lambda share: report("learning", share))
@@ -202,7 +203,7 @@ def _learned(
         taught(shipped, network),
         Path(folder.name) / MODEL_FOLDER,
         f"texture-features-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}",
-        {"training": {"base": base.sha256, "good": len(good), "defects": len(bad), "seconds": seconds}},
+        {"training": {"base": base.sha256, "good": len(good), "defects": len(outlines), "seconds": seconds}},
     )
-    logger.info("learned from defects", extra={"defects": len(bad), "device": place, "model": digest[:12]})
+    logger.info("learned from defects", extra={"defects": len(outlines), "device": place, "model": digest[:12]})
     return folder

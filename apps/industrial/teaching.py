@@ -7,10 +7,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.calibration import calibrate
@@ -18,11 +20,13 @@ from apps.industrial.anomaly.statistics import outliers
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
+from apps.industrial.features import shrunk
 from apps.industrial.images import Pixels, deepest, sharpness, unusable
 from apps.industrial.inspection.inspector import combined, learned_scores, lifted
 from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe
 from apps.industrial.learning import OpenSession, Report, from_defects, from_good, place_to_learn
 from pipelines.messages import now_rfc3339
+from shared_runtime.host import host
 
 FEWEST, ENOUGH = 8, 30
 KIND_SAMPLES = 3
@@ -60,17 +64,20 @@ def teach(
     """
     start = time.monotonic()
     white = deepest(sample.path for sample in good)
-    images, kept, skipped = _read(good, white, report)
-    if len(images) < FEWEST:
+    kept, skipped = _read(good, white, report)
+    images = [one.image for one in kept]
+    if len(kept) < FEWEST:
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise InputError(f"{len(images)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
-    bad_images, bad_samples, bad_skipped = _read(defects, white, lambda step, share: None)
-    if defects and not bad_samples:
+        raise InputError(f"{len(kept)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
+    bad, bad_skipped = _read(defects, white, lambda step, share: None)
+    bad_samples = [one.sample for one in bad]
+    if defects and not bad:
         raise InputError(f"none of {len(defects)} defective images can be used; left out: {bad_skipped[0][0]}: {bad_skipped[0][1]}")
-    place = place_to_learn(device) if bad_samples else ""
+    place = place_to_learn(device) if bad else ""
     times = {"read": time.monotonic() - start}
-    if bad_samples:
-        found = from_defects(images, bad_images, bad_samples, open_session, place, seconds, start, times, report)
+    if bad:
+        bad_images, outlines = [one.image for one in bad], [one.outline for one in bad]
+        found = from_defects(images, bad_images, outlines, open_session, place, seconds, start, times, report)
     else:
         found = from_good(images, open_session, times, report)
     begin = time.monotonic()
@@ -80,7 +87,7 @@ def teach(
     scores = combined(found.scores, learned_scores(found.judged), weight, scale)
     if found.probe:
         scores = found.probe.joined(scores, found.judged["whole"])
-    apart = [kept[i].path.name for i in outliers(scores.tolist())] if not bad_samples else []
+    apart = [kept[i].sample.path.name for i in outliers(scores.tolist())] if not bad_samples else []
     kinds = _kinds(bad_samples, found.bad_seen)
     facts = Facts(
         name=name,
@@ -89,8 +96,8 @@ def teach(
         defects=len(bad_samples),
         calibration=calibrate([float(score) for score in scores]),
         map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6,
-        sharpness=float(np.median([sharpness(image) for image in images])),
-        aspect=_aspect(images),
+        sharpness=float(np.median([one.sharpness for one in kept])),
+        aspect=_aspect(kept),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
         white=white,
         network=found.network,
@@ -163,33 +170,54 @@ def learned_weight(defects: Sequence[Sample]) -> float:
     return float(np.clip(0.35 + 0.25 * np.log10(number / 5), 0.35, 0.6))
 
 
-def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tuple[list[Pixels], list[Sample], list[tuple[str, str]]]:
-    """Images that can be used, their samples, and names of the others with the reason. Of equal pictures one is used: a part that was
-    held back would else have been taught all the same."""
-    images, kept, skipped = [], [], []
+@dataclass(frozen=True)
+class _Usable:
+    """What teaching keeps of an image: `image` is shrunk, so that memory does not grow with the camera's pixels.
+
+    `outline`: as `Sample.cells`; `aspect`: width over height; `digest`: of the whole picture.
+    """
+
+    sample: Sample
+    image: Pixels
+    outline: NDArray[np.float32] | None
+    sharpness: float
+    aspect: float
+    digest: bytes
+
+
+def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tuple[list[_Usable], list[tuple[str, str]]]:
+    """Images that can be used, and names of the others with the reason. Of equal pictures one is used: a part that was held back would
+    else have been taught all the same."""
+    kept, skipped = [], []
     seen: dict[bytes, str] = {}
-    for number, sample in enumerate(samples):
-        try:
-            image = sample.read(white)
-            sample.cells(image.shape)  # a mask that does not fit is known before anything is learned
-            why = unusable(image)
-            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-            if not why and digest in seen:
-                why = f"the same picture as {seen[digest]}"
-            seen.setdefault(digest, sample.path.name)
-        except InputError as error:
-            why = str(error)
-        if why:
-            skipped.append((sample.path.name, why))
-        else:
-            images.append(image)
-            kept.append(sample)
-        report("reading", (number + 1) / len(samples))
-    return images, kept, skipped
+    with ThreadPoolExecutor(host().cores) as pool:
+        for number, (sample, one) in enumerate(zip(samples, pool.map(lambda sample: _usable(sample, white), samples), strict=True)):
+            if isinstance(one, str):
+                skipped.append((sample.path.name, one))
+            elif one.digest in seen:
+                skipped.append((sample.path.name, f"the same picture as {seen[one.digest]}"))
+            else:
+                seen[one.digest] = sample.path.name
+                kept.append(one)
+            report("reading", (number + 1) / len(samples))
+    return kept, skipped
 
 
-def _aspect(images: Sequence[Pixels]) -> tuple[float, float]:
-    logs = np.log([image.shape[1] / image.shape[0] for image in images])
+def _usable(sample: Sample, white: float | None) -> _Usable | str:
+    """What is kept of an image, or why it can't be used."""
+    try:
+        image = sample.read(white)
+        outline = sample.cells(image.shape)  # a mask that does not fit is known before anything is learned
+    except InputError as error:
+        return str(error)
+    if why := unusable(image):
+        return why
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+    return _Usable(sample, shrunk(image), outline, sharpness(image), image.shape[1] / image.shape[0], digest)
+
+
+def _aspect(kept: Sequence[_Usable]) -> tuple[float, float]:
+    logs = np.log([one.aspect for one in kept])
     return float(np.exp(np.median(logs))), float(logs.std())
 
 

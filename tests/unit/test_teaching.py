@@ -1,0 +1,187 @@
+"""Teaching a recipe: from good parts and defects to a recipe that judges the line."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+
+from apps.common.settings import Settings
+from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.bootstrap import open_industrial
+from apps.industrial.classification.probe import Probe
+from apps.industrial.errors import InputError, RecipeNotFoundError
+from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
+from apps.industrial.images import decode_image, png
+from apps.industrial.inspection.inspector import Inspector
+from apps.industrial.inspection.recipe import Recipe
+from apps.industrial.messages import FRAMES, FrameMessage
+from apps.industrial.synthesis.textures import good_part
+from apps.industrial.teaching import advice, learned_weight
+from apps.industrial.worker import run_worker
+
+
+def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=30, each=2)
+    service, log = open_industrial(settings)
+    taught = service.teach("cast", good_samples(tmp_path / "train" / "good"))
+    assert taught.recipe.facts.good == 30
+    assert taught.recipe.regions is None, "it takes more parts to learn regions"
+    with pytest.raises(RecipeNotFoundError, match="did you mean 'cast'"):
+        service.recipes.folder("casd")
+    sent = {service.submit(sample.path.read_bytes(), "cast"): sample.kind for sample in labelled_samples(tmp_path)}
+    broken = service.submit(b"not an image", "cast")
+    FRAMES.send(log, FrameMessage("lost", "2026-01-01T00:00:00Z", "s", "nothing", "sha256:" + "0" * 64), "test")
+    black = service.submit(png(np.zeros((256, 256), np.uint8)), "cast")
+    counts = run_worker(service, log, threading.Event(), until_idle=True).counts
+    assert counts.dead == 2
+    assert service.store.find(broken) is None
+    dark = service.store.find(black)
+    assert dark is not None
+    assert dark.verdict.verdict == "review"
+    assert "black" in dark.verdict.reasons[0]
+    parts = {frame: service.store.find(frame) for frame in sent}
+    chips = [p.verdict.verdict for f, p in parts.items() if p is not None and sent[f] == "chip"]
+    assert set(chips) <= {"review", "fail"}
+    frame = next(iter(sent))
+    before = service.store.counts().total
+    service.process(FrameMessage(frame, "2026-01-01T00:00:00Z", "s", "cast", "sha256:" + "0" * 64))
+    assert service.store.counts().total == before, "a frame is judged once"
+    recipe = service.recipes.load("cast")
+    facts = msgspec.structs.replace(recipe.facts, network="0" * 64)
+    with pytest.raises(InputError, match=r"was taught with another network \(0000.*teach it again"):
+        Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.probe, recipe.kinds, recipe.model), service.inspector("cast").session)
+    service.judge(frame, "defect", "tester", "seen")
+    assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
+    service.close()
+    log.close()
+
+
+def test_a_recipe_of_many_parts_knows_regions(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.anomaly.regions.EACH", 2)
+    write_dataset(tmp_path, "cast", good=50, each=1)
+    service, log = open_industrial(settings)
+    steps: list[str] = []
+    taught = service.teach("cast", good_samples(tmp_path / "train" / "good"), report=lambda step, share: steps.append(step))
+    assert "patching" in steps
+    assert taught.recipe.regions is not None
+    stored = service.recipes.load("cast")
+    image = labelled_samples(tmp_path)[0].read()
+    session = service.inspector("cast").session
+    before, after = (Inspector(recipe, session).inspect(image) for recipe in (taught.recipe, stored))
+    np.testing.assert_allclose(before.map, after.map, atol=1e-4)
+    plain = Inspector(Recipe(stored.facts, stored.good, None, stored.probe, stored.kinds, stored.model), session).inspect(image)
+    assert plain.score == pytest.approx(after.score, abs=1e-4)
+    assert np.abs(plain.map - after.map).max() > 0.01
+    service.close()
+    log.close()
+
+
+def test_a_probe_tells_defects_from_good_parts_and_is_stored() -> None:
+    rng = np.random.default_rng(0)
+    good, unseen = (rng.normal(size=(n, 12)).astype(np.float32) for n in (60, 20))
+    bad = rng.normal(size=(9, 12)).astype(np.float32) + np.eye(12, dtype=np.float32)[3] * 4
+    probe = Probe.fit(good, bad, unseen)
+    assert np.median(probe.scores(unseen)) == pytest.approx(0, abs=1e-5)
+    assert probe.scores(bad).min() > probe.scores(unseen).mean()
+    stored = Probe.from_arrays(probe.arrays())
+    assert stored is not None
+    np.testing.assert_array_equal(stored.scores(bad), probe.scores(bad))
+    assert Probe.from_arrays({}) is None
+    base = np.zeros(9, np.float32)
+    np.testing.assert_allclose(probe.joined(base, bad), 0.2 * probe.scores(bad), rtol=1e-5)
+    alone = Probe.fit(good[:7], bad, good[7:8])
+    assert np.abs(alone.scores(bad)).max() < 50, "one good part that is held back has no spread"
+    few = Probe.fit(good, bad[:1], unseen)
+    np.testing.assert_allclose(few.joined(base, bad), 0.04 * few.scores(bad), rtol=1e-5)
+
+
+def test_more_outlined_defects_have_more_say() -> None:
+    outlined = [Sample(Path("a.png"), "hole", Path("a_mask.png"))]
+    labelled = [Sample(Path("a.png"), "hole")]
+    assert learned_weight([]) == 0
+    weights = [learned_weight(outlined * n) for n in (5, 20, 50, 300)]
+    assert weights == sorted(weights)
+    assert weights[-1] < 1
+    assert learned_weight(labelled * 40) < learned_weight(outlined * 40)
+    assert "ten more held about" in advice(200, 0)
+    assert "brought little" in advice(200, 500)
+    assert "from 50 good parts on (48 now)" in advice(48, 0)
+    assert "from 50 good parts on" not in advice(50, 0)
+
+
+def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_path: Path) -> None:
+    """Twelve bits in files of sixteen: taught and judged by one white; what is black stays black, and a copy teaches nothing new."""
+    folder = tmp_path / "good"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    parts = [good_part("cast", generator).astype(np.uint16) * 8 for _ in range(13)]
+    for place, part in enumerate([*parts[:12], parts[0]]):
+        cv2.imwrite(str(folder / f"{place:02}.png"), part)
+    service, log = open_industrial(settings)
+    taught = service.teach("cast", good_samples(folder))
+    assert taught.recipe.facts.white == service.recipes.facts("cast").white == 4095
+    assert taught.recipe.facts.good == 12
+    assert taught.skipped == [("12.png", "the same picture as 00.png")]
+    noise = generator.integers(0, 60, parts[0].shape).astype(np.uint16)
+    sent = [service.submit(cv2.imencode(".png", image)[1].tobytes(), "cast") for image in (parts[12], noise)]
+    run_worker(service, log, threading.Event(), until_idle=True)
+    usual, dark = (service.store.find(frame) for frame in sent)
+    assert usual is not None
+    assert dark is not None
+    assert dark.verdict.verdict == "review"
+    assert "black" in dark.verdict.reasons[0]
+    assert not [reason for reason in usual.verdict.reasons if "frame" in reason]
+    service.judge(sent[0], "good", "tester", "")
+    (tmp_path / "line").mkdir()
+    good, _ = service.learned_from_line("cast", tmp_path / "line")
+    np.testing.assert_array_equal(good[0].read(), decode_image(cv2.imencode(".png", parts[12])[1].tobytes(), white=4095))
+    service.close()
+    log.close()
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_anything_is_learned(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "wood", good=10, each=1)
+    service, log = open_industrial(settings)
+    sample = next(s for s in labelled_samples(tmp_path, defects_only=True) if s.mask)
+    cv2.imwrite(str(sample.mask), np.zeros((100, 256), np.uint8))
+    steps: list[str] = []
+    with pytest.raises(InputError, match=r"none of 1 defective images can be used; left out: .*has shape \[100, 256\]"):
+        service.teach("wood", good_samples(tmp_path / "train" / "good"), [sample], report=lambda step, share: steps.append(step))
+    assert set(steps) == {"reading"}
+    log.close()
+
+
+def test_too_few_good_parts_are_refused(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "wood", good=3, each=1)
+    service, log = open_industrial(settings)
+    with pytest.raises(InputError, match="expected at least 8"):
+        service.teach("wood", [Sample(p, "good") for p in sorted((tmp_path / "train" / "good").iterdir())])
+    log.close()
+
+
+def test_memory_does_not_grow_with_the_pixels_of_the_camera(settings: Settings, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    width, height = 3200, 2400
+    for place in range(20):
+        part = cv2.resize(good_part("cast", generator), (width, height), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(tmp_path / "good" / f"{place:02}.jpg"), part)
+    samples = good_samples(tmp_path / "good")
+    service, log = open_industrial(settings)
+    peaks = []
+    for few in (8, 8, 20):  # the first loads modules
+        tracemalloc.start()
+        taught = service.teach("cast", samples[:few])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert taught.recipe.facts.good == 20
+    assert taught.recipe.facts.aspect[0] == pytest.approx(width / height)
+    assert peaks[2] - peaks[1] < 6 * width * height, "twelve more pictures were not held"
+    service.close()
+    log.close()
