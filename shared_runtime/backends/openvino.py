@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import importlib.util
+import logging
 import lzma
 import re
 import subprocess
@@ -29,6 +30,7 @@ from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
 
+logger = logging.getLogger(__name__)
 HINTS = {FLOAT: "f32", "bfloat16": "bf16", "float16": "f16"}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 """How a network's description is read; variants of earlier versions have it in .gz."""
@@ -116,6 +118,7 @@ class OpenVinoExecutable:
             if self._any is None:
                 network, properties = self._network, self._properties
                 if unsteady(network):
+                    logger.info("INT8 is computed in float for sizes that were not planned: here its numbers would depend on earlier sizes")
                     network = network.clone()
                     properties = properties | in_float(network)
                 self._any = _compile(network, properties)
