@@ -1,7 +1,7 @@
 """Measures what the docs state, writes `benchmarks/results/*.json` with the host's facts, and makes docs/benchmarks.md.
 
     python benchmarks/run.py [demo] [head] [cases] [runtime] [install] [features] [protocol] [stream] [memory] [budget]
-                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates] [optimise] [tensorflow] [shared_constants] [woken]
+                             [ablation] [inspection] [methods] [steps] [few_shot] [kinds] [templates] [optimise] [tensorflow] [shared_constants] [engine_layers] [woken]
     python benchmarks/run.py report                                        # the page alone, from the results
 
 Without a name all run but `install`, `optimise`, `tensorflow`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.
@@ -30,7 +30,7 @@ from apps.demo import HEAD_SAMPLE, sample
 from apps.medical.evaluation.evaluate import case_files, evaluate_case, summarise
 from apps.medical.service import segment_file
 from apps.medical.training.export import summary
-from benchmarks import finance, industrial, optimise, shared_constants, woken
+from benchmarks import engine_layers, finance, industrial, optimise, shared_constants, woken
 from shared_runtime.backends.base import backends
 from shared_runtime.host import host
 from shared_runtime.repository.store import shipped_models
@@ -139,6 +139,7 @@ SUITES: dict[str, Callable[[], dict[str, Any]]] = {
     **industrial.SUITES,
     **optimise.SUITES,
     **shared_constants.SUITES,
+    **engine_layers.SUITES,
     **woken.SUITES,
 }
 NEED_DATA = {"cases", *finance.NEED_DATA, *industrial.NEED_DATA}
@@ -239,6 +240,7 @@ def report() -> None:
         lines += ["| package | MB |", "|---|---|", *(f"| {n} | {v:.0f} |" for n, v in r["largest_mb"].items()), ""]
     lines += optimise.report_lines(load, _where)
     lines += shared_constants.report_lines(load, _where)
+    lines += engine_layers.report_lines(load, _where)
     lines += woken.report_lines(load, _where)
     lines += finance.report_lines(load, _where)
     lines += industrial.report_lines(load, _where)
