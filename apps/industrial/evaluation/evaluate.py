@@ -56,7 +56,8 @@ def judge(
 
 
 def metrics(judged: Sequence[Judged]) -> dict[str, Any]:
-    """The documented metrics, with intervals, a part a kind, and counts of verdicts."""
+    """The documented metrics, with intervals, a part a kind, and counts of verdicts. Those of pixels and PRO are of the map's own cells
+    (MAP, MAP): a cell is defective where half of it is, or where the defect covers most of it."""
     truth = [j.sample.defective for j in judged]
     scores = [j.score for j in judged]
     outlined = [j for j in judged if j.mask is not None and j.map is not None]
