@@ -21,6 +21,8 @@ from apps.common.settings import load_settings
 from apps.industrial.errors import InputError
 from shared_runtime.host import host
 
+CLOSE_SECONDS = 8.0
+"""How long a source may take to let go of its camera."""
 app = typer.Typer(no_args_is_help=True, help="Inspection stations: taught from good parts, pass / review / fail with a defect map.")
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
 RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Letters, digits, '-' and '_'.")]
@@ -282,6 +284,7 @@ def feed(
     stop.set()
     sender.join()  # what the source had taken before it was told to stop is still sent
     buffer.close()
+    source_thread.join(CLOSE_SECONDS)  # one that is inside a camera's library when the process ends would take it down
     service.close()
     log.close()
     if failures:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apps.common.settings import Settings
 from apps.industrial.acquisition import video
 from apps.industrial.acquisition.video import VideoSource
 from apps.industrial.images import decode_image
-from tests.conftest import absent, eventually
+from apps.industrial.inspection.recipe import RECIPE_FILE
+from tests.conftest import Commands, absent, eventually
 from tests.services import free_port
 
 PYTHON = "/usr/bin/python3"
@@ -85,3 +87,17 @@ def test_a_network_camera_that_dies_or_falls_silent_is_opened_again(
         stop.set()
         thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("camera", ENCODINGS, indirect=True)
+def test_the_command_ends_cleanly_while_the_camera_goes_on(camera: tuple[int, Camera], commands: Commands, settings: Settings) -> None:
+    """A thread inside FFmpeg when the process ends would take it down: "FATAL: exception not rethrown"."""
+    port, start = camera
+    start()
+    recipe = settings.home_path / "recipes" / "line"
+    recipe.mkdir(parents=True)
+    (recipe / RECIPE_FILE).touch()
+    for number in (3, 8):
+        done = commands.run("industrial", "feed", f"rtsp://127.0.0.1:{port}/line", "--recipe", "line", "--number", str(number))
+        assert done.returncode == 0, done.stderr
+        assert f"{number} frames sent" in done.stderr
