@@ -26,8 +26,9 @@ from apps.industrial.inspection.recipe import MODEL_FOLDER
 from shared_runtime.host import host
 
 logger = logging.getLogger(__name__)
-HELD_BACK = 5
-"""Every fifth good part is held back from what the learned network sees, in blocks of neighbours."""
+HELD_BACK, FEW = 5, 10
+"""Every fifth good part is held back from what the learned network sees, in blocks of neighbours; more of few parts, FEW where there
+are as many again to learn from: thresholds from one or two parts would fail every second good one."""
 LEARN_SECONDS = 25.0
 """How long the network may learn from defects on a GPU; it seldom takes all of its time."""
 WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
@@ -82,7 +83,7 @@ def from_defects(
     The copy does not see the good images that are judged. `outlines`: of the defects as `Sample.cells` gives them. `seconds`: how long
     it learns; without, what is left since `start`.
     """
-    unseen = np.array([i // max(1, len(images) // 25) % HELD_BACK == HELD_BACK - 1 for i in range(len(images))])
+    unseen = held_back(len(images))
     with open_session(None) as session:
         shipped, seen = session.model, _with_progress(session, images, report)
 
@@ -109,6 +110,12 @@ def from_defects(
     times["judge"] = time.monotonic() - begin
     parts, scores, maps, found = fitted
     return Found(parts, found, scores[unseen], maps[unseen], judged, session.model.sha256, bad_seen, probe, folder)
+
+
+def held_back(parts: int) -> NDArray[np.bool_]:
+    """Which of so many good parts the learned network does not see."""
+    each = int(np.clip(parts // FEW, 2, HELD_BACK))
+    return np.array([i // max(1, parts // 25) % each == each - 1 for i in range(parts)])
 
 
 def _fitted(

@@ -23,7 +23,7 @@ from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import shrunk
 from apps.industrial.images import Pixels, deepest, sharpness, unusable
 from apps.industrial.inspection.inspector import combined, learned_scores, lifted
-from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe
+from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe, misshapen
 from apps.industrial.learning import OpenSession, Report, from_defects, from_good, place_to_learn
 from pipelines.messages import now_rfc3339
 from shared_runtime.host import host
@@ -105,7 +105,7 @@ def teach(
         learned_scale=scale,
         map_scale=map_scale,
         kinds=kinds.names if kinds else (),
-        warnings=tuple(_warnings(images, apart)),
+        warnings=tuple(_warnings(kept, bad, apart)),
     )
     times["judge"] = times.get("judge", 0.0) + time.monotonic() - begin
     times["total"] = time.monotonic() - start
@@ -114,14 +114,24 @@ def teach(
     return Taught(recipe, apart, skipped + bad_skipped, times, found.folder)
 
 
-def _warnings(images: Sequence[Pixels], apart: Sequence[str]) -> Iterator[str]:
-    if len(images) < ENOUGH:
-        yield f"only {len(images)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)"
+def _warnings(kept: Sequence[_Usable], bad: Sequence[_Usable], apart: Sequence[str]) -> Iterator[str]:
+    if len(kept) < ENOUGH:
+        yield f"only {len(kept)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)"
     if apart:
         yield f"{len(apart)} good image(s) stand apart from the others: look at them, or teach without them"
-    mixed = Counter(image.ndim for image in images)
+    mixed = Counter(one.image.ndim for one in kept)
     if len(mixed) > 1:
         yield f"{mixed[2]} grey and {mixed[3]} colour images are mixed: teach with one kind"
+    usual = mixed.most_common(1)[0][0]
+    if foreign := sum(one.image.ndim != usual for one in bad):
+        have, are = ("grey", "colour") if usual == 3 else ("colour", "grey")
+        yield f"{foreign} of {len(bad)} defective images are {have}, the good ones {are}: frames like them go to REVIEW; use one camera"
+    shape, spread = _aspect(kept)
+    if foreign := sum(misshapen(one.aspect, (shape, spread)) for one in bad):
+        yield (
+            f"{foreign} of {len(bad)} defective images have another shape than the good ones (width / height {shape:.2f}): "
+            "frames like them go to REVIEW; use one camera"
+        )
 
 
 def scale_of(logits: np.ndarray) -> tuple[float, float]:

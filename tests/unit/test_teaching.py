@@ -20,6 +20,7 @@ from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_sa
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import Inspector
 from apps.industrial.inspection.recipe import Recipe
+from apps.industrial.learning import held_back
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.synthesis.textures import good_part
 from apps.industrial.teaching import advice, learned_weight
@@ -183,5 +184,28 @@ def test_memory_does_not_grow_with_the_pixels_of_the_camera(settings: Settings, 
     assert taught.recipe.facts.good == 20
     assert taught.recipe.facts.aspect[0] == pytest.approx(width / height)
     assert peaks[2] - peaks[1] < 6 * width * height, "twelve more pictures were not held"
+    service.close()
+    log.close()
+
+
+@pytest.mark.parametrize("parts", range(8, 800, 7))
+def test_of_few_parts_more_are_held_back(parts: int) -> None:
+    held = held_back(parts)
+    assert len(held) == parts
+    assert min(10, parts // 2) <= held.sum() <= parts / 2
+    assert parts < 50 or 0.15 < held.mean() <= 0.25
+
+
+def test_defects_of_another_camera_are_warned_of(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=10, each=1)
+    samples = labelled_samples(tmp_path, defects_only=True)[:3]
+    for place, sample in enumerate(samples):
+        image = sample.read()
+        cv2.imwrite(str(sample.path), np.dstack([image, image, image // 2]) if place else image[:, :128])
+    defects = [Sample(sample.path, sample.kind) for sample in samples]
+    service, log = open_industrial(settings)
+    warnings = service.teach("cast", good_samples(tmp_path / "train" / "good"), defects, seconds=1, device="cpu").recipe.facts.warnings
+    assert any("2 of 3 defective images are colour, the good ones grey" in warning for warning in warnings)
+    assert any("1 of 3 defective images have another shape" in warning for warning in warnings)
     service.close()
     log.close()

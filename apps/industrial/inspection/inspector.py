@@ -14,7 +14,7 @@ import shared_runtime as rt
 from apps.industrial.errors import InputError
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels, unusable
-from apps.industrial.inspection.recipe import Recipe
+from apps.industrial.inspection.recipe import Recipe, misshapen
 
 PASS, REVIEW, FAIL = "pass", "review", "fail"
 Array = NDArray[np.float32]
@@ -135,8 +135,7 @@ class Inspector:
 
     def _misfit(self, image: Pixels) -> str | None:
         facts = self.recipe.facts
-        aspect, spread = image.shape[1] / image.shape[0], facts.aspect[1]
-        if abs(np.log(aspect / facts.aspect[0])) > max(0.1, 4 * spread):
+        if misshapen(image.shape[1] / image.shape[0], facts.aspect):
             size = f"{image.shape[1]} x {image.shape[0]} pixels"
             return f"the frame has {size}, another shape than the recipe's parts (width / height {facts.aspect[0]:.2f})"
         if (image.ndim == 3) and not facts.colour:

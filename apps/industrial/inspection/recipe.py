@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import math
 import re
 import shutil
 import uuid
@@ -70,6 +71,11 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InputError(f"recipe name {name[:80]!r} can't be used; expected up to 63 letters, digits, '-' and '_', no '.' or '/'")
     return name
+
+
+def misshapen(aspect: float, usual: tuple[float, float]) -> bool:
+    """Whether an image of this width over height has another shape than parts of the `usual` one, as `Facts.aspect` has it."""
+    return abs(math.log(aspect / usual[0])) > max(0.1, 4 * usual[1])
 
 
 class RecipeBook:
