@@ -213,10 +213,13 @@ class Harvester:
         self.ended.append("reset")
 
 
-def test_a_genicam_camera_waits_out_a_pause_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_genicam_camera_waits_out_a_pause_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    camera = Harvester()
-    source = GenicamSource(Path("maker.cti"), make=lambda: camera, retry_seconds=0.01)
+    camera, producer = Harvester(), tmp_path / "maker.cti"
+    with pytest.raises(SourceError, match=r"maker\.cti is no file"):
+        next(GenicamSource(producer, make=Harvester).frames(threading.Event()))
+    producer.touch()
+    source = GenicamSource(producer, make=lambda: camera, retry_seconds=0.01)
     frames = source.frames(stop := threading.Event())
     shown = [decode_image(next(frames).content) for _ in range(4)]
     assert [int(image.max()) for image in shown] == [1, 3, 5, 6], "the pause and the loss gave no frame"
@@ -228,7 +231,7 @@ def test_a_genicam_camera_waits_out_a_pause_and_comes_back(caplog: pytest.LogCap
     assert list(frames) == []
     assert camera.ended == ["start", "stop", "destroy", "start", "stop", "destroy", "reset"]
     with pytest.raises(SourceError, match="no camera cam-9"):
-        next(GenicamSource(Path("maker.cti"), "cam-9", make=Harvester).frames(threading.Event()))
+        next(GenicamSource(producer, "cam-9", make=Harvester).frames(threading.Event()))
 
 
 SCENE = np.full((12, 20, 3), (200, 120, 40), np.uint8)
@@ -354,3 +357,11 @@ def test_a_slow_inspector_has_bounded_memory_and_counts_what_was_dropped() -> No
     assert left == ["996", "997", "998", "999"]
     assert buffer.dropped == 996
     assert buffer.done
+
+
+def test_one_of_several_genicam_cameras_is_named_by_its_serial_number() -> None:
+    named, first = source_named("genicam:/opt/maker/producer.cti#22-071"), source_named("genicam:/opt/maker/producer.cti")
+    assert isinstance(named, GenicamSource)
+    assert isinstance(first, GenicamSource)
+    assert (named.producer, named.serial) == (first.producer, "22-071")
+    assert first.serial == ""

@@ -55,21 +55,23 @@ class GenicamSource:
     def __init__(
         self, producer: Path, serial: str = "", make: Callable[[], Any] = _harvester, *, retry_seconds: float = RETRY_SECONDS
     ) -> None:
-        self._producer, self._serial, self._make, self._retry = producer, serial, make, retry_seconds
+        self.producer, self.serial, self._make, self._retry = producer, serial, make, retry_seconds
         self._number = 0
         self.reconnects = 0
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Every frame. Raises SourceError where there is no such camera at first, and for a pixel format that is not read."""
+        if not self.producer.is_file():
+            raise SourceError(f"{self.producer} is no file; expected the GenTL producer (.cti) that the camera's maker installs")
         harvester = self._make()
         try:
-            harvester.add_file(str(self._producer))
+            harvester.add_file(str(self.producer))
             acquirer = self._opened(harvester)
             while not stop.is_set():
                 try:
                     yield from self._fetched(acquirer, stop)
                 except _LostError as error:
-                    logger.warning("the camera behind %s failed: %s; trying again", self._producer, error)
+                    logger.warning("the camera behind %s failed: %s; trying again", self.producer, error)
                     acquirer = self._again(harvester, acquirer, stop)
             if acquirer is not None:
                 _closed(acquirer)
@@ -79,9 +81,12 @@ class GenicamSource:
     def _opened(self, harvester: Any) -> Any:
         harvester.update()
         try:
-            acquirer = harvester.create({"serial_number": self._serial} if self._serial else 0)
+            acquirer = harvester.create({"serial_number": self.serial} if self.serial else 0)
         except (ValueError, IndexError) as error:
-            raise SourceError(f"no camera {self._serial or 'at all'} behind {self._producer}: {error}; check cable and producer") from error
+            wanted = f"camera {self.serial}" if self.serial else "camera"
+            raise SourceError(
+                f"no {wanted} behind {self.producer} ({error}); check cable, power and that it is a GenTL producer"
+            ) from error
         acquirer.start()
         return acquirer
 
@@ -93,7 +98,7 @@ class GenicamSource:
             except SourceError:
                 continue
             self.reconnects += 1
-            logger.info("the camera is back", extra={"camera": self._serial or str(self._producer), "reconnects": self.reconnects})
+            logger.info("the camera is back", extra={"camera": self.serial or str(self.producer), "reconnects": self.reconnects})
             return acquirer
         return None
 

@@ -12,7 +12,7 @@ from apps.industrial.acquisition.upload import UploadSource
 from apps.industrial.acquisition.video import VideoSource
 from apps.industrial.errors import SourceError
 
-KNOWN = "folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, genicam:FILE.cti or texture:NAME"
+KNOWN = "folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, genicam:FILE.cti (#SERIAL names one of several cameras) or texture:NAME"
 
 
 def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> Source:
@@ -29,7 +29,8 @@ def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> 
             raise SourceError(f"source {text[:80]!r}: {where[:40]!r} is no port; expected http:PORT with a number from 1 to 65535")
         return UploadSource(int(where))
     if kind == "genicam":
-        return GenicamSource(Path(where))
+        producer, _, serial = where.partition("#")
+        return GenicamSource(Path(producer), serial)
     if kind == "texture":
         return GeneratedSource(where, per_second=per_second)
     raise SourceError(f"source {text[:80]!r} is unknown; expected {KNOWN}")
