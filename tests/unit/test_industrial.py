@@ -321,6 +321,30 @@ def test_a_template_shows_what_is_missing_and_what_is_extra() -> None:
     kinds = {box.kind for box in compare(board, tested).boxes}
     assert kinds == {"missing", "extra"}
     assert not compare(board, board).boxes
+    with pytest.raises(InputError, match="the tested image can't be compared: the frame is black"):
+        compare(board, np.zeros_like(board))
+
+
+@pytest.mark.parametrize(("degrees", "scale", "shift"), [(0, 1, (14, -9)), (3, 1, (0, 0)), (-1.5, 1.01, (6, 8))])
+def test_a_board_that_lies_otherwise_differs_nowhere_but_in_its_defect(degrees: float, scale: float, shift: tuple[int, int]) -> None:
+    """What comes into the picture at its edge is not in the template: nothing is known of it."""
+    random = np.random.default_rng(0)
+    board = np.zeros((480, 640), np.uint8)
+    for x, y, w, h in zip(*(random.integers(0, limit, 60) for limit in (640, 480)), *random.integers(10, 70, (2, 60)), strict=True):
+        board[y : y + h, x : x + w] = 255 - board[y, x]
+    matrix = cv2.getRotationMatrix2D((320, 240), degrees, scale)
+    matrix[:, 2] += shift
+
+    def seen(printed: Pixels) -> Pixels:
+        return np.asarray(cv2.warpAffine(printed, matrix, (640, 480), borderMode=cv2.BORDER_REFLECT), np.uint8)
+
+    assert not compare(board, seen(board)).boxes
+    broken = board.copy()
+    broken[200:214, 300:314] = 255 - broken[200:214, 300:314]
+    x, y = matrix @ (307, 207, 1)
+    found = compare(board, seen(broken)).boxes
+    assert found
+    assert all(abs(box.x + box.width / 2 - x) < 20 and abs(box.y + box.height / 2 - y) < 20 for box in found)
 
 
 def test_the_page_says_what_to_do_while_it_is_empty(settings: Settings) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.industrial.errors import InputError
+from apps.industrial.images import unusable
 
 Grey = NDArray[np.uint8]
 EDGE = 2
@@ -44,16 +45,22 @@ class Comparison:
 
 
 def compare(template: Grey, tested: Grey) -> Comparison:
-    """Compare two grey images of one size. Raises InputError where the sizes differ or nothing fits."""
+    """Compare two grey images of one size; the tested one may be moved, turned by some degrees and stretched a little. What lies beyond the
+    template's edge is not judged. Raises InputError where the sizes differ, or one of them shows nothing."""
+    for name, image in (("template", template), ("tested image", tested)):
+        if why := unusable(image):
+            raise InputError(f"the {name} can't be compared: {why}")
     if template.shape != tested.shape:
         raise InputError(f"the template has shape {list(template.shape)}, the tested image {list(tested.shape)}; expected one size")
     matrix = _alignment(template, tested)
     moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
     wanted, there = _settled(moved >= 128, tested >= 128), tested >= 128
+    # Where the part lies beyond the template's edge nothing is known of it.
+    known = cv2.warpAffine(np.full_like(template, 255), matrix, template.shape[::-1], borderMode=cv2.BORDER_CONSTANT) == 255
     kernel = np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1)), np.uint8)
     boxes = [
-        *_differences(wanted & ~_grown(there, kernel), wanted & ~there, "missing"),
-        *_differences(there & ~_grown(wanted, kernel), there & ~wanted, "extra"),
+        *_differences(wanted & ~_grown(there, kernel) & known, wanted & ~there & known, "missing"),
+        *_differences(there & ~_grown(wanted, kernel) & known, there & ~wanted & known, "extra"),
     ]
     middle = np.array([template.shape[1] / 2, template.shape[0] / 2, 1])
     dx, dy = matrix @ middle - middle[:2]
