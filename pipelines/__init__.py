@@ -9,6 +9,7 @@ from pipelines.errors import (
     PermanentError,
     PipelineError,
     SchemaError,
+    UnavailableError,
     UnknownTopicError,
 )
 from pipelines.messages import Envelope, Message
@@ -32,6 +33,7 @@ __all__ = [
     "Record",
     "SchemaError",
     "Topic",
+    "UnavailableError",
     "UnknownTopicError",
     "open_log",
 ]

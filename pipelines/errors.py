@@ -1,7 +1,8 @@
 """Errors of the pipelines.
 
 PipelineError
-├── LogUnavailableError     the log's address is wrong, or nothing answers there
+├── UnavailableError        what the work needs does not answer: it is waited for, and nothing is given up
+│   └── LogUnavailableError the log's address is wrong, or nothing answers there
 ├── UnknownTopicError       the topic does not exist in the log
 ├── ConsumerFencedError     the consumer lost its partition to another member; the records come again
 ├── SchemaError             a payload does not have the shape that its topic declares
@@ -15,7 +16,11 @@ class PipelineError(Exception):
     """Root of the pipelines' errors."""
 
 
-class LogUnavailableError(PipelineError):
+class UnavailableError(PipelineError):
+    """What the work needs, a log or a database, does not answer; a processor waits for it."""
+
+
+class LogUnavailableError(UnavailableError):
     """The log can't be reached at its address."""
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from pipelines import metrics
 from pipelines.dead_letter import send_to_dead_letters
-from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError
+from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError, UnavailableError
 from pipelines.merge import EventTimeMerge
 from pipelines.messages import TRACEPARENT, Message, child_traceparent
+from pipelines.patience import AGAIN_SECONDS
 from pipelines.topics import Topic
 from pipelines.transport.base import Consumer, Log, Record
 
@@ -49,6 +50,8 @@ class Processor:
     A record is committed after its handler returned, or after it went to the dead letters; so each is
     handled at least once and a handler must bear a repetition. PermanentError and SchemaError are not
     retried; any other error is, `retries` times, waiting `backoff` seconds, then twice that, and so on.
+    While the log, or a database that `handle` needs, does not answer (UnavailableError) nothing is given up: the processor joins anew
+    until it does.
     """
 
     def __init__(
@@ -63,20 +66,38 @@ class Processor:
 
         `ready` is called once partitions are owned. An `Interrupted` ends it with nothing lost.
         """
-        consumer = self._log.consumer(self._group, [self._topic.name])
-        announced = False
+        announced: list[bool] = []
+
+        def announce() -> None:
+            if not announced:
+                announced.append(True)
+                ready()
+
         try:
-            while not stop.is_set():
-                records = consumer.poll(timeout=0.5, max_records=8)
-                if not announced and (announced := bool(consumer.assignment())):
-                    ready()
-                if until_idle and announced and not records and not any(self._log.lag(self._group, self._topic.name).values()):
-                    return
-                self._work(consumer, records, stop)
+            while not stop.is_set() and not self._until_lost(stop, announce, until_idle):
+                stop.wait(AGAIN_SECONDS)
         except Interrupted:
             logger.info("interrupted; unfinished records stay in the log", extra={"topic": self._topic.name})
-        finally:
-            consumer.close()
+
+    def _until_lost(self, stop: threading.Event, ready: Callable[[], None], until_idle: bool) -> bool:
+        """Process as a member of the group; False where something that the work needs stopped answering."""
+        try:
+            consumer = self._log.consumer(self._group, [self._topic.name])
+            try:
+                joined = False
+                while not stop.is_set():
+                    records = consumer.poll(timeout=0.5, max_records=8)
+                    if not joined and (joined := bool(consumer.assignment())):
+                        ready()
+                    if until_idle and joined and not records and not any(self._log.lag(self._group, self._topic.name).values()):
+                        return True
+                    self._work(consumer, records, stop)
+            finally:
+                consumer.close()
+        except UnavailableError as error:
+            logger.warning("waiting, the records come again: %s", error, extra={"topic": self._topic.name})
+            return False
+        return True
 
     def _work(self, consumer: Consumer, records: list[Record], stop: threading.Event) -> None:
         lost: set[tuple[str, int]] = set()
@@ -106,6 +127,8 @@ class Processor:
                 return True
             except (PermanentError, SchemaError) as error:
                 return self._bury(record, str(error), attempt)
+            except UnavailableError:
+                raise
             except Exception as error:
                 if attempt > self._retries:
                     logger.exception("handling failed %d times", attempt, extra=_place(record))
@@ -134,6 +157,7 @@ class BatchProcessor:
     least once for each message and must bear a repetition. When it fails it is retried, then tried on each
     message alone, and those that still fail go to the dead letters. The batch is committed afterwards.
     With `time_of`, the event time of a record, partitions are read in the order of event time.
+    UnavailableError is the caller's: nothing was committed, and a new processor gets the records again.
     """
 
     def __init__(
@@ -205,6 +229,8 @@ class BatchProcessor:
             try:
                 with self.counts.timed():
                     rejected = self._handle(messages)
+            except UnavailableError:
+                raise
             except Exception as error:
                 if attempt > self._retries:
                     logger.exception("handling a batch of %d failed %d times", len(messages), attempt, extra=_place(messages[0].record))
@@ -228,6 +254,8 @@ class BatchProcessor:
         for message in messages:
             try:
                 rejected = self._handle([message])
+            except UnavailableError:
+                raise
             except Exception as error:
                 self._bury(message.record, f"{type(error).__name__}: {error}", attempts + 1)
                 continue

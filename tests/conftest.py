@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from apps.common.settings import Settings, load_settings
-from tests.services import KafkaBroker
-from tests.services import free_port as a_free_port
+from tests.services import KafkaBroker, Postgres
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers that outlive a test
 REQUIRED = os.environ.get("REQUIRE_SERVICES") == "1"
@@ -95,32 +94,18 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def postgres(tmp_path: Path, program: Callable[[str], str]) -> Iterator[str]:
+def postgres_server(tmp_path: Path, program: Callable[[str], str]) -> Iterator[Postgres]:
     """A PostgreSQL of this test's own, under a user that is not root where need be."""
     candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")) if Path("/usr/lib/postgresql").exists() else []
     binaries = candidates[-1].parent if candidates else Path(program("postgres")).parent
-    folder, port = tmp_path / "pg", a_free_port()
-    folder.mkdir()
-    prefix: list[str] = []
-    if os.geteuid() == 0:
-        for parent in [folder, *folder.parents][:4]:
-            parent.chmod(0o755)
-        shutil.chown(folder, "postgres")
-        prefix = ["runuser", "-u", "postgres", "--"]
-    data = folder / "data"
-    subprocess.run([*prefix, binaries / "initdb", "-D", data, "-U", "triscope", "-A", "trust"], check=True, capture_output=True)
-    start = [*prefix, binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
-    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with Postgres(binaries, tmp_path / "pg") as server:
+        yield server
 
-    def up() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    eventually(up, timeout=30)
-    time.sleep(0.5)
-    yield f"postgresql+psycopg://triscope@127.0.0.1:{port}/postgres"
-    process.terminate()
-    process.wait(20)
+@pytest.fixture
+def postgres(postgres_server: Postgres) -> str:
+    """Its address."""
+    return postgres_server.url
 
 
 class Commands:

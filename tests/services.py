@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -41,29 +42,74 @@ class KafkaBroker:
         self._config.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in own.items())]) + "\n")
 
     def __enter__(self) -> KafkaBroker:
-        environment = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx512m", "LOG_DIR": str(self._folder / "logs")}
         storage = self._home / "bin" / "kafka-storage.sh"
-        identity = str(uuid.uuid4())
-        command = [storage, "format", "--standalone", "-t", identity, "-c", self._config]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        self._log = (self._folder / "broker.log").open("w")
-        start = [self._home / "bin" / "kafka-server-start.sh", self._config]
-        self._process = subprocess.Popen(start, stdout=self._log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 90
-        while "Kafka Server started" not in (self._folder / "broker.log").read_text():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError((self._folder / "broker.log").read_text()[-2000:])
-            time.sleep(0.2)
+        command = [storage, "format", "--standalone", "-t", str(uuid.uuid4()), "-c", self._config]
+        subprocess.run(command, check=True, capture_output=True, env=self._environment())
+        self.start()
         return self
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx512m", "LOG_DIR": str(self._folder / "logs")}
+
+    def start(self) -> None:
+        """Start the formatted node, also after `kill`."""
+        log = self._folder / "broker.log"
+        with log.open("w") as stream:
+            command = [self._home / "bin" / "kafka-server-start.sh", self._config]
+            self._process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while "Kafka Server started" not in log.read_text():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(log.read_text()[-2000:])
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """End it at once, as a power failure does."""
+        self._process.kill()
+        self._process.wait()
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+            self.kill()
+
+
+class Postgres:
+    """A PostgreSQL server in a folder; root runs it as the user `postgres`."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self._port = free_port()
+        self.url = f"postgresql+psycopg://triscope@127.0.0.1:{self._port}/postgres"
+        folder.mkdir()
+        prefix: list[str] = []
+        if os.geteuid() == 0:
+            for parent in [folder, *folder.parents][:4]:
+                parent.chmod(0o755)
+            shutil.chown(folder, "postgres")
+            prefix = ["runuser", "-u", "postgres", "--"]
+        data, place = folder / "data", ["-p", str(self._port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
+        subprocess.run([*prefix, binaries / "initdb", "-D", data, "-U", "triscope", "-A", "trust"], check=True, capture_output=True)
+        self._control = [*prefix, binaries / "pg_ctl", "-D", data]
+        self._start = [*self._control, "start", "-w", "-l", folder / "log", "-o", " ".join(map(str, place))]
+
+    def start(self) -> None:
+        """Start it; returns when it takes connections."""
+        subprocess.run(self._start, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def stop(self) -> None:
+        """End it, and every connection, at once."""
+        subprocess.run([*self._control, "stop", "-m", "immediate"], check=True, capture_output=True)
+
+    def __enter__(self) -> Postgres:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class Orthanc:

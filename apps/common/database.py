@@ -11,6 +11,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import event
 
+from pipelines import UnavailableError
 from pipelines.messages import TRACEPARENT, now_rfc3339, trace_id
 
 metadata = sa.MetaData()
@@ -28,16 +29,33 @@ audit = sa.Table(
 MIGRATION_LOCK = 0x7415C0  # any number that other programs on the same PostgreSQL are unlikely to use
 
 
+class DatabaseUnavailableError(UnavailableError, sa.exc.SQLAlchemyError):
+    """The database server does not answer."""
+
+
 def open_database(url: str) -> sa.Engine:
-    """An engine for `url` with the schema brought up to date; several processes may do so at once."""
+    """An engine for `url` with the schema brought up to date; several processes may do so at once.
+
+    Raises DatabaseUnavailableError, as do later calls, where its server does not answer.
+    """
     address = sa.make_url(url)
     if address.get_backend_name() == "sqlite" and address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(address, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
+    else:
+        event.listen(engine, "handle_error", _unavailable)
     _migrate(engine)
     return engine
+
+
+def _unavailable(context: sa.ExceptionContext) -> None:
+    """Say that it is the server that fails, and not what it was asked."""
+    if not context.is_pre_ping and (context.is_disconnect or context.connection is None):
+        place = context.engine.url.render_as_string() if context.engine is not None else "its address"
+        error = context.original_exception
+        raise DatabaseUnavailableError(f"the database at {place} does not answer: {' '.join(str(error).split())}") from error
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

@@ -86,5 +86,7 @@ def configure_logs(level: str, format: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    if level.upper() != "DEBUG":  # kafka-python reports each attempt, several a second while a broker is away; ours say it, too
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
     for name in ("apps", "shared_runtime", "pipelines"):
         logging.getLogger(name).setLevel(level.upper())

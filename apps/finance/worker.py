@@ -17,7 +17,8 @@ import msgspec
 
 from apps.finance.messages import LABELS, TRANSACTIONS
 from apps.finance.service import FinanceService, parse_time
-from pipelines import BatchProcessor, Log, PermanentError, Record
+from pipelines import BatchProcessor, Log, PermanentError, Record, UnavailableError
+from pipelines.patience import AGAIN_SECONDS
 from pipelines.processor import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,16 @@ def run_worker(
     labels = BatchProcessor(log, LABELS, LABEL_GROUP, service.apply_labels, max_records=1000)
     transactions = BatchProcessor(log, TRANSACTIONS, GROUP, service.process, time_of=event_time, max_records=BATCH)
     try:
-        with labels:
-            while not stop.is_set():
-                labels.work(labels.poll(0.5), stop)
-                if labels.consumer.assignment() and _lead(service, labels, transactions, stop, until_idle, ready):
-                    break
+        done = False
+        while not stop.is_set() and not done:
+            try:
+                with labels:
+                    while not stop.is_set() and not done:
+                        labels.work(labels.poll(0.5), stop)
+                        done = bool(labels.consumer.assignment()) and _lead(service, labels, transactions, stop, until_idle, ready)
+            except UnavailableError as error:
+                logger.warning("waiting, the records come again: %s", error, extra={"topic": TRANSACTIONS.name})
+                stop.wait(AGAIN_SECONDS)
     except Interrupted:
         logger.info("interrupted; unfinished records stay in the log", extra={"topic": TRANSACTIONS.name})
     service.flush()

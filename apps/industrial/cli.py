@@ -264,7 +264,7 @@ def feed(
         while not buffer.done and not (number and sent >= number):
             frame = buffer.get(0.5)
             if frame is not None:
-                service.submit(frame.content, recipe, station, frame.serial, lot, frame.time)
+                service.submit(frame.content, recipe, station, frame.serial, lot, frame.time, stop)
                 sent += 1
 
     def guarded(work: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
 from apps.industrial.teaching import Taught, advice, teach
 from pipelines import Log, PermanentError
 from pipelines.messages import now_rfc3339
+from pipelines.patience import patiently
 
 logger = logging.getLogger(__name__)
 judged_total = Counter("triscope_industrial_verdicts", "Parts by verdict.", ("recipe", "station", "verdict"))
@@ -100,12 +101,24 @@ class IndustrialService:
         facts = self.recipes.facts(name)
         return advice(facts.good, facts.defects)
 
-    def submit(self, content: bytes, recipe: str, station: str = "station-1", serial: str = "", lot: str = "", event_time: str = "") -> str:
-        """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here."""
+    def submit(
+        self,
+        content: bytes,
+        recipe: str,
+        station: str = "station-1",
+        serial: str = "",
+        lot: str = "",
+        event_time: str = "",
+        patient_until: threading.Event | None = None,
+    ) -> str:
+        """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here.
+
+        With `patient_until` a frame is sent again while the log does not answer, until that is set. Raises LogUnavailableError.
+        """
         frame = FrameMessage(
             str(uuid.uuid4()), event_time or now_rfc3339(), station, checked_name(recipe), self.blobs.put(content), serial, lot
         )
-        FRAMES.send(self._log, frame, SOURCE)
+        patiently(lambda: FRAMES.send(self._log, frame, SOURCE), patient_until)
         return frame.frame_id
 
     def process(self, frame: FrameMessage, traceparent: str = "") -> Part | None:

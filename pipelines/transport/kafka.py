@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -12,10 +14,35 @@ from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata
 
-from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
+from pipelines.errors import ConsumerFencedError, LogUnavailableError, PermanentError, PipelineError, UnknownTopicError
 from pipelines.transport.base import Outgoing, Record
 
+logger = logging.getLogger(__name__)
 REQUEST_MS = 30_000
+DELIVERY: dict[str, Any] = {"acks": "all", "retry_backoff_ms": 20, "batch_size": 128 * 1024, "delivery_timeout_ms": REQUEST_MS}
+"""A record that is not acknowledged within REQUEST_MS is given up by the client, too: it does not come later, beside a second one."""
+PATIENCE: dict[str, Any] = {"reconnect_backoff_max_ms": 1000}
+"""A broker that comes back is found within a second (kafka-python's own: up to 30)."""
+REFUSED = (kafka_errors.AuthorizationError, kafka_errors.SaslAuthenticationFailedError, kafka_errors.InvalidTopicError)
+
+
+@contextmanager
+def _answering(doing: str) -> Iterator[None]:
+    """Raises LogUnavailableError where the brokers do not answer, PipelineError for what they refuse."""
+    try:
+        yield
+    except kafka_errors.KafkaError as error:
+        if error.retriable:
+            raise LogUnavailableError(f"the brokers do not answer ({doing}): {error!r}") from error
+        raise PipelineError(f"the brokers refuse ({doing}): {error!r}") from error
+
+
+def _closed(client: Any, **options: Any) -> None:
+    """Close a client of brokers that may be gone."""
+    try:
+        client.close(**options)
+    except kafka_errors.KafkaError as error:
+        logger.debug("closing a client: %r", error)
 
 
 class KafkaLog:
@@ -27,7 +54,7 @@ class KafkaLog:
         self._producer: KafkaProducer | None = None
         self._partitions: dict[str, int] = {}
         try:
-            self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS)
+            self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS, **PATIENCE)
         except kafka_errors.KafkaError as error:
             raise LogUnavailableError(
                 f"no Kafka broker answers at {', '.join(self._servers)}: {error!r}; start it or correct the address"
@@ -47,7 +74,8 @@ class KafkaLog:
             time.sleep(0.05)
 
     def topics(self) -> Mapping[str, int]:
-        described = self._admin.describe_topics()
+        with _answering("topics"):
+            described = self._admin.describe_topics()
         return {item["name"]: len(item["partitions"]) for item in described if not item["name"].startswith("__") and item["partitions"]}
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
@@ -63,21 +91,45 @@ class KafkaLog:
     def _send(self, topic: str, record: Outgoing) -> Any:
         with self._lock:
             if self._producer is None:
-                self._producer = KafkaProducer(bootstrap_servers=self._servers, acks="all", retry_backoff_ms=20, batch_size=128 * 1024)
+                with _answering("producer"):
+                    self._producer = KafkaProducer(
+                        bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS // 3, **DELIVERY, **PATIENCE
+                    )
+            producer = self._producer
         key = None if record.key is None else record.key.encode()
-        return self._producer.send(topic, value=bytes(record.value), key=key, headers=list(record.headers.items()))
+        try:
+            return producer.send(topic, value=bytes(record.value), key=key, headers=list(record.headers.items()))
+        except kafka_errors.KafkaError as error:
+            raise self._failed(topic, error) from error
 
     def _acknowledged(self, topic: str, sent: Sequence[Any]) -> Any:
         """Wait until the brokers have stored what was sent; where the last record stands."""
         try:
-            return [future.get(timeout=REQUEST_MS / 1e3) for future in sent][-1]
+            return [future.get(timeout=REQUEST_MS / 1e3 + 5) for future in sent][-1]
         except kafka_errors.KafkaError as error:
-            raise LogUnavailableError(f"a record for {topic!r} was not acknowledged: {error!r}; send it again") from error
+            raise self._failed(topic, error) from error
+
+    def _failed(self, topic: str, error: kafka_errors.KafkaError) -> PipelineError:
+        """What a record that was not stored is told by."""
+        if isinstance(error, kafka_errors.MessageSizeTooLargeError):
+            return PermanentError(f"a record for {topic!r} is larger than the brokers or the client take: {error!r}")
+        if isinstance(error, REFUSED):
+            return PipelineError(f"the brokers refuse a record for {topic!r}: {error!r}")
+        with self._lock:  # its sequence numbers may be out of step by now: the next record gets a new one
+            broken, self._producer = self._producer, None
+        if broken is not None:
+            _closed(broken, timeout=0)
+        return LogUnavailableError(f"a record for {topic!r} was not acknowledged: {error!r}; send it again")
 
     def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:
         for topic in topics:
             self._known(topic)
-        client = KafkaConsumer(
+        with _answering("consumer"):
+            client = self._consumer(group, topics)
+        return KafkaGroupConsumer(client, group)
+
+    def _consumer(self, group: str, topics: Sequence[str]) -> Any:
+        return KafkaConsumer(
             *topics,
             bootstrap_servers=self._servers,
             group_id=group,
@@ -86,22 +138,23 @@ class KafkaLog:
             isolation_level="read_committed",
             session_timeout_ms=10_000,
             heartbeat_interval_ms=2_000,
+            **PATIENCE,
         )
-        return KafkaGroupConsumer(client, group)
 
     def lag(self, group: str, topic: str) -> Mapping[int, int]:
-        client = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False)
-        try:
-            parts = [TopicPartition(topic, p) for p in range(self._known(topic))]
-            ends = client.end_offsets(parts)
-            return {part.partition: ends[part] - (client.committed(part) or 0) for part in parts}
-        finally:
-            client.close()
+        with _answering("lag"):
+            client = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False, **PATIENCE)
+            try:
+                parts = [TopicPartition(topic, p) for p in range(self._known(topic))]
+                ends = client.end_offsets(parts)
+                return {part.partition: ends[part] - (client.committed(part) or 0) for part in parts}
+            finally:
+                _closed(client)
 
     def close(self) -> None:
         if self._producer is not None:
-            self._producer.close(timeout=5)
-        self._admin.close()
+            _closed(self._producer, timeout=5)
+        _closed(self._admin)
 
     def _known(self, topic: str) -> int:
         """Partitions of `topic`; asked once, since a topic that was there stays."""
@@ -124,7 +177,8 @@ class KafkaGroupConsumer:
         self._client, self._group = client, group
 
     def poll(self, timeout: float = 1.0, max_records: int = 100) -> list[Record]:
-        batches = self._client.poll(timeout_ms=int(timeout * 1e3), max_records=max_records)
+        with _answering("poll"):
+            batches = self._client.poll(timeout_ms=int(timeout * 1e3), max_records=max_records)
         return [
             Record(
                 item.topic,
@@ -141,12 +195,13 @@ class KafkaGroupConsumer:
 
     def commit(self, record: Record) -> None:
         part = TopicPartition(record.topic, record.partition)
-        try:
-            self._client.commit({part: OffsetAndMetadata(record.offset + 1, "", -1)})
-        except (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError) as error:
-            raise ConsumerFencedError(
-                f"{record.topic}-{record.partition} belongs to another member of {self._group!r}; its records come again there"
-            ) from error
+        with _answering("commit"):
+            try:
+                self._client.commit({part: OffsetAndMetadata(record.offset + 1, "", -1)})
+            except (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError) as error:
+                raise ConsumerFencedError(
+                    f"{record.topic}-{record.partition} belongs to another member of {self._group!r}; its records come again there"
+                ) from error
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         part = TopicPartition(topic, partition)
@@ -156,11 +211,12 @@ class KafkaGroupConsumer:
 
     def behind(self) -> Mapping[tuple[str, int], int]:
         parts = list(self._client.assignment())
-        ends = self._client.end_offsets(parts) if parts else {}
-        return {(part.topic, part.partition): ends[part] - self._client.position(part) for part in parts}
+        with _answering("ends of partitions"):
+            ends = self._client.end_offsets(parts) if parts else {}
+            return {(part.topic, part.partition): ends[part] - self._client.position(part) for part in parts}
 
     def assignment(self) -> Sequence[tuple[str, int]]:
         return sorted((part.topic, part.partition) for part in self._client.assignment())
 
     def close(self) -> None:
-        self._client.close()
+        _closed(self._client)

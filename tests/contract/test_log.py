@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import ConsumerFencedError, Log, LogUnavailableError, UnknownTopicError, open_log
+from pipelines import ConsumerFencedError, Log, LogUnavailableError, PermanentError, UnknownTopicError, open_log
 from pipelines.transport.base import Consumer, Outgoing, Record
 
 KINDS = ["memory", "embedded", "kafka"]
@@ -210,3 +210,14 @@ def test_addresses_that_are_none_are_refused(url: str) -> None:
 def test_a_broker_that_is_not_there_is_named(free_port: int) -> None:
     with pytest.raises(LogUnavailableError, match=f"127.0.0.1:{free_port}"):
         open_log(f"kafka://127.0.0.1:{free_port}")
+
+
+def test_a_record_that_the_brokers_do_not_take_is_no_outage(kafka: str) -> None:
+    """Sent again it would be refused again."""
+    log = open_log(f"kafka://{kafka}")
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    log.create_topic(name, 1)
+    with pytest.raises(PermanentError, match="larger than"):
+        log.produce(name, b"x" * 3_000_000)
+    log.produce(name, b"x")
+    log.close()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from pipelines import Envelope, Message, PermanentError, Processor, SchemaError, Topic
+from pipelines import BatchProcessor, Envelope, LogUnavailableError, Message, PermanentError, Processor, SchemaError, Topic
 from pipelines.dead_letter import ATTEMPTS, ERROR, PLACE
 from pipelines.messages import TRACEPARENT, child_traceparent, new_traceparent, trace_id
+from pipelines.patience import patiently
 from pipelines.processor import Interrupted
 from pipelines.transport.base import Record
 from pipelines.transport.embedded import EmbeddedLog
@@ -132,6 +135,94 @@ def test_a_lasting_fault_goes_to_the_dead_letters_with_bytes_place_reason_and_at
     assert dead.headers[PLACE] == f"orders/{original.partition}/{original.offset}".encode()
     assert processor.counts.dead == 1
     assert sum(log.lag("g", "orders").values()) == 0
+
+
+class Absent(MemoryLog):
+    """A log that does not answer `left` of the calls named by `what`."""
+
+    what, left = "", 0
+
+    def _ask(self, what: str) -> None:
+        if self.left and what == self.what:
+            self.left -= 1
+            raise LogUnavailableError("nobody answers")
+
+    def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
+        self._ask(f"produce {topic}")
+        return super().produce(topic, value, key=key, headers=headers)
+
+    def consumer(self, group: str, topics: Sequence[str]) -> Any:
+        self._ask("consumer")
+        member = super().consumer(group, topics)
+        for name in ("poll", "commit"):
+            real = getattr(member, name)
+
+            def asked(*given: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+                self._ask(name)
+                return real(*given, **options)
+
+            setattr(member, name, asked)
+        return member
+
+
+@pytest.mark.parametrize("what", ["consumer", "poll", "commit", "produce answers", "produce orders.dlq"])
+def test_while_the_log_does_not_answer_nothing_is_given_up(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a lasting fault's number of attempts nor to the dead letters; the processor does not end."""
+    monkeypatch.setattr("pipelines.processor.AGAIN_SECONDS", 0.0)
+    log, answers = Absent(), Topic("answers", Order, key="order_id", partitions=1)
+    ORDERS.create(log)
+    answers.create(log)
+    for number in range(6):
+        ORDERS.send(log, Order(str(number), number), source="shop")
+    log.what, log.left = what, 9
+
+    def handle(message: Message) -> None:
+        if message.payload.amount == 3:
+            raise PermanentError("no such order")
+        answers.send(log, message.payload, source="worker")
+
+    processor = run(log, handle, retries=2)
+    assert log.left == 0
+    assert {msgspec.json.decode(record.value)["amount"] for record in read(log, "answers")} == {0, 1, 2, 4, 5}
+    dead = read(log, "orders.dlq")
+    assert {b"no such order" in record.headers[ERROR] for record in dead} == {True}
+    assert processor.counts.retried == 0
+    assert sum(log.lag("g", "orders").values()) == 0
+
+
+def test_a_batch_is_not_given_up_while_the_log_does_not_answer(log: MemoryLog) -> None:
+    ORDERS.send(log, Order("1", 5), source="shop")
+
+    def handle(messages: list[Message]) -> list[tuple[Message, str]]:
+        raise LogUnavailableError("nobody answers")
+
+    with BatchProcessor(log, ORDERS, "g", handle) as processor:
+        records = processor.poll(1.0)
+        assert len(records) == 1
+        with pytest.raises(LogUnavailableError):
+            processor.work(records, threading.Event())
+    assert read(log, "orders.dlq") == []
+    assert sum(log.lag("g", "orders").values()) == 1
+
+
+def test_one_waits_for_the_log_until_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.patience.AGAIN_SECONDS", 0.0)
+    stop, calls = threading.Event(), []
+
+    def act() -> str:
+        calls.append(1)
+        if len(calls) < 4:
+            raise LogUnavailableError("nobody answers")
+        return "stored"
+
+    assert patiently(act, stop) == "stored"
+    calls.clear()
+    with pytest.raises(LogUnavailableError):
+        patiently(act, None)
+    assert len(calls) == 1
+    stop.set()
+    with pytest.raises(LogUnavailableError):
+        patiently(act, stop)
 
 
 def test_bad_input_is_not_retried_and_the_rest_goes_on(log: MemoryLog) -> None:

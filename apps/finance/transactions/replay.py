@@ -14,6 +14,7 @@ from apps.finance.messages import LABELS, TRANSACTIONS, LabelMessage, Transactio
 from apps.finance.transactions.event_time import rfc3339
 from apps.finance.transactions.table import LABEL
 from pipelines import Log, Outgoing
+from pipelines.patience import patiently
 
 BATCH = 500
 SOURCE = "triscope/replay"
@@ -38,7 +39,8 @@ def replay_table(
     """Send `table` (as `read_transactions` returns it) at `speed` times real time, 0 for as fast as the log takes it.
 
     Each label goes out seven days of event time after its transaction, before transactions of that time.
-    With `shift` all event times move so that the last transaction lies at the present.
+    With `shift` all event times move so that the last transaction lies at the present. With `stop` a log that does not answer is waited
+    for until it is set.
     """
     moved = round(time.time() * SECOND) - int(table["TX_DATETIME"].dt.epoch("us").to_numpy().max()) if shift and len(table) else 0
     labelled = with_labels and LABEL in table.columns
@@ -51,22 +53,22 @@ def replay_table(
         if speed:
             wait = begun + (event_us - first) / SECOND / speed - time.monotonic()
             if wait > 0.002:
-                _send(log, batch, sent)
+                _send(log, batch, sent, stop)
                 batch = []
                 if (stop or threading.Event()).wait(wait):
                     break
         batch.append((is_label, record))
         if len(batch) >= BATCH:
-            _send(log, batch, sent)
+            _send(log, batch, sent, stop)
             batch = []
-    _send(log, batch, sent)
+    _send(log, batch, sent, stop)
     return sent
 
 
-def _send(log: Log, batch: list[tuple[bool, Outgoing]], sent: Sent) -> None:
+def _send(log: Log, batch: list[tuple[bool, Outgoing]], sent: Sent, stop: threading.Event | None) -> None:
     labels, transactions = [r for is_label, r in batch if is_label], [r for is_label, r in batch if not is_label]
-    log.produce_many(LABELS.name, labels)
-    log.produce_many(TRANSACTIONS.name, transactions)
+    patiently(lambda: log.produce_many(LABELS.name, labels), stop)
+    patiently(lambda: log.produce_many(TRANSACTIONS.name, transactions), stop)
     sent.labels += len(labels)
     sent.transactions += len(transactions)
 

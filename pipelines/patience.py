@@ -1,0 +1,30 @@
+"""Waiting for a log or a database that does not answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipelines.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
+AGAIN_SECONDS = 1.0
+"""After so long what did not answer is asked again."""
+Result = TypeVar("Result")
+
+
+def patiently(act: Callable[[], Result], stop: threading.Event | None) -> Result:
+    """What `act` returns, which is called again while something does not answer, until `stop` is set; once where there is no `stop`.
+
+    `act` must bear a repetition. Raises UnavailableError.
+    """
+    while True:
+        try:
+            return act()
+        except UnavailableError as error:
+            if stop is None or stop.is_set():
+                raise
+            logger.warning("trying again: %s", error)
+            stop.wait(AGAIN_SECONDS)
