@@ -63,10 +63,11 @@ class KafkaLog:
     def create_topic(self, name: str, partitions: int) -> None:
         if name in self.topics():
             return
-        try:
-            self._admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=-1)])
-        except kafka_errors.TopicAlreadyExistsError:
-            return
+        with _answering(f"topic {name!r}"):
+            try:
+                self._admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=-1)])
+            except kafka_errors.TopicAlreadyExistsError:
+                return
         deadline = time.monotonic() + 15
         while name not in self.topics():
             if time.monotonic() > deadline:
