@@ -10,7 +10,7 @@ env: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard shared_runtime/kernels/*/*.[ch])
 	$(PYTHON) scripts/make_env.py $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,optimize,postgres,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,optimize,postgres,s3,dev]'
 	touch $(STAMP)
 
 demo: env

@@ -26,5 +26,5 @@ def patiently(act: Callable[[], Result], stop: threading.Event | None) -> Result
         except UnavailableError as error:
             if stop is None or stop.is_set():
                 raise
-            logger.warning("trying again: %s", error)
+            logger.warning("waiting, nothing is lost: %s", error)
             stop.wait(AGAIN_SECONDS)

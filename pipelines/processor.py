@@ -13,7 +13,7 @@ from pipelines.dead_letter import send_to_dead_letters
 from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError, UnavailableError
 from pipelines.merge import EventTimeMerge
 from pipelines.messages import TRACEPARENT, Message, child_traceparent
-from pipelines.patience import AGAIN_SECONDS
+from pipelines.patience import patiently
 from pipelines.topics import Topic
 from pipelines.transport.base import Consumer, Log, Record
 
@@ -74,30 +74,26 @@ class Processor:
                 ready()
 
         try:
-            while not stop.is_set() and not self._until_lost(stop, announce, until_idle):
-                stop.wait(AGAIN_SECONDS)
+            patiently(lambda: self._as_member(stop, announce, until_idle), stop)
+        except UnavailableError:
+            logger.info("ended while it waited", extra={"topic": self._topic.name})
         except Interrupted:
             logger.info("interrupted; unfinished records stay in the log", extra={"topic": self._topic.name})
 
-    def _until_lost(self, stop: threading.Event, ready: Callable[[], None], until_idle: bool) -> bool:
-        """Process as a member of the group; False where something that the work needs stopped answering."""
+    def _as_member(self, stop: threading.Event, ready: Callable[[], None], until_idle: bool) -> None:
+        """Process as a member of the group. Raises UnavailableError."""
+        consumer = self._log.consumer(self._group, [self._topic.name])
         try:
-            consumer = self._log.consumer(self._group, [self._topic.name])
-            try:
-                joined = False
-                while not stop.is_set():
-                    records = consumer.poll(timeout=0.5, max_records=8)
-                    if not joined and (joined := bool(consumer.assignment())):
-                        ready()
-                    if until_idle and joined and not records and not any(self._log.lag(self._group, self._topic.name).values()):
-                        return True
-                    self._work(consumer, records, stop)
-            finally:
-                consumer.close()
-        except UnavailableError as error:
-            logger.warning("waiting, the records come again: %s", error, extra={"topic": self._topic.name})
-            return False
-        return True
+            joined = False
+            while not stop.is_set():
+                records = consumer.poll(timeout=0.5, max_records=8)
+                if not joined and (joined := bool(consumer.assignment())):
+                    ready()
+                if until_idle and joined and not records and not any(self._log.lag(self._group, self._topic.name).values()):
+                    return
+                self._work(consumer, records, stop)
+        finally:
+            consumer.close()
 
     def _work(self, consumer: Consumer, records: list[Record], stop: threading.Event) -> None:
         lost: set[tuple[str, int]] = set()

@@ -13,6 +13,8 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+from moto.server import ThreadedMotoServer
+
 
 def free_port() -> int:
     """A port that nothing listens on."""
@@ -76,6 +78,38 @@ class KafkaBroker:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self.kill()
+
+
+class ObjectStore:
+    """Moto's S3 with a bucket `triscope`; what was stored outlives `stop`. `environment` is what its clients need."""
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self.address = f"http://127.0.0.1:{self._port}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.address,
+            "AWS_ACCESS_KEY_ID": "triscope",
+            "AWS_SECRET_ACCESS_KEY": "triscope",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start it, also after `stop`."""
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        """End it."""
+        self._server.stop()
+
+    def __enter__(self) -> ObjectStore:
+        self.start()
+        request = urllib.request.Request(f"{self.address}/triscope", method="PUT")
+        with urllib.request.urlopen(request, timeout=30):
+            return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class Postgres:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from apps.common.errors import BlobError
+from pipelines import UnavailableError
 
 MAX_BYTES = 8 * 2**30
+
+
+class BlobsUnavailableError(UnavailableError, BlobError):
+    """The store of blobs does not answer, or takes nothing."""
 
 
 class BlobStore:
@@ -23,10 +31,15 @@ class BlobStore:
             raise BlobError(f"blob address {url!r} can't be used: {error}; expected file:///DIR or s3://BUCKET/PREFIX") from error
 
     def put(self, content: bytes) -> str:
-        """Store `content` once and return its reference; a half-written blob is never visible."""
+        """Store `content` once and return its reference; a half-written blob is never visible. Raises BlobsUnavailableError."""
         reference = f"sha256:{hashlib.sha256(content).hexdigest()}"
         path = self._path(reference)
-        if not self._system.exists(path):
+        with self._answering():
+            if self._system.exists(path):
+                return reference
+            if not isinstance(self._system, LocalFileSystem):
+                self._system.pipe_file(path, content)
+                return reference
             part = f"{path}.{uuid.uuid4().hex}.part"
             self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
             with self._system.open(part, "wb") as stream:
@@ -35,18 +48,30 @@ class BlobStore:
         return reference
 
     def get(self, reference: str) -> bytes:
-        """The content of `reference`. Raises BlobError where it is missing or was changed."""
+        """The content of `reference`. Raises BlobError where it is missing or was changed, BlobsUnavailableError."""
         path = self._path(reference)
         try:
-            size = int(self._system.size(path) or 0)
-            if size > MAX_BYTES:
-                raise BlobError(f"blob {reference} has {size} bytes, more than the {MAX_BYTES} that are read")
-            content: bytes = self._system.cat_file(path)
+            with self._answering(BlobError, FileNotFoundError):
+                size = int(self._system.size(path) or 0)
+                if size > MAX_BYTES:
+                    raise BlobError(f"blob {reference} has {size} bytes, more than the {MAX_BYTES} that are read")
+                content: bytes = self._system.cat_file(path)
         except FileNotFoundError as error:
             raise BlobError(f"no blob {reference} in this store; check blob_url, or send the study again") from error
         if f"sha256:{hashlib.sha256(content).hexdigest()}" != reference:
             raise BlobError(f"blob {reference} was changed on disk; restore it or send the study again")
         return content
+
+    @contextmanager
+    def _answering(self, *known: type[Exception]) -> Iterator[None]:
+        """Raises BlobsUnavailableError for what a store raises but `known`: each has errors of its own."""
+        try:
+            yield
+        except known:
+            raise
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BlobsUnavailableError(f"the blobs at {self._root} do not answer: {why}; check blob_url and its rights") from error
 
     def _path(self, reference: str) -> str:
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", reference):

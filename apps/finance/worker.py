@@ -12,13 +12,14 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from apps.finance.messages import LABELS, TRANSACTIONS
 from apps.finance.service import FinanceService, parse_time
 from pipelines import BatchProcessor, Log, PermanentError, Record, UnavailableError
-from pipelines.patience import AGAIN_SECONDS
+from pipelines.patience import patiently
 from pipelines.processor import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -47,20 +48,22 @@ def run_worker(
     """Decide on transactions until `stop`, or until the topic is empty; the processor, for its counts."""
     labels = BatchProcessor(log, LABELS, LABEL_GROUP, service.apply_labels, max_records=1000)
     transactions = BatchProcessor(log, TRANSACTIONS, GROUP, service.process, time_of=event_time, max_records=BATCH)
+
+    def work() -> None:
+        with labels:
+            done = False
+            while not stop.is_set() and not done:
+                labels.work(labels.poll(0.5), stop)
+                done = bool(labels.consumer.assignment()) and _lead(service, labels, transactions, stop, until_idle, ready)
+
     try:
-        done = False
-        while not stop.is_set() and not done:
-            try:
-                with labels:
-                    while not stop.is_set() and not done:
-                        labels.work(labels.poll(0.5), stop)
-                        done = bool(labels.consumer.assignment()) and _lead(service, labels, transactions, stop, until_idle, ready)
-            except UnavailableError as error:
-                logger.warning("waiting, the records come again: %s", error, extra={"topic": TRANSACTIONS.name})
-                stop.wait(AGAIN_SECONDS)
+        patiently(work, stop)
+    except UnavailableError:
+        logger.info("ended while it waited", extra={"topic": TRANSACTIONS.name})
     except Interrupted:
         logger.info("interrupted; unfinished records stay in the log", extra={"topic": TRANSACTIONS.name})
-    service.flush()
+    with suppress(UnavailableError):  # what is not noted is published once more
+        service.flush()
     return transactions
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from prometheus_client import Counter, Histogram
 
 import shared_runtime as rt
-from apps.common.blobs import BlobStore
+from apps.common.blobs import BlobStore, BlobsUnavailableError
+from apps.common.errors import BlobError
 from apps.industrial.errors import IndustrialError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
@@ -113,11 +114,11 @@ class IndustrialService:
     ) -> str:
         """Hand a frame to the line: blob, then `industrial.frames`; its id. Nothing is decoded here.
 
-        With `patient_until` a frame is sent again while the log does not answer, until that is set. Raises LogUnavailableError.
+        With `patient_until` a frame is sent again while the log or the blobs do not answer, until that is set. Raises UnavailableError.
         """
-        frame = FrameMessage(
-            str(uuid.uuid4()), event_time or now_rfc3339(), station, checked_name(recipe), self.blobs.put(content), serial, lot
-        )
+        name, taken = checked_name(recipe), event_time or now_rfc3339()
+        blob = patiently(lambda: self.blobs.put(content), patient_until)
+        frame = FrameMessage(str(uuid.uuid4()), taken, station, name, blob, serial, lot)
         patiently(lambda: FRAMES.send(self._log, frame, SOURCE), patient_until)
         return frame.frame_id
 
@@ -160,7 +161,9 @@ class IndustrialService:
             path = folder / f"{part.verdict.frame_id}.png"
             try:
                 path.write_bytes(png(decode_image(self.blobs.get(part.verdict.blob), white=white)))
-            except IndustrialError as error:
+            except BlobsUnavailableError:
+                raise
+            except (IndustrialError, BlobError) as error:
                 logger.warning("a judged part can't be used: %s", error)
                 continue
             if part.judged == GOOD:
