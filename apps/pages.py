@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 from PIL import Image, ImageDraw
 
+from apps.common.ui.outage import outage_said
 from apps.common.ui.workers import database, models_of, workers_of
 from apps.common.workers import known_workers
 from apps.finance.ui.page import page as finance_page
@@ -25,6 +26,7 @@ APPS = (
 
 
 @st.fragment(run_every=2.0)
+@outage_said
 def overview() -> None:
     """What each app has done."""
     running = known_workers(database())

@@ -80,46 +80,47 @@ class KafkaLog:
         return {item["name"]: len(item["partitions"]) for item in described if not item["name"].startswith("__") and item["partitions"]}
 
     def produce(self, topic: str, value: bytes, *, key: str | None = None, headers: Mapping[str, bytes] | None = None) -> tuple[int, int]:
-        self._known(topic)
-        metadata = self._acknowledged(topic, [self._send(topic, Outgoing(value, key, dict(headers or {})))])
-        return metadata.partition, metadata.offset
+        sent = self._acknowledged(topic, [Outgoing(value, key, dict(headers or {}))])
+        return sent.partition, sent.offset
 
     def produce_many(self, topic: str, records: Sequence[Outgoing]) -> None:
-        self._known(topic)
         if records:
-            self._acknowledged(topic, [self._send(topic, record) for record in records])
+            self._acknowledged(topic, records)
+        else:
+            self._known(topic)
 
-    def _send(self, topic: str, record: Outgoing) -> Any:
+    def _acknowledged(self, topic: str, records: Sequence[Outgoing]) -> Any:
+        """Send, and wait until the brokers have stored all; where the last record stands."""
+        self._known(topic)
+        producer = self._sender()
+        try:
+            sent = [
+                producer.send(topic, value=bytes(r.value), key=None if r.key is None else r.key.encode(), headers=list(r.headers.items()))
+                for r in records
+            ]
+            return [future.get(timeout=REQUEST_MS / 1e3 + 5) for future in sent][-1]
+        except kafka_errors.KafkaError as error:
+            raise self._failed(topic, error, producer) from error
+
+    def _sender(self) -> KafkaProducer:
         with self._lock:
             if self._producer is None:
                 with _answering("producer"):
                     self._producer = KafkaProducer(
                         bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS // 3, **DELIVERY, **PATIENCE
                     )
-            producer = self._producer
-        key = None if record.key is None else record.key.encode()
-        try:
-            return producer.send(topic, value=bytes(record.value), key=key, headers=list(record.headers.items()))
-        except kafka_errors.KafkaError as error:
-            raise self._failed(topic, error) from error
+            return self._producer
 
-    def _acknowledged(self, topic: str, sent: Sequence[Any]) -> Any:
-        """Wait until the brokers have stored what was sent; where the last record stands."""
-        try:
-            return [future.get(timeout=REQUEST_MS / 1e3 + 5) for future in sent][-1]
-        except kafka_errors.KafkaError as error:
-            raise self._failed(topic, error) from error
-
-    def _failed(self, topic: str, error: kafka_errors.KafkaError) -> PipelineError:
+    def _failed(self, topic: str, error: kafka_errors.KafkaError, producer: KafkaProducer) -> PipelineError:
         """What a record that was not stored is told by."""
         if isinstance(error, kafka_errors.MessageSizeTooLargeError):
             return PermanentError(f"a record for {topic!r} is larger than the brokers or the client take: {error!r}")
         if isinstance(error, REFUSED):
             return PipelineError(f"the brokers refuse a record for {topic!r}: {error!r}")
         with self._lock:  # its sequence numbers may be out of step by now: the next record gets a new one
-            broken, self._producer = self._producer, None
-        if broken is not None:
-            _closed(broken, timeout=0)
+            if self._producer is producer:
+                self._producer = None
+        _closed(producer, timeout=0)
         return LogUnavailableError(f"a record for {topic!r} was not acknowledged: {error!r}; send it again")
 
     def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:

@@ -126,3 +126,45 @@ def test_parts_wait_for_the_database(
     assert station.poll() is None
     service.close()
     log.close()
+
+
+@pytest.mark.parametrize("app", ["start", "medical", "finance", "industrial"])
+def test_a_page_says_that_the_database_is_away(postgres_server: Postgres, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import streamlit as st
+    from streamlit.testing.v1 import AppTest
+
+    import apps
+
+    def script(app: str) -> None:
+        import importlib
+
+        import streamlit as st
+
+        if "cleared" not in st.session_state:
+            st.cache_resource.clear()
+            st.session_state["cleared"] = True
+        importlib.import_module(f"apps.{app}.ui.page").page()
+
+    def opened() -> AppTest:
+        if app == "start":
+            st.cache_resource.clear()
+            return AppTest.from_file(Path(apps.__file__).with_name("pages.py"), default_timeout=90)
+        return AppTest.from_function(script, default_timeout=90, args=(app,))
+
+    def errors() -> list[str]:
+        page.run()
+        assert not page.exception
+        return [error.value for error in page.error if "the database at" in error.value and "does not answer" in error.value]
+
+    monkeypatch.setenv("TRISCOPE_DATABASE_URL", postgres_server.url)
+    page = opened()
+    assert errors() == []
+    postgres_server.stop()
+    assert errors()
+    postgres_server.start()
+    assert errors() == []
+    page = opened()
+    postgres_server.stop()
+    assert errors(), "a page that can't be opened"
+    postgres_server.start()
+    assert errors() == []

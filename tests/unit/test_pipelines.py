@@ -168,7 +168,7 @@ class Absent(MemoryLog):
 @pytest.mark.parametrize("what", ["consumer", "poll", "commit", "produce answers", "produce orders.dlq"])
 def test_while_the_log_does_not_answer_nothing_is_given_up(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by a lasting fault's number of attempts nor to the dead letters; the processor does not end."""
-    monkeypatch.setattr("pipelines.processor.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.patience.AGAIN_SECONDS", 0.0)
     log, answers = Absent(), Topic("answers", Order, key="order_id", partitions=1)
     ORDERS.create(log)
     answers.create(log)

@@ -8,6 +8,7 @@ import time
 import streamlit as st
 
 from apps.common.settings import load_settings
+from apps.common.ui.outage import outage_said, page_of
 from apps.common.ui.worklist import Row, worklist
 from apps.finance.bootstrap import open_finance
 from apps.finance.errors import FinanceError
@@ -60,6 +61,7 @@ def rate(total: int) -> float:
 
 
 @st.fragment(run_every=2.0)
+@outage_said
 def queue() -> None:
     """The live queue; a new choice redraws the page."""
     service, _ = finance()
@@ -157,6 +159,7 @@ def verdict_form(case: Case) -> None:
             st.rerun()
 
 
+@outage_said
 def budget_panel() -> None:
     """The alert budget beside the distribution of scores."""
     service, _ = finance()
@@ -174,12 +177,9 @@ def budget_panel() -> None:
             right.altair_chart(histogram_chart(service.store.recent_scores(), latest.threshold), width="stretch")
 
 
-def page() -> None:
-    """The whole page."""
-    st.title("Finance")
-    st.caption(SIMULATED)
-    queue()
-    budget_panel()
+@outage_said
+def chosen_alert() -> None:
+    """The alert that was chosen, or the newest."""
     chosen = st.session_state.get("finance_alert")
     if not chosen:
         newest = finance()[0].store.alerts(limit=1)
@@ -189,3 +189,14 @@ def page() -> None:
             detail(finance()[0].store.get(chosen))
         except FinanceError as error:
             st.error(str(error))
+
+
+@page_of
+def page() -> None:
+    """The whole page."""
+    st.title("Finance")
+    st.caption(SIMULATED)
+    finance()
+    queue()
+    budget_panel()
+    chosen_alert()

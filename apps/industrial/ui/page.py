@@ -13,6 +13,7 @@ import streamlit as st
 
 from apps.common.errors import BlobError
 from apps.common.settings import load_settings
+from apps.common.ui.outage import outage_said, page_of
 from apps.common.ui.workers import database, workers_of
 from apps.common.ui.worklist import Row, worklist
 from apps.common.workers import known_workers
@@ -104,6 +105,7 @@ def lamp(part: Part, silence: float, behind: int | None) -> None:
 
 
 @st.fragment(run_every=1.0)
+@outage_said
 def live(recipe: str) -> None:
     """The newest part and the last twenty; a choice shows that part below."""
     service, _ = industrial()
@@ -173,6 +175,7 @@ def decision(part: Part, key: str) -> None:
 
 
 @st.fragment(run_every=2.0)
+@outage_said
 def review() -> None:
     """Parts that wait for a person. The part that is shown stays until it is decided, whatever joins the queue."""
     store = industrial()[0].store
@@ -189,6 +192,18 @@ def review() -> None:
     decision(shown, "queue")
 
 
+@outage_said
+def chosen_part() -> None:
+    """The part that was chosen."""
+    frame = st.session_state.get("industrial_part")
+    part = industrial()[0].store.find(frame) if frame else None
+    if part:
+        decision(part, "chosen")
+    else:
+        st.caption("Choose a part in the list.")
+
+
+@outage_said
 def charts(recipe: str) -> None:
     """Control charts of the reject rate and of the score."""
     series = industrial()[0].store.series(recipe)
@@ -202,6 +217,7 @@ def charts(recipe: str) -> None:
             st.warning(f"{title}: group {position + 1}: {rule}")
 
 
+@outage_said
 def teaching(recipe: str | None) -> None:
     """Teach a recipe from images that are dragged in."""
     service, _ = industrial()
@@ -230,6 +246,7 @@ def teaching(recipe: str | None) -> None:
 
 
 @st.fragment(run_every=1.0)
+@outage_said
 def taught() -> None:
     """How far the teaching is, and what came of it."""
     job = jobs().latest
@@ -264,6 +281,7 @@ def _saved(files: Sequence[Any], folder: Path, kind: str) -> list[Sample]:
     return samples
 
 
+@page_of
 def page() -> None:
     """The whole page."""
     st.title("Industrial")
@@ -278,12 +296,7 @@ def page() -> None:
     with queue:
         review()
     with chosen:
-        frame = st.session_state.get("industrial_part")
-        part = service.store.find(frame) if frame else None
-        if part:
-            decision(part, "chosen")
-        else:
-            st.caption("Choose a part in the list.")
+        chosen_part()
     with control:
         if names:
             charts(recipe)

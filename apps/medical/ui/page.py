@@ -10,8 +10,10 @@ import nibabel as nib
 import numpy as np
 import streamlit as st
 
+from apps.common.blobs import BlobsUnavailableError
 from apps.common.errors import BlobError
 from apps.common.settings import load_settings
+from apps.common.ui.outage import outage_said, page_of
 from apps.common.ui.worklist import Row, worklist
 from apps.medical.bootstrap import open_medical
 from apps.medical.errors import MedicalError
@@ -65,6 +67,7 @@ def row(study: Study) -> Row:
 
 
 @st.fragment(run_every=2.0)
+@outage_said
 def studies() -> None:
     """The live worklist; a new choice redraws the page."""
     service, _ = medical()
@@ -125,11 +128,9 @@ def detail(study: Study) -> None:
         st.json(study.report, expanded=1)
 
 
-def page() -> None:
-    """The whole page."""
-    st.title("Medical")
-    st.caption("Measurements by a model, for review by a clinician; not a diagnosis.")
-    studies()
+@outage_said
+def chosen_study() -> None:
+    """The study that was chosen, or the newest that is done."""
     study_id = st.session_state.get("medical_study")
     if not study_id:
         latest = medical()[0].store.latest(1)
@@ -137,5 +138,17 @@ def page() -> None:
     if study_id:
         try:
             detail(medical()[0].store.get(study_id))
+        except BlobsUnavailableError:
+            raise
         except (MedicalError, BlobError) as error:
             st.error(str(error))
+
+
+@page_of
+def page() -> None:
+    """The whole page."""
+    st.title("Medical")
+    st.caption("Measurements by a model, for review by a clinician; not a diagnosis.")
+    medical()
+    studies()
+    chosen_study()
