@@ -1,8 +1,9 @@
-"""Waiting for a log or a database that does not answer."""
+"""Waiting for a log, a database or blobs that do not answer."""
 
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,20 @@ AGAIN_SECONDS = 1.0
 SAID_SECONDS = 30.0
 """So often it is said that something is waited for."""
 Result = TypeVar("Result")
+AWAY = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PROTOCOL,
+}
+
+
+def away(error: BaseException) -> bool:
+    """Whether SQLite can't read or write its file now: the disk is full or gone, or another process holds the file for long."""
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in AWAY
 
 
 def patiently(act: Callable[[], Result], stop: threading.Event | None) -> Result:

@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from pipelines import UnavailableError
 from pipelines.messages import TRACEPARENT, now_rfc3339, trace_id
+from pipelines.patience import away
 
 metadata = sa.MetaData()
 audit = sa.Table(
@@ -30,13 +31,13 @@ MIGRATION_LOCK = 0x7415C0  # any number that other programs on the same PostgreS
 
 
 class DatabaseUnavailableError(UnavailableError, sa.exc.SQLAlchemyError):
-    """The database server does not answer."""
+    """The database server does not answer, or SQLite can't read or write its file now."""
 
 
 def open_database(url: str) -> sa.Engine:
     """An engine for `url` with the schema brought up to date; several processes may do so at once.
 
-    Raises DatabaseUnavailableError, as do later calls, where its server does not answer.
+    Raises DatabaseUnavailableError, as do later calls, where its server does not answer or its disk is full or gone.
     """
     address = sa.make_url(url)
     if address.get_backend_name() == "sqlite" and address.database:
@@ -44,15 +45,18 @@ def open_database(url: str) -> sa.Engine:
     engine = sa.create_engine(address, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
-    else:
-        event.listen(engine, "handle_error", _unavailable)
+    event.listen(engine, "handle_error", _unavailable)
     _migrate(engine)
     return engine
 
 
 def _unavailable(context: sa.ExceptionContext) -> None:
-    """Say that it is the server that fails, and not what it was asked."""
-    if not context.is_pre_ping and (context.is_disconnect or context.connection is None):
+    """Say that it is the server or the disk that fails, and not what it was asked."""
+    if context.dialect.name == "sqlite":
+        unavailable = away(context.original_exception)
+    else:
+        unavailable = not context.is_pre_ping and (context.is_disconnect or context.connection is None)
+    if unavailable:
         place = context.engine.url.render_as_string() if context.engine is not None else "its address"
         error = context.original_exception
         raise DatabaseUnavailableError(f"the database at {place} does not answer: {' '.join(str(error).split())}") from error

@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import msgspec
 import psutil
 
 from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
+from pipelines.patience import away
 from pipelines.transport.base import Outgoing, Record
 
 FILE = "log.sqlite"
@@ -76,21 +77,36 @@ class EmbeddedLog:
             with self.transaction() as db:
                 for statement in SCHEMA.split(";"):
                     db.execute(statement)
-        except (OSError, sqlite3.Error) as error:
-            raise LogUnavailableError(f"the embedded log {self._file} can't be opened: {error}; check the folder and its rights") from error
+        except (OSError, sqlite3.Error, LogUnavailableError) as error:
+            why = error.__cause__ or error
+            raise LogUnavailableError(f"the embedded log {self._file} can't be opened: {why}; check the folder and its rights") from error
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one piece of work. They are few and shared: threads come and go, files must not."""
+        """A connection for one piece of work. They are few and shared: threads come and go, files must not.
+
+        Raises LogUnavailableError where the file can't be read or written now.
+        """
         with self._lock:
             db = self._idle.pop() if self._idle else None
-        if db is None:
-            db = sqlite3.connect(self._file, timeout=60, isolation_level=None, check_same_thread=False)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute(f"PRAGMA synchronous={'FULL' if self._fsync == 'always' else 'NORMAL'}")
         try:
+            if db is None:
+                db = sqlite3.connect(self._file, timeout=60, isolation_level=None, check_same_thread=False)
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute(f"PRAGMA synchronous={'FULL' if self._fsync == 'always' else 'NORMAL'}")
             yield db
+        except sqlite3.Error as error:
+            if not away(error):
+                raise
+            if db is not None:
+                db.close()
+                db = None
+            raise LogUnavailableError(f"the embedded log {self._file} does not answer: {error}; check its disk and rights") from error
         finally:
+            self._keep(db)
+
+    def _keep(self, db: sqlite3.Connection | None) -> None:
+        if db is not None:
             with self._lock:
                 if self._closed:
                     db.close()
@@ -218,7 +234,7 @@ class EmbeddedConsumer:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
                 self._beat()
-            except sqlite3.Error:
+            except (sqlite3.Error, LogUnavailableError):
                 if self._stop.is_set():
                     return
         # The next poll or commit of the owner meets whatever the file's trouble was.
@@ -299,6 +315,6 @@ class EmbeddedConsumer:
     def close(self) -> None:
         self._stop.set()
         self._heart.join(timeout=5)
-        with self._log.transaction() as db:
+        with suppress(LogUnavailableError), self._log.transaction() as db:  # what is not given back lapses
             db.execute("DELETE FROM leases WHERE member = ?", (self._id,))
             db.execute("DELETE FROM members WHERE id = ?", (self._id,))
