@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import logging
 import sqlite3
 import threading
@@ -16,7 +18,9 @@ AGAIN_SECONDS = 1.0
 """After so long what did not answer is asked again."""
 SAID_SECONDS = 30.0
 """So often it is said that something is waited for."""
+Given = TypeVar("Given")
 Result = TypeVar("Result")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 AWAY = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
@@ -49,3 +53,18 @@ def patiently(act: Callable[[], Result], stop: threading.Event | None) -> Result
                 said = time.monotonic()
                 logger.warning("waiting, nothing is lost: %s", error)
             stop.wait(AGAIN_SECONDS)
+
+
+def waiting_for_room(handle: Callable[[Given], Result]) -> Callable[[Given], Result]:
+    """`handle`, where a disk without room is an outage (UnavailableError) and no fault of what it was given."""
+
+    @functools.wraps(handle)
+    def handled(given: Given) -> Result:
+        try:
+            return handle(given)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise UnavailableError(f"no room on a disk: {error}; make some") from error
+
+    return handled

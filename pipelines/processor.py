@@ -13,7 +13,7 @@ from pipelines.dead_letter import send_to_dead_letters
 from pipelines.errors import ConsumerFencedError, PermanentError, PipelineError, SchemaError, UnavailableError
 from pipelines.merge import EventTimeMerge
 from pipelines.messages import TRACEPARENT, Message, child_traceparent
-from pipelines.patience import patiently
+from pipelines.patience import patiently, waiting_for_room
 from pipelines.topics import Topic
 from pipelines.transport.base import Consumer, Log, Record
 
@@ -50,14 +50,14 @@ class Processor:
     A record is committed after its handler returned, or after it went to the dead letters; so each is
     handled at least once and a handler must bear a repetition. PermanentError and SchemaError are not
     retried; any other error is, `retries` times, waiting `backoff` seconds, then twice that, and so on.
-    While the log, or a database that `handle` needs, does not answer (UnavailableError) nothing is given up: the processor joins anew
-    until it does.
+    While the log, or what `handle` needs, does not answer (UnavailableError; a full disk, too) nothing is given up: the processor joins
+    anew until it does.
     """
 
     def __init__(
         self, log: Log, topic: Topic, group: str, handle: Callable[[Message], None], *, retries: int = 3, backoff: float = 0.5
     ) -> None:
-        self._log, self._topic, self._group, self._handle = log, topic, group, handle
+        self._log, self._topic, self._group, self._handle = log, topic, group, waiting_for_room(handle)
         self._retries, self._backoff = retries, backoff
         self.counts = Counts(topic.name, group)
 
@@ -168,7 +168,7 @@ class BatchProcessor:
         retries: int = 3,
         backoff: float = 0.5,
     ) -> None:
-        self._log, self._topic, self._group, self._handle = log, topic, group, handle
+        self._log, self._topic, self._group, self._handle = log, topic, group, waiting_for_room(handle)
         self._max_records, self._retries, self._backoff = max_records, retries, backoff
         self._time_of = time_of
         self._consumer: Consumer | None = None

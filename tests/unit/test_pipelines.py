@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_while_the_log_does_not_answer_nothing_is_given_up(what: str, monkeypatc
     assert {b"no such order" in record.headers[ERROR] for record in dead} == {True}
     assert processor.counts.retried == 0
     assert sum(log.lag("g", "orders").values()) == 0
+
+
+def test_a_record_waits_for_room_on_the_disk(log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.patience.AGAIN_SECONDS", 0.0)
+    ORDERS.send(log, Order("1", 5), source="shop")
+    tried: list[Message] = []
+
+    def handle(message: Message) -> None:
+        tried.append(message)
+        if len(tried) < 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run(log, handle, retries=2).counts.retried == 0
+    assert len(tried) == 9
+    assert read(log, "orders.dlq") == []
 
 
 def test_a_batch_is_not_given_up_while_the_log_does_not_answer(log: MemoryLog) -> None:

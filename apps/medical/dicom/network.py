@@ -24,6 +24,7 @@ from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification
 
 from apps.medical.dicom.files import Instances, add_instance, read_instances
+from pipelines import UnavailableError
 
 logger = logging.getLogger(__name__)
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
@@ -171,7 +172,10 @@ class StorageProvider:
             if instances.datasets:
                 self._deliver(instances, sender)
             shutil.rmtree(folder)
-        except Exception:
-            logger.exception("a received series could not be handed over; it is kept and tried again")
+        except Exception as error:
+            if isinstance(error, UnavailableError):
+                logger.warning("a received series is kept and tried again: %s", error)
+            else:
+                logger.exception("a received series could not be handed over; it is kept and tried again")
             with self._lock:
                 self._last[folder] = time.monotonic()
