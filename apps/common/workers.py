@@ -135,12 +135,16 @@ class _Reporter:
             return  # the worker itself says what is wrong with the database
         try:
             self._change(engine, workers.delete().where(workers.c.seen < (datetime.now(UTC) - timedelta(days=FORGET_DAYS)).isoformat()))
+            failing = False
             while True:
                 lags = {group: self._lag(group, topic) for group, topic in self._groups.items()}
                 try:
                     self._report(engine, lags)
+                    failing = False
                 except sa.exc.SQLAlchemyError as error:
-                    logger.warning("no report of the worker: %s", error)
+                    if not failing:
+                        logger.warning("the worker is not reported for now: %s", error)
+                    failing = True
                 if self.stop.wait(EVERY_SECONDS):
                     break
             self._change(engine, workers.delete().where(workers.c.id.in_([self._id(group) for group in self._groups])))
