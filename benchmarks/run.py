@@ -108,7 +108,7 @@ def install() -> dict[str, Any]:
         (wheel,) = (Path(folder) / "dist").glob("*.whl")
         constraints = ["-c", str(ROOT / "constraints.txt")]
         pip = [python, "-m", "pip"]
-        subprocess.run([*pip, "install", "-q", *constraints, f"{wheel}[postgres]"], check=True, capture_output=True)
+        subprocess.run([*pip, "install", "-q", *constraints, f"{wheel}[postgres,s3]"], check=True, capture_output=True)
         engine = importlib.metadata.version("onnxruntime-gpu")  # as in deploy/Dockerfile: the CPU build in place of the GPU build
         subprocess.run([*pip, "uninstall", "-q", "--yes", "onnxruntime-gpu"], check=True, capture_output=True)
         subprocess.run([*pip, "install", "-q", "--no-deps", f"onnxruntime=={engine}"], check=True, capture_output=True)
@@ -234,7 +234,7 @@ def report() -> None:
         lines += [
             "## Size of the installation",
             "",
-            f"Base dependencies with PostgreSQL (what the CPU image installs): {r['site_packages_mb'] / 1000:.2f} GB in",
+            f"Base dependencies with PostgreSQL and S3 (what the CPU image installs): {r['site_packages_mb'] / 1000:.2f} GB in",
         ]
         lines += [f"`site-packages`; the wheel of Triscope with model and sample: {r['wheel_mb']:.1f} MB. Largest:", ""]
         lines += ["| package | MB |", "|---|---|", *(f"| {n} | {v:.0f} |" for n, v in r["largest_mb"].items()), ""]
