@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from apps.common.errors import BlobError
 from pipelines import UnavailableError
 
 MAX_BYTES = 8 * 2**30
+WHOLE = {"s3", "memory"}
+"""Stores in which what is written appears at once; in others it gets its name when it is complete."""
 
 
 class BlobsUnavailableError(UnavailableError, BlobError):
@@ -29,6 +30,8 @@ class BlobStore:
             self._system, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise BlobError(f"blob address {url!r} can't be used: {error}; expected file:///DIR or s3://BUCKET/PREFIX") from error
+        protocol = self._system.protocol
+        self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
 
     def put(self, content: bytes) -> str:
         """Store `content` once and return its reference; a half-written blob is never visible. Raises BlobsUnavailableError."""
@@ -37,7 +40,7 @@ class BlobStore:
         with self._answering():
             if self._system.exists(path):
                 return reference
-            if not isinstance(self._system, LocalFileSystem):
+            if not WHOLE.isdisjoint(self._protocols):
                 self._system.pipe_file(path, content)
                 return reference
             part = f"{path}.{uuid.uuid4().hex}.part"
