@@ -41,9 +41,11 @@ class Engine:
         self.closed += 1
 
 
-def plan_with(monkeypatch: pytest.MonkeyPatch, model: Path | rt.Model, engines: list[Engine], cache: Path | None = None) -> rt.Plan:
+def plan_with(
+    monkeypatch: pytest.MonkeyPatch, model: Path | rt.Model, engines: list[Engine], cache: Path | None = None, threads: int = 1
+) -> rt.Plan:
     """The plan for a model with these engines alone."""
     table: Mapping[str, Any] = {engine.name: engine for engine in engines}
     for module in (planner, contenders):
         monkeypatch.setattr(module, "backends", lambda: table)
-    return planner.plan_and_compile(model if isinstance(model, rt.Model) else rt.load(model), "auto", 1, cache)[0]
+    return planner.plan_and_compile(model if isinstance(model, rt.Model) else rt.load(model), "auto", threads, cache)[0]

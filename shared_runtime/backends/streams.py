@@ -38,7 +38,7 @@ class Streams(Executable, Protocol):
 
 
 class StreamedExecutable:
-    """`inner` was compiled with `streams` streams; a request of at least as many rows is run in as many parts at once."""
+    """`inner` was compiled with `streams` streams; a request is run in as many parts at once, of a row each where it has fewer."""
 
     device = "cpu"
 
@@ -79,9 +79,8 @@ class StreamedExecutable:
 
     def _parts(self, inputs: Tensors) -> list[Tensors]:
         rows = len(next(iter(inputs.values())))
-        if rows < self._streams:
-            return [inputs]
-        bounds = [rows * part // self._streams for part in range(self._streams + 1)]
+        parts = min(rows, self._streams)
+        bounds = [rows * part // parts for part in range(parts + 1)]
         return [{n: v[low:high] for n, v in inputs.items()} for low, high in pairwise(bounds)]
 
     def _try_rows(self, inputs: Tensors) -> None:

@@ -218,6 +218,11 @@ def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: S
     return f"at least {bound:.1f} ms by the cost model, and another takes {1e3 * best:.1f} ms" if bound > 1e3 * best else ""
 
 
+def alone_in_a_stream(candidate: Candidate, cost: GraphCost, rows: int) -> bool:
+    """Whether one row that is work for several threads would have one: that is fastest only by chance, while others keep a core busy."""
+    return candidate.mode == "streams" and rows == 1 and cost.operations > SHARED
+
+
 def reference(model: Model, threads: int, inputs: Tensors) -> Tensors:
     """What ONNX Runtime on the CPU computes in float32."""
     executable = backends()["onnxruntime"].compile(model, "cpu", threads)

@@ -32,7 +32,16 @@ from shared_runtime.host import host
 from shared_runtime.model import Model
 from shared_runtime.numeric import difference, disagreeing
 from shared_runtime.planning.apart import plan_apart
-from shared_runtime.planning.contenders import SPIN_REST, TOLERANCE, Contender, astray, backend_of, find_contenders, reference
+from shared_runtime.planning.contenders import (
+    SPIN_REST,
+    TOLERANCE,
+    Contender,
+    alone_in_a_stream,
+    astray,
+    backend_of,
+    find_contenders,
+    reference,
+)
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Candidate, Plan, Rung
@@ -125,7 +134,7 @@ def plan_and_compile(
     elif not hold:
         for contender in contenders:
             contender.timed[min(ladder)] = Timed(lambda: None, [contender.first])
-    plan, winners = _select(model, contenders, lost, objective, threads, probe)
+    plan, winners = _select(model, contenders, lost, objective, probe, cost)
     plan = msgspec.structs.replace(plan, structure=structure)
     _keep(plan, file)
     ready = [(rung.rows, c.executable) for rung, c in zip(plan.ladder, winners, strict=True) if c.executable is not None]
@@ -280,13 +289,18 @@ def _measure(
 
 
 def _select(
-    model: Model, contenders: Sequence[Contender], lost: Sequence[Candidate], objective: Objective, threads: int, probe: Tensors
+    model: Model,
+    contenders: Sequence[Contender],
+    lost: Sequence[Candidate],
+    objective: Objective,
+    probe: Tensors,
+    cost: GraphCost,
 ) -> tuple[Plan, list[Contender]]:
     """The plan, and who won at each of its rungs."""
     scores = objective.scores(model, [(c.candidate, c.executable, c.timed) for c in contenders], probe)
     order = sorted(range(len(contenders)), key=lambda i: scores[i].value)
     rungs = sorted({rows for c in contenders for rows in c.timed})
-    best = _fastest(contenders, rungs) if objective.kind == "latency" else dict.fromkeys(rungs, order[0])
+    best = _fastest(contenders, rungs, cost) if objective.kind == "latency" else dict.fromkeys(rungs, order[0])
     order = [best[rungs[0]], *(i for i in order if i != best[rungs[0]])]
     top = contenders[best[rungs[0]]]
     measured = []
@@ -302,9 +316,7 @@ def _select(
                 timings=timings,
                 memory_mib=scores[place].memory_mib,
                 joules=scores[place].joules,
-                lost=""
-                if wins
-                else scores[place].why or f"{contender.timed[rungs[0]].median / top.timed[rungs[0]].median:.2f} times as slow",
+                lost="" if wins else scores[place].why or _behind(contender, top, rungs[0], cost),
             )
         )
     ladder = tuple(Rung(rows, order.index(best[rows])) for rows in rungs)
@@ -331,14 +343,23 @@ def _select(
     return plan, [contenders[order[rung.candidate]] for rung in ladder]
 
 
-def _fastest(contenders: Sequence[Contender], rungs: Sequence[int]) -> dict[int, int]:
+def _behind(contender: Contender, top: Contender, rows: int, cost: GraphCost) -> str:
+    """Why another one is kept for so many rows."""
+    slower = contender.timed[rows].median / top.timed[rows].median
+    if slower < 1 and alone_in_a_stream(contender.candidate, cost, rows):
+        return f"one row would have one thread of {contender.candidate.threads}"
+    return f"{slower:.2f} times as slow"
+
+
+def _fastest(contenders: Sequence[Contender], rungs: Sequence[int], cost: GraphCost) -> dict[int, int]:
     """The fastest contender at each rung; that of the rung before stays where it is within a hair, and reduced precision
     has to earn its place over float32."""
     best: dict[int, int] = {}
     for before, rows in zip([None, *rungs], rungs, strict=False):
         timed = {i: c.timed[rows].median for i, c in enumerate(contenders) if rows in c.timed}
         weighed = {i: time * (1.0 if contenders[i].candidate.precision == FLOAT else WORTH) for i, time in timed.items()}
-        first = min(weighed, key=weighed.__getitem__)
+        fit = {i: time for i, time in weighed.items() if not alone_in_a_stream(contenders[i].candidate, cost, rows)}
+        first = min(fit or weighed, key=weighed.__getitem__)
         kept = best.get(before) if before is not None else None
         best[rows] = kept if kept in weighed and weighed[kept] <= HAIR * weighed[first] else first
     return best

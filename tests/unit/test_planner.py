@@ -48,6 +48,25 @@ def test_rows_that_depend_on_each_other_are_no_fault(linear: Path, monkeypatch: 
     assert plan_with(monkeypatch, linear, [Mixing("onnxruntime", 0, 60), Mixing("quick", 0, 1)]).backend == "quick"
 
 
+def test_one_row_is_not_left_to_one_thread_of_several(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may look fastest for one row while others keep the second core busy."""
+
+    class Streaming(Engine):
+        def modes(self, device: str) -> tuple[str, ...]:
+            return ("", "streams")
+
+        def compile(self, model: rt.Model, device: str, threads: int, variant: Any = None, mode: str = "") -> Engine:
+            return Engine(self.name, 0, 10 if mode else 30)
+
+    monkeypatch.setattr("shared_runtime.planning.contenders.SHARED", 1)
+    plan = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 90), Streaming("engine", 0, 0)], threads=2)
+    whole, streams = (plan.candidates[plan.ladder[place].candidate] for place in (0, -1))
+    assert (whole.backend, whole.mode, streams.mode) == ("engine", "", "streams")
+    assert whole.median_ms is not None
+    assert streams.median_ms is not None
+    assert streams.median_ms < whole.median_ms
+
+
 class Reduced(Engine):
     """An engine that is `offset` off in INT8, and `prepared` off once it was told the sizes of its inputs."""
 
