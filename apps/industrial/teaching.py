@@ -23,7 +23,7 @@ from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import shrunk
 from apps.industrial.images import Pixels, deepest, sharpness, unusable
 from apps.industrial.inspection.inspector import combined, learned_scores, lifted
-from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe, misshapen
+from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe, side_of, unusual
 from apps.industrial.learning import OpenSession, Report, from_defects, from_good, place_to_learn
 from pipelines.messages import now_rfc3339
 from shared_runtime.host import host
@@ -97,7 +97,8 @@ def teach(
         calibration=calibrate([float(score) for score in scores]),
         map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6,
         sharpness=float(np.median([one.sharpness for one in kept])),
-        aspect=_aspect(kept),
+        aspect=_usual([one.aspect for one in kept]),
+        side=_usual([one.side for one in kept]),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
         white=white,
         network=found.network,
@@ -126,10 +127,15 @@ def _warnings(kept: Sequence[_Usable], bad: Sequence[_Usable], apart: Sequence[s
     if foreign := sum(one.image.ndim != usual for one in bad):
         have, are = ("grey", "colour") if usual == 3 else ("colour", "grey")
         yield f"{foreign} of {len(bad)} defective images are {have}, the good ones {are}: frames like them go to REVIEW; use one camera"
-    shape, spread = _aspect(kept)
-    if foreign := sum(misshapen(one.aspect, (shape, spread)) for one in bad):
+    shape, size = _usual([one.aspect for one in kept]), _usual([one.side for one in kept])
+    if foreign := sum(unusual(one.aspect, shape) for one in bad):
         yield (
-            f"{foreign} of {len(bad)} defective images have another shape than the good ones (width / height {shape:.2f}): "
+            f"{foreign} of {len(bad)} defective images have another shape than the good ones (width / height {shape[0]:.2f}): "
+            "frames like them go to REVIEW; use one camera"
+        )
+    elif foreign := sum(unusual(one.side, size) for one in bad):
+        yield (
+            f"{foreign} of {len(bad)} defective images have another size than the good ones (about {size[0]:.0f} pixels a side): "
             "frames like them go to REVIEW; use one camera"
         )
 
@@ -184,7 +190,7 @@ def learned_weight(defects: Sequence[Sample]) -> float:
 class _Usable:
     """What teaching keeps of an image: `image` is shrunk, so that memory does not grow with the camera's pixels.
 
-    `outline`: as `Sample.cells`; `aspect`: width over height; `digest`: of the whole picture.
+    `outline`: as `Sample.cells`; `aspect`: width over height; `side`: as `side_of`; `digest`: of the whole picture.
     """
 
     sample: Sample
@@ -192,6 +198,7 @@ class _Usable:
     outline: NDArray[np.float32] | None
     sharpness: float
     aspect: float
+    side: float
     digest: bytes
 
 
@@ -223,11 +230,13 @@ def _usable(sample: Sample, white: float | None) -> _Usable | str:
     if why := unusable(image):
         return why
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-    return _Usable(sample, shrunk(image), outline, sharpness(image), image.shape[1] / image.shape[0], digest)
+    height, width = image.shape[:2]
+    return _Usable(sample, shrunk(image), outline, sharpness(image), width / height, side_of(width, height), digest)
 
 
-def _aspect(kept: Sequence[_Usable]) -> tuple[float, float]:
-    logs = np.log([one.aspect for one in kept])
+def _usual(values: Sequence[float]) -> tuple[float, float]:
+    """The median of shapes or sizes, and how far their logarithms differ."""
+    logs = np.log(values)
     return float(np.exp(np.median(logs))), float(logs.std())
 
 

@@ -196,6 +196,24 @@ def test_of_few_parts_more_are_held_back(parts: int) -> None:
     assert parts < 50 or 0.15 < held.mean() <= 0.25
 
 
+def test_frames_of_another_size_go_to_review(settings: Settings, tmp_path: Path) -> None:
+    generator = np.random.default_rng(4)
+    (tmp_path / "good").mkdir()
+    for place in range(30):
+        cv2.imwrite(str(tmp_path / "good" / f"{place:02}.png"), cv2.resize(good_part("cast", generator), (240, 200)))
+    service, log = open_industrial(settings)
+    service.teach("cast", good_samples(tmp_path / "good"))
+    part = cv2.imread(str(tmp_path / "good" / "07.png"), cv2.IMREAD_GRAYSCALE)
+    inspector = service.inspector("cast")
+    for factor in (0.5, 0.85, 1.2, 4):
+        result = inspector.inspect(cv2.resize(part, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA))
+        assert result.verdict == "review"
+        assert "the recipe's parts about 240 x 200: set the camera" in result.reasons[0]
+    assert inspector.inspect(part[:-8]).verdict == inspector.inspect(part).verdict == "pass"
+    service.close()
+    log.close()
+
+
 def test_defects_of_another_camera_are_warned_of(settings: Settings, tmp_path: Path) -> None:
     write_dataset(tmp_path, "cast", good=10, each=1)
     samples = labelled_samples(tmp_path, defects_only=True)[:3]

@@ -14,7 +14,7 @@ import shared_runtime as rt
 from apps.industrial.errors import InputError
 from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels, unusable
-from apps.industrial.inspection.recipe import Recipe, misshapen
+from apps.industrial.inspection.recipe import Recipe, side_of, unusual
 
 PASS, REVIEW, FAIL = "pass", "review", "fail"
 Array = NDArray[np.float32]
@@ -135,9 +135,15 @@ class Inspector:
 
     def _misfit(self, image: Pixels) -> str | None:
         facts = self.recipe.facts
-        if misshapen(image.shape[1] / image.shape[0], facts.aspect):
-            size = f"{image.shape[1]} x {image.shape[0]} pixels"
-            return f"the frame has {size}, another shape than the recipe's parts (width / height {facts.aspect[0]:.2f})"
+        height, width = image.shape[:2]
+        if unusual(width / height, facts.aspect):
+            return f"the frame has {width} x {height} pixels, another shape than the recipe's parts (width / height {facts.aspect[0]:.2f})"
+        if facts.side and unusual(side_of(width, height), facts.side):
+            across, down = facts.side[0] * facts.aspect[0] ** 0.5, facts.side[0] / facts.aspect[0] ** 0.5
+            return (
+                f"the frame has {width} x {height} pixels, the recipe's parts about {across:.0f} x {down:.0f}: "
+                "set the camera as it was when teaching"
+            )
         if (image.ndim == 3) and not facts.colour:
             return "the frame is in colour, the recipe was taught in grey: set the camera as it was when teaching"
         if (image.ndim == 2) and facts.colour:

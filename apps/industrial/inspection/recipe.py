@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a recipe was made of. `aspect`: width over height of its good parts, and how far they differ."""
+    """What a recipe was made of. `aspect`: width over height of its good parts, and how far they differ (deviation of the logarithms)."""
 
     name: str
     taught: str
@@ -37,6 +37,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     map_threshold: float
     sharpness: float
     aspect: tuple[float, float]
+    side: tuple[float, float] | None = None
+    """Pixels a side of its good parts, as `side_of`, and how far they differ; None in recipes of earlier versions."""
     colour: bool
     white: float | None = None
     """What is white in images of more than 8 bits; None where there were none."""
@@ -73,9 +75,14 @@ def checked_name(name: str) -> str:
     return name
 
 
-def misshapen(aspect: float, usual: tuple[float, float]) -> bool:
-    """Whether an image of this width over height has another shape than parts of the `usual` one, as `Facts.aspect` has it."""
-    return abs(math.log(aspect / usual[0])) > max(0.1, 4 * usual[1])
+def unusual(value: float, usual: tuple[float, float]) -> bool:
+    """Whether a shape or a size is another than that of the good parts, which have the `usual` one, as `Facts.aspect` and `Facts.side`."""
+    return abs(math.log(value / usual[0])) > max(0.1, 4 * usual[1])
+
+
+def side_of(width: int, height: int) -> float:
+    """Pixels a side of a square with as many pixels."""
+    return math.sqrt(width * height)
 
 
 class RecipeBook:
