@@ -138,7 +138,7 @@ app.command(name="worker", hidden=True, help="The same as stream.")(stream)
 
 @app.command()
 def generate(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Parquet file.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV or parquet file.")],
     rows: Annotated[int, typer.Option(min=1, help="About so many transactions.")] = 100_000,
     days: Annotated[int, typer.Option(min=1)] = 90,
     start: Annotated[str, typer.Option(metavar="DATE")] = "2025-01-01",
@@ -146,9 +146,9 @@ def generate(
     json: Json = None,
 ) -> None:
     """Make simulated card transactions with three kinds of fraud; the same seed makes the same file."""
-    from apps.finance.transactions.generate import Population, write_parquet
+    from apps.finance.transactions.generate import Population, write_days
 
-    number = write_parquet(Population.for_rows(rows, days), _date(start), days, seed, out)
+    number = write_days(Population.for_rows(rows, days), _date(start), days, seed, out)
     console.print(f"{number} transactions in {out}")
     write_json({"transactions": number, "out": str(out)}, json)
 

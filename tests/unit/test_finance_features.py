@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apps.finance.errors import InputError
 from apps.finance.features.batch import batch_features
 from apps.finance.features.schema import DAY, FEATURES, HANDBOOK, INDEX, LABEL_DELAY, SECOND
 from apps.finance.features.sequence import LENGTH, SequenceState, gather, sequence_rows
 from apps.finance.features.state import FeatureState, transaction_key
-from apps.finance.transactions.generate import Generator, Population, write_parquet
+from apps.finance.transactions.generate import Generator, Population, write_days
 from apps.finance.transactions.table import read_transactions
 
 
@@ -194,9 +195,13 @@ def test_the_generator_is_reproducible_and_a_day_does_not_depend_on_how_many_fol
     again = list(Generator(population, date(2025, 1, 1), 7).days(5))
     assert all(a.equals(b) for a, b in zip(first, again, strict=False))
     assert not first[0].equals(next(iter(Generator(population, date(2025, 1, 1), 8).days(1))))
-    number = write_parquet(population, date(2025, 1, 1), 20, 7, tmp_path / "t.parquet")
+    number = write_days(population, date(2025, 1, 1), 20, 7, tmp_path / "t.parquet")
     table = read_transactions(tmp_path / "t.parquet", labelled=True)
     assert number == len(table) == sum(len(day) for day in first)
+    write_days(population, date(2025, 1, 1), 20, 7, tmp_path / "t.csv")
+    assert read_transactions(tmp_path / "t.csv", labelled=True).equals(table.cast({"CUSTOMER_ID": pl.Int64, "TERMINAL_ID": pl.Int64}))
+    with pytest.raises(InputError, match=r"expected \.csv or \.parquet"):
+        write_days(population, date(2025, 1, 1), 1, 7, tmp_path / "t.txt")
     assert table["TRANSACTION_ID"].to_list() == list(range(number))
     assert table["TX_DATETIME"].is_sorted()
     assert 0.9 * 4000 < number < 1.1 * 4000

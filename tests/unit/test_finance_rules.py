@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -208,6 +209,19 @@ def test_a_table_that_can_not_be_used_says_why(tmp_path: Path, change: dict[str,
     pl.DataFrame({k: v for k, v in {**GOOD, **change}.items() if v is not None}).write_parquet(file)
     with pytest.raises(InputError, match=words.replace("(", r"\(")):
         read_transactions(file, labelled=True)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_spreadsheets_separator_is_understood(tmp_path: Path, separator: str) -> None:
+    text = pl.DataFrame(GOOD).write_csv(separator=separator)
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
+    read = read_transactions(tmp_path / "t.csv")
+    assert read["TX_AMOUNT"].to_list() == [20.0, 10.5]
+    assert read.equals(read_transactions(tmp_path / "t.csv.gz"))
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode())[:-20])
+    with pytest.raises(InputError, match="can't be read"):
+        read_transactions(tmp_path / "t.csv.gz")
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

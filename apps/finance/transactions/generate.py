@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from apps.finance.errors import InputError
+from apps.finance.transactions.table import PARQUET_SUFFIXES
 
 DAY_SECONDS = 86_400
 NOON_SECONDS, SPREAD_SECONDS = 13.5 * 3600, 4.5 * 3600
@@ -124,16 +125,23 @@ def _table(
     )
 
 
-def write_parquet(population: Population, start: date, days: int, seed: int, path: Path) -> int:
-    """Write `days` to a parquet file, a day at a time; the number of transactions."""
+def write_days(population: Population, start: date, days: int, seed: int, path: Path) -> int:
+    """Write `days` to a CSV or parquet file, by its suffix, a day at a time; the number of transactions. Raises InputError for another."""
+    import pyarrow.csv
     import pyarrow.parquet
 
+    name = path.name.lower()
+    if not name.endswith((".csv", *PARQUET_SUFFIXES)):
+        raise InputError(f"can't write {path.name}: its suffix is {path.suffix!r}; expected .csv or .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     number, writer = 0, None
     try:
         for table in Generator(population, start, seed).days(days):
             arrow = table.to_arrow()
-            writer = writer or pyarrow.parquet.ParquetWriter(path, arrow.schema, compression="zstd")
+            if writer is None and name.endswith(".csv"):
+                writer = pyarrow.csv.CSVWriter(path, arrow.schema)
+            elif writer is None:
+                writer = pyarrow.parquet.ParquetWriter(path, arrow.schema, compression="zstd")
             writer.write_table(arrow)
             number += len(table)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import gzip
+import zlib
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +16,7 @@ LABEL, SCENARIO = "TX_FRAUD", "TX_FRAUD_SCENARIO"
 LARGEST_MINOR = 1_000_000_000
 """An amount above ten million units is taken for a mistake."""
 EARLIEST_YEAR, LATEST_YEAR = 1990, 2100
+SEPARATORS = ",;\t|"
 CSV_SUFFIXES, PARQUET_SUFFIXES = (".csv", ".csv.gz"), (".parquet", ".pq")
 
 
@@ -45,10 +48,17 @@ def _read(path: Path) -> pl.DataFrame:
         if name.endswith(PARQUET_SUFFIXES):
             return pl.read_parquet(path)
         if name.endswith(CSV_SUFFIXES):
-            return pl.read_csv(path, try_parse_dates=True, infer_schema_length=10_000)
-    except (pl.exceptions.PolarsError, OSError) as error:
+            return pl.read_csv(path, separator=_separator(path), try_parse_dates=True, infer_schema_length=10_000)
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} can't be read: {' '.join(str(error).split())[:300]}; expected a CSV or parquet file") from error
     raise InputError(f"{path.name} has suffix {path.suffix!r}; expected {', '.join((*CSV_SUFFIXES, *PARQUET_SUFFIXES))}")
+
+
+def _separator(path: Path) -> str:
+    """What stands between the columns' names in a file's first line: spreadsheets write semicolons or tabs in some countries."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        head = file.readline(1 << 16)
+    return max(SEPARATORS, key=lambda separator: head.count(separator.encode()))
 
 
 def _hints(missing: list[str], present: list[str]) -> str:
