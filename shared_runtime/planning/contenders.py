@@ -37,6 +37,8 @@ SPIN_REST = 0.05
 """How long threads that spin are waited for before another way is timed."""
 SHARED = 5e7
 """Operations above which one thread can't beat several."""
+LARGE = 1e9
+"""Operations above which it can't even where layers are small and many, as in a DenseNet: what is measured otherwise is chance."""
 
 
 @dataclass(eq=False)
@@ -220,7 +222,7 @@ def _hopeless(candidate: Candidate, cost: GraphCost, threads: int, contenders: S
 
 def alone_in_a_stream(candidate: Candidate, cost: GraphCost, rows: int) -> bool:
     """Whether one row that is work for several threads would have one: that is fastest only by chance, while others keep a core busy."""
-    return candidate.mode == "streams" and rows == 1 and cost.operations > SHARED
+    return candidate.mode == "streams" and rows == 1 and cost.operations > LARGE
 
 
 def reference(model: Model, threads: int, inputs: Tensors) -> Tensors:

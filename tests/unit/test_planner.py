@@ -58,7 +58,7 @@ def test_one_row_is_not_left_to_one_thread_of_several(linear: Path, monkeypatch:
         def compile(self, model: rt.Model, device: str, threads: int, variant: Any = None, mode: str = "") -> Engine:
             return Engine(self.name, 0, 10 if mode else 30)
 
-    monkeypatch.setattr("shared_runtime.planning.contenders.SHARED", 1)
+    monkeypatch.setattr("shared_runtime.planning.contenders.LARGE", 1)
     plan = plan_with(monkeypatch, linear, [Engine("onnxruntime", 0, 90), Streaming("engine", 0, 0)], threads=2)
     whole, streams = (plan.candidates[plan.ladder[place].candidate] for place in (0, -1))
     assert (whole.backend, whole.mode, streams.mode) == ("engine", "", "streams")
