@@ -49,7 +49,8 @@ class MonaiBundleImporter:
         inputs: dict[str, dict[str, Any]] = metadata.get("network_data_format", {}).get("inputs", {})
         name, facts = next(iter(inputs.items()), ("image", {}))
         if example is None:
-            example = {name: np.zeros((1, int(facts.get("num_channels", 1)), *_sizes(facts)), np.float32)}
+            shape = (1, int(facts.get("num_channels", 1)), *_sizes(facts))
+            example = {name: np.random.default_rng(0).standard_normal(shape, np.float32)}
         imported = from_module(network, example, "monai bundle", tuple(metadata.get("network_data_format", {}).get("outputs", {}))[:1])
         imported.card |= {
             "bundle": {key: metadata.get(key) for key in ("version", "monai_version", "description", "copyright") if metadata.get(key)},
@@ -72,17 +73,26 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def _network(config: dict[str, Any]) -> Any:
+    import monai
     from monai.networks import nets
 
     wanted = {key: _resolve(value, config, f"network_def.{key}") for key, value in config["network_def"].items()}
     target = str(wanted.pop("_target_", ""))
     module, _, name = target.rpartition(".")
-    if (module and not module.startswith("monai.networks.nets")) or not hasattr(nets, name):
+    found = getattr(nets, name, None)
+    if (module and not module.startswith("monai.networks.nets")) or not isinstance(found, type):
         raise UnsupportedModelError(
             f"the bundle's network {target!r} is not one of monai.networks.nets; build it in Python and pass the module"
         )
     arguments = {key: value for key, value in wanted.items() if not key.startswith("_")}
-    return getattr(nets, name)(**arguments)
+    try:
+        return found(**arguments)
+    except Exception as error:  # networks check their arguments, and what they need, in ways of their own
+        said = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(
+            f"MONAI {monai.__version__} can't build the bundle's {name}: {type(error).__name__}: {said}; "
+            "correct its network_def, or install what is missing"
+        ) from error
 
 
 def _resolve(value: Any, config: dict[str, Any], place: str, depth: int = 0) -> Any:
@@ -98,9 +108,10 @@ def _resolve(value: Any, config: dict[str, Any], place: str, depth: int = 0) -> 
     if value.startswith("@"):
         target: Any = config
         for part in value[1:].replace("#", "::").split("::"):
-            if part not in target:
+            key: Any = int(part) if isinstance(target, list) and part.isdigit() else part
+            if key not in (range(len(target)) if isinstance(target, list) else target):
                 raise UnsupportedModelError(f"{place} refers to {value!r}, which the configuration does not hold")
-            target = target[part]
+            target = target[key]
         return _resolve(target, config, place, depth + 1)
     if value.startswith(("$", "%")):
         raise UnsupportedModelError(f"{place} is the expression {value!r}; bundles' expressions are not run: write its value instead")

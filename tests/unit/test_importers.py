@@ -269,20 +269,55 @@ def bundle(folder: Path, network: dict[str, Any], channels: int = 1) -> Any:
     data = {"inputs": {"image": {"num_channels": channels, "spatial_shape": ["16*n", 64]}}, "outputs": {"pred": {}}}
     (folder / "configs" / "metadata.json").write_text(json.dumps({"version": "0.1", "network_data_format": data}))
     preprocessing = {"_target_": "Compose", "transforms": [{"_target_": "ScaleIntensityd", "keys": "image"}]}
-    (folder / "configs" / "inference.json").write_text(json.dumps({"width": 4, "network_def": network, "preprocessing": preprocessing}))
+    config = {"width": 4, "sizes": [8, 4], "network_def": network, "preprocessing": preprocessing}
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
     torch.save(module.state_dict(), folder / "models" / "model.pt")
     return module
 
 
 def test_a_monai_bundle_is_rebuilt_and_keeps_its_preprocessing(tmp_path: Path) -> None:
     pytest.importorskip("monai")
-    network = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": ["@width"] * 6}
+    network = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "features": ["@width", *["@sizes::1"] * 5]}
     module = bundle(tmp_path / "bundle", network)
     x = np.random.default_rng(0).standard_normal((2, 1, 32, 64)).astype(np.float32)
     model = rt.load(tmp_path / "bundle", example={"image": x})
     with torch.no_grad():
         np.testing.assert_allclose(run(model, {"image": x}, tmp_path)["pred"], module(torch.from_numpy(x)).numpy(), atol=1e-4)
     assert "ScaleIntensityd" in str(model.card["preprocessing"]["transforms"])
+    alone = rt.load(tmp_path / "bundle")
+    assert alone.card["import"]["difference"] < 1e-4, "without an example it is compared on numbers that differ"
+    assert alone.signature.inputs[0].shape[1] == 1
+
+
+def test_an_example_of_zeros_says_little_of_a_network_that_normalises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Zeros are a picture without contrast: what a normalisation makes of it is rounding."""
+    pytest.importorskip("monai")
+    from monai.networks.nets import UNet
+
+    torch.manual_seed(0)
+    module = UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 8), strides=(2, 2)).eval()
+    model = rt.load(module, example=torch.zeros(1, 1, 32, 32))
+    assert model.card["import"]["difference"] < 1e-4
+    assert "all of whose numbers are equal" in caplog.text
+    x = np.random.default_rng(0).standard_normal((2, 1, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        (output,) = run(model, {model.signature.inputs[0].name: x}, tmp_path).values()
+        np.testing.assert_allclose(output, module(torch.from_numpy(x)).numpy(), atol=1e-4)
+
+
+def test_a_bundle_of_transformers_is_rebuilt(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    from monai.networks.nets import SwinUNETR
+
+    arguments = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "feature_size": 12}
+    bundle(tmp_path / "bundle", {"_target_": "SwinUNETR", **arguments})
+    torch.manual_seed(0)
+    module = SwinUNETR(**arguments).eval()
+    torch.save(module.state_dict(), tmp_path / "bundle" / "models" / "model.pt")
+    x = np.random.default_rng(0).standard_normal((1, 1, 64, 64)).astype(np.float32)
+    model = rt.load(tmp_path / "bundle", example={"image": x})
+    with torch.no_grad():
+        np.testing.assert_allclose(run(model, {"image": x}, tmp_path)["pred"], module(torch.from_numpy(x)).numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +326,9 @@ def test_a_monai_bundle_is_rebuilt_and_keeps_its_preprocessing(tmp_path: Path) -
         ({"_target_": "os.system", "command": "true"}, "not one of monai.networks.nets"),
         ({"_target_": "BasicUNet", "features": "$__import__('os').getcwd()"}, "expressions are not run"),
         ({"_target_": "BasicUNet", "features": "@missing"}, "does not hold"),
+        ({"_target_": "BasicUNet", "features": ["@sizes::3"]}, "does not hold"),
+        ({"_target_": "basic_unet"}, "not one of monai.networks.nets"),
+        ({"_target_": "BasicUNet", "width": 3}, "MONAI .* can't build the bundle's BasicUNet: TypeError: .*'width'"),
     ],
 )
 def test_a_bundle_runs_no_code(tmp_path: Path, network: dict[str, Any], words: str) -> None:
