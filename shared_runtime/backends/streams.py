@@ -79,7 +79,7 @@ class StreamedExecutable:
 
     def _parts(self, inputs: Tensors) -> list[Tensors]:
         rows = len(next(iter(inputs.values())))
-        parts = min(rows, self._streams)
+        parts = max(1, min(rows, self._streams))
         bounds = [rows * part // parts for part in range(parts + 1)]
         return [{n: v[low:high] for n, v in inputs.items()} for low, high in pairwise(bounds)]
 
