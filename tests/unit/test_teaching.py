@@ -214,6 +214,18 @@ def test_frames_of_another_size_go_to_review(settings: Settings, tmp_path: Path)
     log.close()
 
 
+def test_defects_of_another_size_are_warned_of(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=10, each=1)
+    samples = labelled_samples(tmp_path, defects_only=True)[:3]
+    cv2.imwrite(str(samples[0].path), cv2.resize(samples[0].read(), None, fx=2, fy=2))
+    defects = [Sample(sample.path, sample.kind) for sample in samples]
+    service, log = open_industrial(settings)
+    warnings = service.teach("cast", good_samples(tmp_path / "train" / "good"), defects, seconds=1, device="cpu").recipe.facts.warnings
+    assert any("1 of 3 defective images have another size" in warning for warning in warnings)
+    service.close()
+    log.close()
+
+
 def test_defects_of_another_camera_are_warned_of(settings: Settings, tmp_path: Path) -> None:
     write_dataset(tmp_path, "cast", good=10, each=1)
     samples = labelled_samples(tmp_path, defects_only=True)[:3]
