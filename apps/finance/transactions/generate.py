@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from apps.finance.errors import InputError
-from apps.finance.transactions.table import PARQUET_SUFFIXES
+from apps.finance.transactions.table import written_as_csv
 
 DAY_SECONDS = 86_400
 NOON_SECONDS, SPREAD_SECONDS = 13.5 * 3600, 4.5 * 3600
@@ -126,22 +127,19 @@ def _table(
 
 
 def write_days(population: Population, start: date, days: int, seed: int, path: Path) -> int:
-    """Write `days` to a CSV or parquet file, by its suffix, a day at a time; the number of transactions. Raises InputError for another."""
+    """Write `days` to a CSV or parquet file, as `written_as_csv`, a day at a time; the number of transactions."""
     import pyarrow.csv
     import pyarrow.parquet
 
-    name = path.name.lower()
-    if not name.endswith((".csv", *PARQUET_SUFFIXES)):
-        raise InputError(f"can't write {path.name}: its suffix is {path.suffix!r}; expected .csv or .parquet")
+    as_csv = written_as_csv(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number, writer = 0, None
     try:
         for table in Generator(population, start, seed).days(days):
             arrow = table.to_arrow()
-            if writer is None and name.endswith(".csv"):
-                writer = pyarrow.csv.CSVWriter(path, arrow.schema)
-            elif writer is None:
-                writer = pyarrow.parquet.ParquetWriter(path, arrow.schema, compression="zstd")
+            if writer is None:
+                open_parquet = partial(pyarrow.parquet.ParquetWriter, compression="zstd")
+                writer = (pyarrow.csv.CSVWriter if as_csv else open_parquet)(path, arrow.schema)
             writer.write_table(arrow)
             number += len(table)
     finally:

@@ -110,13 +110,16 @@ def problems(table: pl.DataFrame) -> list[tuple[int, str]]:
     return sorted(found.items())
 
 
-def write_table(table: pl.DataFrame, path: Path) -> None:
-    """Write a table as CSV or parquet, by its suffix. Raises InputError for another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def written_as_csv(path: Path) -> bool:
+    """Whether a table is written to `path` as CSV, or else as parquet, by its suffix. Raises InputError for another one."""
     name = path.name.lower()
-    if name.endswith(PARQUET_SUFFIXES):
-        table.write_parquet(path)
-    elif name.endswith(".csv"):
-        table.write_csv(path)
-    else:
+    if not name.endswith((".csv", *PARQUET_SUFFIXES)):
         raise InputError(f"can't write {path.name}: its suffix is {path.suffix!r}; expected .csv or .parquet")
+    return name.endswith(".csv")
+
+
+def write_table(table: pl.DataFrame, path: Path) -> None:
+    """Write a table as CSV or parquet, as `written_as_csv`."""
+    write = table.write_csv if written_as_csv(path) else table.write_parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
