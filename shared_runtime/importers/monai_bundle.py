@@ -6,7 +6,6 @@ networks of `monai.networks.nets` are followed, so that opening a bundle runs no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.trained import described_in, load_weights, read_json, read_weights
 
 CONFIGS = ("inference.json", "inference.yaml", "inference.yml", "train.json", "train.yaml", "evaluate.json")
 SMALLEST = 32
@@ -29,29 +29,27 @@ class MonaiBundleImporter:
         return isinstance(source, Path) and source.is_dir() and (source / "configs" / "metadata.json").is_file()
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
-        torch = needs("torch", "a MONAI bundle")
+        needs("torch", "a MONAI bundle")
         needs("monai", "a MONAI bundle")
         from shared_runtime.importers.torch_module import from_module
 
-        config, metadata = _config(source), json.loads((source / "configs" / "metadata.json").read_text())
+        about = source / "configs" / "metadata.json"
+        config, metadata = _config(source), read_json(about)
         network = _network(config)
         weights = source / "models" / "model.pt"
         if not weights.is_file():
             raise UnsupportedModelError(f"the bundle {source.name} has no models/model.pt (TorchScript, model.ts, is refused); restore it")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("model", state.get("state_dict", state))
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"the weights of {source.name} do not fit its network_def: {' '.join(str(error).split())[:300]}"
-            ) from error
-        inputs: dict[str, dict[str, Any]] = metadata.get("network_data_format", {}).get("inputs", {})
-        name, facts = next(iter(inputs.items()), ("image", {}))
-        if example is None:
+        state = read_weights(weights)
+        load_weights(network, state.get("model", state.get("state_dict", state)), f"{source.name}/models/{weights.name}")
+        with described_in(about):
+            formats = metadata.get("network_data_format", {})
+            inputs: dict[str, dict[str, Any]] = formats.get("inputs", {})
+            outputs = tuple(formats.get("outputs", {}))[:1]
+            name, facts = next(iter(inputs.items()), ("image", {}))
             shape = (1, int(facts.get("num_channels", 1)), *_sizes(facts))
+        if example is None:
             example = {name: np.random.default_rng(0).standard_normal(shape, np.float32)}
-        imported = from_module(network, example, "monai bundle", tuple(metadata.get("network_data_format", {}).get("outputs", {}))[:1])
+        imported = from_module(network, example, "monai bundle", outputs)
         imported.card |= {
             "bundle": {key: metadata.get(key) for key in ("version", "monai_version", "description", "copyright") if metadata.get(key)},
             "preprocessing": {"transforms": config.get("preprocessing", {}), "inputs": inputs},
@@ -64,9 +62,13 @@ def _config(source: Path) -> dict[str, Any]:
     if path is None:
         raise UnsupportedModelError(f"the bundle {source.name} has none of configs/{{{', '.join(CONFIGS)}}}")
     if path.suffix == ".json":
-        found = json.loads(path.read_text())
+        found: Any = read_json(path)
     else:
-        found = needs("yaml", "a bundle with a YAML configuration").safe_load(path.read_text())
+        yaml = needs("yaml", "a bundle with a YAML configuration")
+        try:
+            found = yaml.safe_load(path.read_text())
+        except (ValueError, yaml.YAMLError) as error:
+            raise UnsupportedModelError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}; restore it") from error
     if not isinstance(found, dict) or not isinstance(found.get("network_def"), dict):
         raise UnsupportedModelError(f"{path} has no network_def, from which the network could be rebuilt")
     return found

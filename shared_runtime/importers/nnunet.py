@@ -6,7 +6,6 @@ Isensee et al., nnU-Net Revisited, 2024); the preprocessing parameters go into t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Imported, needs
+from shared_runtime.importers.trained import described_in, load_weights, read_json, read_weights
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 
@@ -33,45 +33,42 @@ class NnunetImporter:
         from shared_runtime.importers.nnunet_network import build
         from shared_runtime.importers.torch_module import from_module
 
-        plans, dataset = (json.loads((source / name).read_text()) for name in ("plans.json", "dataset.json"))
+        files = (source / "plans.json", source / "dataset.json")
+        plans, dataset = (read_json(file) for file in files)
         checkpoint = _checkpoint(source)
         state = _weights(checkpoint)
-        configuration = _configuration(source, plans)
-        channels = len(dataset.get("channel_names", dataset.get("modality", {"0": ""})))
-        classes = _classes(dataset)
-        network = build(configuration, channels, classes)
-        missing, unknown = network.load_state_dict(_canonical(state), strict=False)
-        if missing or unknown:
-            raise UnsupportedModelError(
-                f"the weights of {checkpoint.name} do not fit the network of its plans: "
-                f"missing {list(missing)[:2]}, unknown {list(unknown)[:2]}"
-            )
-        patch = [int(size) for size in configuration["patch_size"]]
+        with described_in(*files):
+            configuration = _configuration(source, plans)
+            channels = _channels(dataset, configuration)
+            network = build(configuration, channels, _classes(dataset))
+            patch = [int(size) for size in configuration["patch_size"]]
+            card = _card(plans, dataset, configuration)
+        load_weights(network, _canonical(state), checkpoint.name)
         if example is None:
             example = {"image": np.random.default_rng(0).standard_normal((1, channels, *patch)).astype(np.float32)}
         imported = from_module(network, example, "nnU-Net v2", ("logits",))
-        intensity = plans.get("foreground_intensity_properties_per_channel", {})
-        imported.card |= {
-            "preprocessing": {
-                "configuration": str(configuration["name"]),
-                "spacing": [float(value) for value in configuration["spacing"]],
-                "patch_size": patch,
-                "normalization": [str(value) for value in configuration.get("normalization_schemes", [])],
-                "use_mask_for_norm": [bool(value) for value in configuration.get("use_mask_for_norm", [])],
-                "transpose_forward": [int(value) for value in plans.get("transpose_forward", [0, 1, 2])],
-                "transpose_backward": [int(value) for value in plans.get("transpose_backward", [0, 1, 2])],
-                "resampling": {key: configuration[key] for key in configuration if key.startswith("resampling_fn")},
-                "intensity": intensity,
-                "channel_names": dataset.get("channel_names", {}),
-            },
-            "labels": {str(key): value for key, value in dataset.get("labels", {}).items()},
-            "training": {
-                "dataset": str(plans.get("dataset_name", "")),
-                "plans": str(plans.get("plans_name", "")),
-                "fold": checkpoint.parent.name,
-            },
-        }
+        card["training"]["fold"] = checkpoint.parent.name
+        imported.card |= card
         return imported
+
+
+def _card(plans: dict[str, Any], dataset: dict[str, Any], configuration: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "preprocessing": {
+            "configuration": str(configuration["name"]),
+            "spacing": [float(value) for value in configuration["spacing"]],
+            "patch_size": [int(size) for size in configuration["patch_size"]],
+            "normalization": [str(value) for value in configuration.get("normalization_schemes", [])],
+            "use_mask_for_norm": [bool(value) for value in configuration.get("use_mask_for_norm", [])],
+            "transpose_forward": [int(value) for value in plans.get("transpose_forward", [0, 1, 2])],
+            "transpose_backward": [int(value) for value in plans.get("transpose_backward", [0, 1, 2])],
+            "resampling": {key: configuration[key] for key in configuration if key.startswith("resampling_fn")},
+            "intensity": plans.get("foreground_intensity_properties_per_channel", {}),
+            "channel_names": dataset.get("channel_names", {}),
+        },
+        "labels": {str(key): value for key, value in dataset["labels"].items()},
+        "training": {"dataset": str(plans.get("dataset_name", "")), "plans": str(plans.get("plans_name", ""))},
+    }
 
 
 def _checkpoint(source: Path) -> Path:
@@ -82,22 +79,10 @@ def _checkpoint(source: Path) -> Path:
     raise UnsupportedModelError(f"{source} has no fold_*/{CHECKPOINTS[0]}; copy the trained fold there")
 
 
-def _weights(path: Path) -> dict[str, Any]:
-    import torch
-
-    core = np._core.multiarray  # type: ignore[attr-defined]
-    plain = [core.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64"))]
-    # nnU-Net keeps its best score as a numpy number, under the name that numpy had before version 2 as well.
-    allowed = [*plain, (core.scalar, "numpy.core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UnsupportedModelError(f"{path.name} can't be read as plain weights, and no code in it is run: {reason}") from error
-    state = content.get("network_weights") if isinstance(content, dict) else None
+def _weights(checkpoint: Path) -> dict[str, Any]:
+    state = read_weights(checkpoint).get("network_weights")
     if not isinstance(state, dict):
-        raise UnsupportedModelError(f"{path.name} holds no network_weights; expected a checkpoint of nnU-Net v2")
+        raise UnsupportedModelError(f"{checkpoint.name} holds no network_weights; expected a checkpoint of nnU-Net v2")
     return state
 
 
@@ -123,9 +108,19 @@ def _configuration(source: Path, plans: dict[str, Any]) -> dict[str, Any]:
     return {**found, "name": name}
 
 
+def _channels(dataset: dict[str, Any], configuration: dict[str, Any]) -> int:
+    """Images, and for the second stage of a cascade one mask for each label of the first."""
+    images = len(dataset.get("channel_names", dataset.get("modality", {"0": ""})))
+    return images + (len(_labels(dataset) - {0}) if configuration.get("previous_stage") else 0)
+
+
 def _classes(dataset: dict[str, Any]) -> int:
-    labels = dataset["labels"]
     if dataset.get("regions_class_order"):
         return len(dataset["regions_class_order"])
+    return len(_labels(dataset))
+
+
+def _labels(dataset: dict[str, Any]) -> set[int]:
+    labels = dataset["labels"]
     values = {int(v) for value in labels.values() for v in (value if isinstance(value, list) else [value])}
-    return len(values - ({int(labels["ignore"])} if "ignore" in labels else set()))
+    return values - ({int(labels["ignore"])} if "ignore" in labels else set())

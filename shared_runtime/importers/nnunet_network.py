@@ -11,13 +11,38 @@ from torch import Tensor, nn
 from shared_runtime.errors import UnsupportedModelError
 
 CONVOLUTIONS = {
-    2: (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d, nn.InstanceNorm2d),
-    3: (nn.Conv3d, nn.ConvTranspose3d, nn.AvgPool3d, nn.InstanceNorm3d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.AvgPool3d),
 }
+NORMS = ("InstanceNorm", "BatchNorm")
+ACTIVATIONS = ("LeakyReLU", "ReLU", "ELU", "GELU", "SiLU", "Mish")
+SHARED_OPTIONS = {
+    *("input_channels", "num_classes", "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder"),
+    *("conv_op", "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs", "nonlin", "nonlin_kwargs"),
+    "deep_supervision",
+}
+OPTIONS = {
+    "PlainConvUNet": SHARED_OPTIONS | {"n_conv_per_stage", "nonlin_first"},
+    "ResidualEncoderUNet": SHARED_OPTIONS | {"n_blocks_per_stage", "stem_channels"},
+}
+"""What plans may say of each network; anything else is refused, as a network without it would be another one."""
+
+
+def _norm(options: Mapping[str, Any], width: int, rank: int) -> nn.Module | None:
+    if options["norm_op"] is None:
+        return None
+    kind = next(kind for kind in NORMS if kind in options["norm_op"])
+    return getattr(nn, f"{kind}{rank}d")(width, **options["norm_op_kwargs"])
+
+
+def _activation(options: Mapping[str, Any]) -> nn.Module:
+    if options["nonlin"] is None:
+        return nn.Identity()
+    return getattr(nn, str(options["nonlin"]).rpartition(".")[2])(**options["nonlin_kwargs"])
 
 
 class Layer(nn.Module):  # type: ignore[misc]
-    """Convolution, instance norm, and LeakyReLU unless `plain`."""
+    """Convolution, norm, and activation unless `plain`; the last two the other way round with `nonlin_first`. Dropout only trains."""
 
     def __init__(
         self,
@@ -30,15 +55,18 @@ class Layer(nn.Module):  # type: ignore[misc]
         bias: bool | None = None,
     ) -> None:
         super().__init__()
-        convolution, _, _, norm = CONVOLUTIONS[len(kernel)]
+        convolution, _, _ = CONVOLUTIONS[len(kernel)]
         bias = bool(options["conv_bias"]) if bias is None else bias
         self.conv = convolution(ins, outs, tuple(kernel), tuple(stride), [(k - 1) // 2 for k in kernel], bias=bias)
-        self.norm = norm(outs, **options["norm_op_kwargs"])
-        self.nonlin = nn.Identity() if plain else nn.LeakyReLU(**options["nonlin_kwargs"])
+        self.norm = _norm(options, outs, len(kernel))
+        self.nonlin = nn.Identity() if plain else _activation(options)
+        self.nonlin_first = bool(options["nonlin_first"])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ins, ...) -> (N, outs, ...)."""
-        return self.nonlin(self.norm(self.conv(x)))
+        x = self.conv(x)
+        norm = nn.Identity() if self.norm is None else self.norm
+        return norm(self.nonlin(x)) if self.nonlin_first else self.nonlin(norm(x))
 
 
 class Stack(nn.Module):  # type: ignore[misc]
@@ -64,7 +92,7 @@ class ResidualBlock(nn.Module):  # type: ignore[misc]
         one = [1] * len(kernel)
         self.conv1 = Layer(options, ins, outs, kernel, stride)
         self.conv2 = Layer(options, outs, outs, kernel, one, plain=True)
-        self.nonlin2 = nn.LeakyReLU(**options["nonlin_kwargs"])
+        self.nonlin2 = _activation(options)
         shortcut: list[nn.Module] = []
         if any(s != 1 for s in stride):
             shortcut.append(CONVOLUTIONS[len(kernel)][2](tuple(stride), tuple(stride)))
@@ -100,9 +128,9 @@ class Encoder(nn.Module):  # type: ignore[misc]
         widths, kernels, strides = options["features_per_stage"], options["kernel_sizes"], options["strides"]
         counts = options["n_blocks_per_stage" if residual else "n_conv_per_stage"]
         stages: list[nn.Module] = []
-        ins = channels
-        self.stem = Stack(options, 1, channels, widths[0], kernels[0], [1] * len(kernels[0])) if residual else nn.Identity()
-        ins = widths[0] if residual else channels
+        stem = options["stem_channels"] or widths[0]
+        self.stem = Stack(options, 1, channels, stem, kernels[0], [1] * len(kernels[0])) if residual else nn.Identity()
+        ins = stem if residual else channels
         for width, kernel, stride, count in zip(widths, kernels, strides, counts, strict=True):
             part = (Blocks if residual else Stack)(options, count, ins, width, kernel, stride)
             stages.append(part if residual else nn.Sequential(part))
@@ -125,7 +153,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         super().__init__()
         widths, kernels, strides = options["features_per_stage"], options["kernel_sizes"], options["strides"]
         counts = options["n_conv_per_stage_decoder"]
-        convolution, transposed, _, _ = CONVOLUTIONS[len(kernels[0])]
+        convolution, transposed, _ = CONVOLUTIONS[len(kernels[0])]
         self.transpconvs, self.stages, self.seg_layers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for s in range(1, len(widths)):
             below, skip, stride = widths[-s], widths[-s - 1], tuple(strides[-s])
@@ -160,26 +188,38 @@ def build(configuration: Mapping[str, Any], channels: int, classes: int) -> UNet
         options = dict(configuration["architecture"]["arch_kwargs"])
     else:
         name, options = _older(configuration)
-    if name not in ("PlainConvUNet", "ResidualEncoderUNet"):
-        raise UnsupportedModelError(f"nnU-Net's network {name!r} can't be rebuilt; supported are PlainConvUNet and ResidualEncoderUNet")
-    for key, allowed in (("norm_op", "InstanceNorm"), ("nonlin", "LeakyReLU")):
-        if options.get(key) and allowed not in str(options[key]):
-            raise UnsupportedModelError(f"the plans ask for {key} {options[key]!r}; expected {allowed}")
-    if options.get("nonlin_first"):
-        raise UnsupportedModelError("the plans ask for nonlin_first, which is not supported")
-    stages = len(options["features_per_stage"])
-    rank = len(configuration["patch_size"])
-    options["kernel_sizes"] = [[k] * rank if isinstance(k, int) else list(k) for k in options["kernel_sizes"]]
-    options["strides"] = [[s] * rank if isinstance(s, int) else list(s) for s in options["strides"]]
-    for key, count in (("n_conv_per_stage", stages), ("n_blocks_per_stage", stages), ("n_conv_per_stage_decoder", stages - 1)):
-        if isinstance(options.get(key), int):
-            options[key] = [options[key]] * count
-    options.setdefault("conv_bias", False)
-    options["norm_op_kwargs"] = options.get("norm_op_kwargs") or {}
-    options["nonlin_kwargs"] = {k: v for k, v in (options.get("nonlin_kwargs") or {}).items() if k != "inplace"}
+    if name not in OPTIONS:
+        raise UnsupportedModelError(f"nnU-Net's network {name!r} can't be rebuilt; supported are {' and '.join(OPTIONS)}")
+    options = _complete(options, OPTIONS[name], len(configuration["patch_size"]))
     network = UNet(options, channels, classes, name == "ResidualEncoderUNet")
     network.eval()
     return network
+
+
+def _complete(given: Mapping[str, Any], known: set[str], rank: int) -> dict[str, Any]:
+    """The options as one of each stage, with the library's defaults where plans are silent. Raises UnsupportedModelError."""
+    if unknown := sorted(key for key, value in given.items() if key not in known and value not in (None, False)):
+        raise UnsupportedModelError(f"the plans ask for {unknown[0]} {given[unknown[0]]!r}, which can't be rebuilt")
+    options: dict[str, Any] = {"conv_bias": False, "norm_op": None, "nonlin": None, "nonlin_first": False, "stem_channels": None, **given}
+    if options["norm_op"] is not None and not any(kind in str(options["norm_op"]) for kind in NORMS):
+        raise UnsupportedModelError(f"the plans ask for norm_op {options['norm_op']!r}; expected one of {', '.join(NORMS)}")
+    if options["nonlin"] is not None and str(options["nonlin"]).rpartition(".")[2] not in ACTIVATIONS:
+        raise UnsupportedModelError(f"the plans ask for nonlin {options['nonlin']!r}; expected one of {', '.join(ACTIVATIONS)}")
+    options["norm_op_kwargs"] = options.get("norm_op_kwargs") or {}
+    options["nonlin_kwargs"] = {k: v for k, v in (options.get("nonlin_kwargs") or {}).items() if k != "inplace"}
+    widths = options["features_per_stage"]
+    stages = int(options.get("n_stages") or len(widths))
+    counts = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder")
+    for key in counts:
+        if key in options:
+            count = stages - (key == "n_conv_per_stage_decoder")
+            value = [options[key]] * count if isinstance(options[key], int) else list(options[key])
+            if len(value) != count:
+                raise UnsupportedModelError(f"the plans state {key} {value}; expected {count}, one for each stage")
+            options[key] = value
+    for key in ("kernel_sizes", "strides"):
+        options[key] = [[one] * rank if isinstance(one, int) else list(one) for one in options[key]]
+    return options
 
 
 def _older(configuration: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -192,10 +232,10 @@ def _older(configuration: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         "features_per_stage": [min(base * 2**i, most) for i in range(len(kernels))],
         "kernel_sizes": kernels,
         "strides": strides,
-        "n_conv_per_stage": counts,
-        "n_blocks_per_stage": counts,
+        "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": counts,
         "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
         "conv_bias": True,
+        "norm_op": "InstanceNorm",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin_kwargs": {},
+        "nonlin": "LeakyReLU",
     }

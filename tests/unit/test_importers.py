@@ -338,8 +338,11 @@ def test_a_bundle_runs_no_code(tmp_path: Path, network: dict[str, Any], words: s
         rt.load(tmp_path / "bundle")
 
 
-def nnunet_folder(folder: Path, residual: bool) -> Any:
-    """A trained folder as nnU-Net v2 writes it: weights under every name that its modules have, numpy numbers beside them."""
+def nnunet_folder(folder: Path, residual: bool, cascade: bool = False, **changed: Any) -> Any:
+    """A trained folder as nnU-Net v2 writes it: weights under every name that its modules have, numpy numbers beside them.
+
+    `changed`: what the plans say of the network in place of the usual.
+    """
     from shared_runtime.importers.nnunet_network import build
 
     arguments: dict[str, Any] = {
@@ -355,6 +358,7 @@ def nnunet_folder(folder: Path, residual: bool) -> Any:
         "norm_op_kwargs": {"eps": 1e-05, "affine": True},
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
+        **changed,
     }
     name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
     full = {
@@ -366,14 +370,17 @@ def nnunet_folder(folder: Path, residual: bool) -> Any:
     plans = {
         "plans_name": "nnUNetPlans",
         "transpose_forward": [0, 1, 2],
-        "configurations": {"3d_fullres": full, "3d_big": {"inherits_from": "3d_fullres"}},
+        "configurations": {
+            "3d_fullres": full,
+            "3d_big": {"inherits_from": "3d_fullres", **({"previous_stage": "3d_lowres"} if cascade else {})},
+        },
     }
     dataset = {"channel_names": {"0": "MRI", "1": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}}
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     torch.manual_seed(1)
-    module = build(full, 2, 3)
+    module = build(full, 4 if cascade else 2, 3)
     state = module.state_dict()
     twice = {**state, **{f"decoder.encoder.{k.removeprefix('encoder.')}": v for k, v in state.items() if k.startswith("encoder.")}}
     content = {"network_weights": twice, "_best_ema": np.float64(0.7), "current_epoch": 3, "trainer_name": "nnUNetTrainer"}
@@ -391,6 +398,72 @@ def test_an_nnunet_folder_is_rebuilt_from_its_plans(tmp_path: Path, residual: bo
         np.testing.assert_allclose(run(model, {"image": x}, tmp_path)["logits"], module(torch.from_numpy(x)).numpy(), atol=1e-4)
     assert model.card["preprocessing"]["spacing"] == [3.0, 1.0, 1.0]
     assert model.card["labels"]["b"] == 2
+
+
+def test_nnunet_plans_without_norm_and_activation_are_a_linear_network(tmp_path: Path) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_big"
+    nnunet_folder(folder, False, norm_op=None, norm_op_kwargs=None, nonlin=None, nonlin_kwargs=None)
+    model = rt.load(folder)
+    a, b = np.random.default_rng(0).standard_normal((2, 1, 2, 4, 16, 16)).astype(np.float32)
+    of_a, of_b, of_both, of_none = (run(model, {"image": x}, tmp_path)["logits"] for x in (a, b, a + b, 0 * a))
+    np.testing.assert_allclose(of_both - of_none, of_a + of_b - 2 * of_none, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"norm_op": "torch.nn.BatchNorm3d", "nonlin": "torch.nn.SiLU"},
+        {"kernel_sizes": 3, "strides": [1, 2, 2], "n_conv_per_stage": 2, "n_conv_per_stage_decoder": 1, "nonlin_first": True},
+    ],
+)
+def test_nnunet_plans_of_other_layers(tmp_path: Path, changed: dict[str, Any]) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_big"
+    module = nnunet_folder(folder, False, **changed)
+    kinds = [type(layer).__name__ for layer in module.encoder.modules()]
+    assert ("BatchNorm3d" in kinds, "SiLU" in kinds, "LeakyReLU" in kinds) == (
+        "norm_op" in changed,
+        "nonlin" in changed,
+        "nonlin" not in changed,
+    )
+    x = np.random.default_rng(0).standard_normal((1, 2, 4, 16, 16)).astype(np.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(rt.load(folder), {"image": x}, tmp_path)["logits"], module(torch.from_numpy(x)).numpy(), atol=1e-4)
+
+
+def test_the_second_stage_of_an_nnunet_cascade_takes_the_labels_of_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_big"
+    nnunet_folder(folder, False, cascade=True)
+    assert rt.load(folder).signature.inputs[0].shape[1] == 2 + 2  # images, and a mask for each label
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"block": "BottleneckD"}, "ask for block 'BottleneckD'"),
+        ({"norm_op": "torch.nn.GroupNorm"}, "norm_op 'torch.nn.GroupNorm'; expected one of InstanceNorm"),
+        ({"nonlin": "torch.nn.Tanhshrink"}, "expected one of LeakyReLU"),
+        ({"strides": [1, 2]}, r"strides \[1, 2\]; expected 3"),
+        ({"features_per_stage": [4, 8, 16]}, "size mismatch for encoder.stages.2"),
+        ({"kernel_sizes": None}, "do not describe a network"),
+    ],
+)
+def test_nnunet_plans_of_another_network_are_refused(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_big"
+    nnunet_folder(folder, False)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= changed
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(rt.UnsupportedModelError, match=words):
+        rt.load(folder)
+
+
+@pytest.mark.parametrize(("name", "content"), [("plans.json", "{"), ("dataset.json", "[]"), ("fold_0/checkpoint_final.pth", "x")])
+def test_broken_files_of_an_nnunet_folder_are_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    nnunet_folder(folder, False)
+    (folder / name).write_text(content)
+    with pytest.raises(rt.UnsupportedModelError, match=Path(name).name):
+        rt.load(folder)
 
 
 def test_an_nnunet_checkpoint_with_code_is_not_run(tmp_path: Path) -> None:
