@@ -96,7 +96,7 @@ def optimize(
         model,
         calibration=_rows(calibration, model),
         validation=None if validation is None else _pairs(validation, model),
-        metric=_metric(metric) if validation is not None or metric != "agreement" else None,
+        metric=metric,
         max_drop=max_drop,
         precisions=precision,
         device=settings.device,
@@ -176,9 +176,8 @@ def verify(
     for one in names:
         known = model.known.get(one)
         chosen = metric or (known.certificate.metric if known is not None and known.certificate is not None else "agreement")
-        use = None if validation is None or chosen == "agreement" else _metric(chosen)
         pairs = None if validation is None else _pairs(validation, model)
-        results.append(rt.verify(model, one, validation=pairs, metric=use))
+        results.append(rt.verify(model, one, validation=pairs, metric=chosen))
         found = results[-1]
         reason = found["void"] or found.get("why") or "it gives other values"
         out.print(f"{one}: {'holds' if found['holds'] else f'does not hold: {reason}'}")
@@ -245,12 +244,6 @@ def export(
     for one in chosen:
         shutil.copytree(one.folder, out / "variants" / one.name)
     console.print(f"{model.name} with {len(chosen)} variants in {out}")
-
-
-def _metric(name: str) -> Any:
-    if name not in METRICS:
-        raise typer.BadParameter(f"unknown metric {name!r}; expected one of {', '.join(METRICS)}")
-    return METRICS[name]
 
 
 def _rows(path: Path, model: rt.Model) -> Iterator[dict[str, Any]]:

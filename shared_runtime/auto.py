@@ -19,7 +19,7 @@ from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import usable_cores
 from shared_runtime.importers.base import needs
 from shared_runtime.model import Model, load
-from shared_runtime.optimize import MAX_DROP, optimize
+from shared_runtime.optimize import MAX_DROP, loaded_with, optimize
 from shared_runtime.planning.measure import Timed, interleave
 from shared_runtime.planning.plan import Plan
 from shared_runtime.planning.planner import plan_and_compile
@@ -75,7 +75,7 @@ def auto_optimize(
     *,
     calibration: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     max_drop: float = MAX_DROP,
     budget_s: float = 600.0,
     device: str = "auto",
@@ -88,7 +88,10 @@ def auto_optimize(
 
     Without `calibration` no precision is reduced. Errors as those of `rt.optimize`.
     """
-    loaded = model if isinstance(model, Model) else load(model)
+    if calibration is None:
+        loaded = model if isinstance(model, Model) else load(model)
+    else:
+        loaded, calibration = loaded_with(model, calibration)
     say = report or (lambda text: logger.info("%s", text))
     cores = threads or usable_cores()
     end = time.monotonic() + budget_s

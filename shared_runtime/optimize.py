@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import onnx
 
 from shared_runtime.backends.base import Executable, backends
 from shared_runtime.certificate import Certificate, Reversion, numerics
-from shared_runtime.errors import BackendUnavailableError, ModelError, UnsupportedModelError, VariantRefusedError
+from shared_runtime.errors import BackendUnavailableError, CalibrationError, ModelError, UnsupportedModelError, VariantRefusedError
 from shared_runtime.graph.check import opset, read_whole
 from shared_runtime.graph.passes.base import passes, run_pass
 from shared_runtime.host import host, usable_cores
@@ -25,7 +26,7 @@ from shared_runtime.model import Model, load
 from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
 from shared_runtime.quantization.guard import Guard, Guarded, Report
 from shared_runtime.quantization.judge import Judge, slice_names
-from shared_runtime.quantization.metrics import Metric, agreement
+from shared_runtime.quantization.metrics import UNLABELLED, Metric, metric_of
 from shared_runtime.quantization.samples import SampleStore, hold_out, read_calibration, read_validation, refuse_overlap
 from shared_runtime.quantization.together import judge_together
 from shared_runtime.rewritten import float_bytes, probe_difference, rewritten, valid_inputs
@@ -34,6 +35,7 @@ from shared_runtime.variants import DYNAMIC, Variant, VariantStore, file_hashes
 
 logger = logging.getLogger(__name__)
 MAX_DROP = 0.005
+SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp8": "float8", "e4m3": "float8"}
 BUDGET_SECONDS = 900.0
 SIMPLIFY = (
     "constant-folding",
@@ -70,7 +72,7 @@ def optimize(
     *,
     calibration: Iterable[Any],
     validation: Iterable[Any] | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     max_drop: float = MAX_DROP,
     slices: Callable[[Tensors, Any], str] | Sequence[str] | None = None,
     precisions: Sequence[str] | None = None,
@@ -83,17 +85,18 @@ def optimize(
 ) -> Model:
     """The model with every reduced form that passed its guard on this host; `model.refused` says why others did not.
 
-    `calibration`: an iterable of input dicts, read once, at most 300. `validation`: an iterable of (inputs, target);
-    without it a quarter of the calibration set is held out and `metric` is agreement with the float model.
-    `metric(outputs, targets)` over the lists of all outputs and targets, higher is better. `max_drop`: absolute, in
-    the metric's unit; with `certain` the upper end of the drop's 95 % interval may not be above it either.
+    `model`: loaded, or what `rt.load` takes (a torch module sees the first calibration sample as its example).
+    `calibration`: an iterable of input dicts, read once, at most 300. `validation`: an iterable of (inputs, target), or the arrays (X, y);
+    without it a quarter of the calibration set is held out and `metric` is agreement with the float model, which needs no target.
+    `metric(outputs, targets)` over the lists of all outputs and targets, higher is better; or the name of one of `rt.metrics`.
+    `max_drop`: absolute, in the metric's unit; with `certain` the upper end of the drop's 95 % interval may not be above it either.
     `slices`: the slice of each validation item, or a function of (inputs, target).
     `precisions`: of "int8", "bfloat16", "float16", "tf32", "float8"; without, all that apply.
 
     A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError.
     """
-    loaded = model if isinstance(model, Model) else load(model)
-    wanted = _precisions(precisions)
+    wanted, judged_by = _precisions(precisions), metric_of(metric)
+    loaded, calibration = loaded_with(model, calibration)
     data = read_calibration(calibration, loaded.signature, loaded.name)
     loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]), sample=loaded.signature.row(data[0], 0))
     report = report or (lambda text: logger.info("%s", text))
@@ -102,7 +105,7 @@ def optimize(
     references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
     folder = tempfile.mkdtemp(prefix="triscope-optimize-")
     try:
-        judge, data = _judge(loaded, data, validation, metric, max_drop, slices, reference, certain)
+        judge, data = _judge(loaded, data, validation, judged_by, max_drop, slices, reference, certain)
         job = _Job(loaded, data, judge, cores, store or VariantStore(), report, references)
         simple = simplified(loaded, Path(folder), report)
         makers = forms_for(simple, device, wanted)
@@ -153,16 +156,37 @@ def simplified(model: Model, folder: Path, report: Report) -> Model:
 def _precisions(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return PRECISIONS
-    if unknown := sorted(set(names) - set(PRECISIONS)):
+    usual = [precision_of(name) for name in ([names] if isinstance(names, str) else names)]
+    if unknown := sorted(set(usual) - set(PRECISIONS)):
         raise UnsupportedModelError(f"unknown precision {unknown[0]!r}; expected of {', '.join(PRECISIONS)}")
-    return tuple(names)
+    return tuple(usual)
+
+
+def precision_of(name: str) -> str:
+    """A precision's name as it stands here: "FP16" is float16."""
+    return SHORT.get(name.lower(), name.lower())
+
+
+def loaded_with(model: Model | str | Path | Any, calibration: Iterable[Any]) -> tuple[Model, Iterable[Any]]:
+    """The model, loaded with the first calibration sample as its example where it is an object; and the whole calibration data."""
+    if isinstance(model, (Model, str, Path)):
+        return (model if isinstance(model, Model) else load(model)), calibration
+    if isinstance(calibration, Mapping):
+        return load(model, example=calibration), calibration
+    if hasattr(calibration, "ndim"):
+        return load(model, example=calibration[:2]), calibration  # type: ignore[index]
+    samples = iter(calibration)
+    if (first := next(samples, None)) is None:
+        raise CalibrationError("no calibration samples; give an iterable of input dicts (a generator works once)")
+    pair = isinstance(first, (tuple, list)) and len(first) == 2 and hasattr(first[0], "ndim")  # of a data loader
+    return load(model, example=first[0] if pair else first), itertools.chain([first], samples)
 
 
 def _judge(
     model: Model,
     data: SampleStore,
     validation: Iterable[Any] | None,
-    metric: Metric | None,
+    metric: Metric,
     max_drop: float,
     slices: Callable[[Tensors, Any], str] | Sequence[str] | None,
     reference: Executable,
@@ -172,12 +196,19 @@ def _judge(
     if validation is None:
         kept, apart = hold_out(data, model.signature, model.name)
         targets: list[Any] = [reference.run(inputs) for inputs in apart]
-        return Judge(targets, apart, targets, metric or agreement, max_drop, slice_names(slices, apart, targets), certain=certain), kept
-    apart, targets = read_validation(validation, model.signature, model.name)
+        return Judge(targets, apart, targets, metric, max_drop, slice_names(slices, apart, targets), certain=certain), kept
+    apart, targets, outputs, against = _validation(model, validation, metric, reference)
     refuse_overlap(data, apart, model.name)
+    return Judge(outputs, apart, against, metric, max_drop, slice_names(slices, apart, targets), certain=certain), data
+
+
+def _validation(
+    model: Model, data: Iterable[Any], metric: Metric, reference: Executable
+) -> tuple[SampleStore, list[Any], list[Tensors], Sequence[Any]]:
+    """The validation inputs, their targets, the float model's outputs, and which of the two the metric compares with."""
+    apart, targets = read_validation(data, model.signature, model.name, labelled=metric not in UNLABELLED)
     outputs = [reference.run(inputs) for inputs in apart]
-    chosen, against = (agreement, outputs) if metric is None else (metric, targets)
-    return Judge(outputs, apart, against, chosen, max_drop, slice_names(slices, apart, targets), certain=certain), data
+    return apart, targets, outputs, outputs if metric in UNLABELLED else targets
 
 
 def _attempt(job: _Job, maker: FormMaker, budget: float) -> tuple[Variant | None, str]:
@@ -267,7 +298,7 @@ class Quantizer:
     precision: str = "int8"
     calibration_data: Iterable[Any] = ()
     validation_data: Iterable[Any] | None = None
-    metric: Metric | None = None
+    metric: Metric | str | None = None
     max_drop: float = MAX_DROP
     device: str = "auto"
     threads: int | None = None
@@ -288,7 +319,7 @@ class Quantizer:
             budget_s=self.budget_s,
             certain=self.certain,
         )
-        if not any(made.variant(name).facts.precision.startswith(self.precision) for name in made.variants):
+        if not any(made.variant(name).facts.precision.startswith(precision_of(self.precision)) for name in made.variants):
             reasons = "; ".join(f"{name}: {why}" for name, why in made.refused.items()) or "no engine here has it"
             raise VariantRefusedError(f"no {self.precision} form of {made.name!r} passed: {reasons}; the float model is unchanged")
         return made
@@ -299,7 +330,7 @@ def verify(
     variant: str,
     *,
     validation: Iterable[Any] | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
     threads: int | None = None,
     slices: Callable[[Tensors, Any], str] | Sequence[str] | None = None,
 ) -> dict[str, Any]:
@@ -341,9 +372,8 @@ def verify(
 
 
 def _judge_again(
-    model: Model, validation: Iterable[Any], metric: Metric | None, certificate: Certificate, slices: Any, reference: Any
+    model: Model, validation: Iterable[Any], metric: Metric | str | None, certificate: Certificate, slices: Any, reference: Any
 ) -> Judge:
-    apart, targets = read_validation(validation, model.signature, model.name)
-    outputs = [reference.run(inputs) for inputs in apart]
-    chosen, against = (agreement, outputs) if metric is None else (metric, targets)
+    chosen = metric_of(metric)
+    apart, targets, outputs, against = _validation(model, validation, chosen, reference)
     return Judge(outputs, apart, against, chosen, certificate.max_drop, slice_names(slices, apart, targets))

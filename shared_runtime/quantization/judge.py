@@ -79,7 +79,10 @@ class Judge:
         try:
             value = float(self.metric(outputs, targets))
         except Exception as error:
-            raise MetricError(f"the metric {self.name} failed on {len(outputs)} items: {type(error).__name__}: {error}") from error
+            raise MetricError(
+                f"the metric {self.name} failed on {len(outputs)} items: {type(error).__name__}: {error} "
+                "(it is called with the list of all output dicts and the list of all targets)"
+            ) from error
         if not np.isfinite(value):
             raise MetricError(f"the metric {self.name} gave {value} on {len(outputs)} items; expected a finite number, higher is better")
         return value

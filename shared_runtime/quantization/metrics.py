@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_runtime.errors import MetricError
 from shared_runtime.signature import Tensors
 
 Array = np.ndarray[Any, Any]
@@ -115,6 +116,23 @@ METRICS: Mapping[str, Metric] = {
     "average_precision": average_precision,
     "auroc": auroc,
 }
+ALIASES = {"ap": "average_precision", "accuracy": "top1", "top-1": "top1", "top_1": "top1", "roc_auc": "auroc", "auc": "auroc"}
+UNLABELLED: tuple[Metric, ...] = (agreement, correlation)
+"""Metrics that compare with the float model, and need no labels."""
+
+
+def metric_of(metric: Metric | str | None) -> Metric:
+    """A metric by its name or usual other name, or as it is; `agreement` for None. Raises MetricError."""
+    if metric is None:
+        return agreement
+    if isinstance(metric, str):
+        name = metric.strip().lower()
+        if (found := METRICS.get(ALIASES.get(name, name))) is None:
+            raise MetricError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}, or a function of (outputs, targets)")
+        return found
+    if not callable(metric):
+        raise MetricError(f"metric is a {type(metric).__name__}; expected a function of (outputs, targets), or one of {', '.join(METRICS)}")
+    return metric
 
 
 def _first(output: Tensors) -> np.ndarray[Any, Any]:

@@ -113,17 +113,41 @@ def read_calibration(data: Iterable[Any], signature: Signature, model: str, most
     return store
 
 
-def read_validation(data: Iterable[Any], signature: Signature, model: str) -> tuple[SampleStore, list[Any]]:
-    """Every (inputs, target) pair: the inputs on disk, the targets as they are. Raises CalibrationError as above."""
+def read_validation(data: Iterable[Any], signature: Signature, model: str, labelled: bool = True) -> tuple[SampleStore, list[Any]]:
+    """Every (inputs, target) pair: the inputs on disk, the targets as they are. Arrays `(X, y)` of equal length are a pair a row.
+
+    Not `labelled`: what is no pair is inputs alone, with the target None. Raises CalibrationError as above.
+    """
     store, targets = SampleStore("validation"), []
-    for place, pair in enumerate(data):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise CalibrationError(f"validation item {place} of {model!r} is a {type(pair).__name__}; expected a pair (inputs, target)")
-        store.add(pair[0], signature, model)
-        targets.append(pair[1])
+    for place, item in enumerate(_rows_of(data, signature, labelled) or ([data] if isinstance(data, Mapping) else data)):
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        if labelled and not pair:
+            raise CalibrationError(
+                f"validation item {place} of {model!r} is a {type(item).__name__}; expected a pair (inputs, target); "
+                "without targets leave the metric out: agreement with the float model needs none"
+            )
+        inputs, target = item if pair else (item, None)
+        store.add(inputs, signature, model)
+        targets.append(target)
     if not targets:
         raise CalibrationError(f"no validation pairs for {model!r}; give (inputs, target) pairs, or validation=None for agreement")
     return store, targets
+
+
+def _rows_of(data: Any, signature: Signature, labelled: bool) -> Iterator[tuple[Any, Any]] | None:
+    """A pair a row, where `data` is the two arrays (X, y), or inputs by name and y."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or isinstance(data[0], (tuple, list)):
+        return None
+    inputs = data[0] if isinstance(data[0], Mapping) else _named(data[0], signature)
+    try:
+        targets = np.asarray(data[1])
+        rows = {len(np.asarray(value)) for value in (inputs or {}).values()}
+    except (TypeError, ValueError):
+        return None
+    if not targets.ndim or rows != {len(targets)} or (not labelled and _named(data[1], signature)):
+        return None
+    named = {name: np.asarray(value) for name, value in (inputs or {}).items()}
+    return (({name: value[row : row + 1] for name, value in named.items()}, targets[row : row + 1]) for row in range(len(targets)))
 
 
 def hold_out(store: SampleStore, signature: Signature, model: str) -> tuple[SampleStore, SampleStore]:
