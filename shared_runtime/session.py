@@ -14,7 +14,7 @@ from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.memory import within_budget
 from shared_runtime.home import home
 from shared_runtime.host import usable_cores
-from shared_runtime.model import Model
+from shared_runtime.model import Model, load
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Plan
 from shared_runtime.planning.planner import BUDGET_SECONDS, LADDER, Ladder, plan_and_compile
@@ -28,6 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 class Session:
     """Runs one model on this host. Threads may share it.
 
+    `model`: loaded, or a name or path for `rt.load`.
     `device`: "auto" (the fastest of what is here), "cpu" or "cuda"; one that is missing is an error
     that names what is missing, never a fallback. `threads`: CPU threads, by default every usable core.
     `plans`: folder of the plan cache, by default `TRISCOPE_HOME/plans`. `objective`: "latency", "throughput",
@@ -40,7 +41,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | str | Path,
         device: str = "auto",
         *,
         threads: int | None = None,
@@ -55,6 +56,9 @@ class Session:
     ) -> None:
         if device not in DEVICES:
             raise BackendUnavailableError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; expected 1 or more, or None for every core that can be used")
+        model = model if isinstance(model, Model) else load(model)
         self.model = model
         self._device, self._threads = device, threads or usable_cores()
         self._plans = plans or home() / "plans"

@@ -65,14 +65,20 @@ class Signature(msgspec.Struct, frozen=True):
         for a missing or unknown name, a wrong rank or size, a lossy dtype, or batches that differ.
         """
         known = {spec.name: spec for spec in self.inputs}
-        if unknown := sorted(set(inputs) - set(known)):
+        if not isinstance(inputs, Mapping):
+            raise InputError(f"model {model!r} was given a {type(inputs).__name__}; expected arrays by input name: {sorted(known)}")
+        if unknown := sorted(map(str, set(inputs) - set(known))):
             raise InputError(f"model {model!r} has no input {unknown[0]!r}; its inputs are {sorted(known)}")
         if missing := sorted(set(known) - set(inputs)):
             raise InputError(f"model {model!r} needs input {known[missing[0]].describe()}, which was not given")
         checked: Tensors = {}
         bound: dict[str, tuple[int, str]] = {}
         for name, spec in known.items():
-            checked[name] = _fit(np.asarray(inputs[name]), spec, model, bound)
+            try:
+                array = np.asarray(inputs[name])
+            except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors of a GPU or that have gradients
+                raise InputError(f"model {model!r}: input {name!r} ({type(inputs[name]).__name__}) is no array: {error}") from error
+            checked[name] = _fit(array, spec, model, bound)
         return checked
 
     @property

@@ -57,9 +57,11 @@ def test_non_contiguous_and_safe_dtype_are_taken(linear: Path) -> None:
         ({"x": np.zeros((1, 4), np.float32)}, ["[1, 4]", "['batch', 3]"]),
         ({"x": np.zeros(3, np.float32)}, ["[3]", "['batch', 3]"]),
         ({"x": np.zeros((1, 3), np.float64)}, ["float64", "float32", "astype"]),
+        (np.zeros((1, 3), np.float32), ["a ndarray", "arrays by input name: ['x']"]),
+        ({"x": [[1.0, 2.0], [3.0]]}, ["'x' (list) is no array"]),
     ],
 )
-def test_wrong_input_names_what_was_seen_and_expected(linear: Path, inputs: dict[str, Any], words: list[str]) -> None:
+def test_wrong_input_names_what_was_seen_and_expected(linear: Path, inputs: Any, words: list[str]) -> None:
     with rt.Session(rt.load(linear)) as session, pytest.raises(rt.InputError) as caught:
         session.run(inputs)
     assert all(word in str(caught.value) for word in words), caught.value
