@@ -14,6 +14,8 @@ from apps.medical.errors import InputError
 
 Affine = NDArray[np.float64]
 MAX_VOXELS = 2**30
+MILLIMETRES = {1: 1000.0, 3: 0.001}
+"""The units that a NIfTI header may state beside millimetres: metres and micrometres."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Volume:
     datasets: tuple[Any, ...] = field(default=(), repr=False)
     frames: tuple[int, ...] = field(default=(), repr=False)
     """For an enhanced multi-frame object: the frame behind each slice."""
+    doubts: tuple[str, ...] = ()
+    """What the file leaves open about the grid, for whoever reads the result."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -62,7 +66,7 @@ def checked(volume: Volume, name: str) -> Volume:
 
 
 def read_nifti(path: Path, name: str | None = None) -> Volume:
-    """Read a NIfTI file. Raises InputError where it is not one regular 3-D image."""
+    """Read a NIfTI file, in the units that it states. Raises InputError where it is not one regular 3-D image."""
     name = name or path.name
     try:
         image = nib.load(path)
@@ -73,15 +77,32 @@ def read_nifti(path: Path, name: str | None = None) -> Volume:
             raise InputError(f"{name} has shape {list(image.shape)}; expected one 3-D volume of at least 3 voxels a side")
         if int(np.prod(shape, dtype=np.float64)) > MAX_VOXELS:
             raise InputError(f"{name} states {np.prod(shape, dtype=np.float64):.3g} voxels, more than the {MAX_VOXELS} that are read")
+        kind = image.get_data_dtype()
+        if kind.kind not in "iuf":
+            raise InputError(f"{name} has voxels of {kind}, such as colours or complex numbers; expected one number a voxel")
+        unit = int(image.header["xyzt_units"]) & 7 if "xyzt_units" in image.header else 0
         voxels = np.asanyarray(image.dataobj, dtype=np.float32).reshape(shape)
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{name} is not a readable NIfTI file: {type(error).__name__}: {error}; expected .nii or .nii.gz") from error
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = np.asarray(image.affine, dtype=np.float64) * np.array([[MILLIMETRES.get(unit, 1.0)]] * 3 + [[1.0]])
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise InputError(f"{name} has no usable orientation: its affine is not invertible; write sform or qform and try again")
-    return checked(Volume(voxels, affine), name)
+    return checked(Volume(voxels, affine, doubts=_doubts(image)), name)
+
+
+def _doubts(image: Any) -> tuple[str, ...]:
+    """Where the file does not say, or says twice and differently, which way its axes point."""
+    if not isinstance(image, nib.Nifti1Image):
+        return ()
+    (by_sform, sform), (by_qform, qform) = image.get_sform(coded=True), image.get_qform(coded=True)
+    if not sform and not qform:
+        return ("the file states no orientation (sform and qform are unset): left and right are a guess",)
+    if sform and qform and nib.aff2axcodes(by_sform) != nib.aff2axcodes(by_qform):
+        codes = ("".join(map(str, nib.aff2axcodes(affine))) for affine in (by_sform, by_qform))
+        return ("the file states two orientations (sform {}, qform {}): sform was followed".format(*codes),)
+    return ()
 
 
 def write_nifti(labels: NDArray[np.uint8], affine: Affine, path: Path) -> None:

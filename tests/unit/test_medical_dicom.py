@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import highdicom as hd
 import nibabel as nib
@@ -21,7 +22,7 @@ from apps.medical.dicom.files import Instances, add_instance, read_instances
 from apps.medical.dicom.segmentation_object import write_segmentation
 from apps.medical.dicom.series import group_series, read_volume
 from apps.medical.errors import InputError, SeriesError
-from apps.medical.segmentation.hippocampus import HEAD_STRUCTURES
+from apps.medical.segmentation.hippocampus import HEAD_STRUCTURES, segment_hippocampi
 from apps.medical.service import read_input
 from apps.medical.volume import Volume, read_nifti
 from tests.phantoms import AXIAL, OBLIQUE, as_bytes, blob, dicom_slices, save_series
@@ -177,6 +178,40 @@ def test_voxels_that_are_no_numbers_are_refused(tmp_path: Path, value: float) ->
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "x.nii.gz")
     with pytest.raises(InputError, match="1 voxels that are NaN or infinite"):
         read_nifti(tmp_path / "x.nii.gz")
+
+
+@pytest.mark.parametrize("kind", [np.complex64, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])], ids=["complex", "colours"])
+def test_voxels_of_several_numbers_are_refused(tmp_path: Path, kind: Any) -> None:
+    nib.save(nib.Nifti1Image(np.ones((10, 10, 10), kind), np.eye(4)), tmp_path / "x.nii.gz")
+    with pytest.raises(InputError, match="expected one number a voxel"):
+        read_nifti(tmp_path / "x.nii.gz")
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("mm", 1.0), ("meter", 0.001), ("micron", 1000.0), ("unknown", 1.0)])
+def test_the_unit_of_a_nifti_is_followed(tmp_path: Path, unit: str, scale: float) -> None:
+    voxels = np.random.default_rng(0).random((10, 10, 10)).astype(np.float32)
+    image = nib.Nifti1Image(voxels, np.diag([2 * scale, 3 * scale, 4 * scale, 1]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "x.nii.gz")
+    np.testing.assert_allclose(read_nifti(tmp_path / "x.nii.gz").spacing_mm, (2, 3, 4), rtol=1e-5)
+
+
+def test_an_orientation_that_is_not_stated_is_a_doubt(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).random((10, 10, 10)).astype(np.float32)
+    for name, sform, qform in (("none", 0, 0), ("one", 1, 0), ("same", 1, 1), ("two", 1, 1)):
+        image = nib.Nifti1Image(voxels, np.eye(4))
+        image.set_sform(np.eye(4), sform)
+        image.set_qform(np.diag([-1, 1, 1, 1]) if name == "two" else np.eye(4), qform)
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    assert "left and right are a guess" in read_nifti(tmp_path / "none.nii.gz").doubts[0]
+    assert "sform RAS, qform LAS" in read_nifti(tmp_path / "two.nii.gz").doubts[0]
+    assert not read_nifti(tmp_path / "one.nii.gz").doubts and not read_nifti(tmp_path / "same.nii.gz").doubts
+
+
+def test_an_image_larger_than_a_body_is_refused_at_once() -> None:
+    image = Volume(np.random.default_rng(0).random((40, 40, 40)).astype(np.float32), np.diag([50.0, 50.0, 50.0, 1.0]))
+    with pytest.raises(InputError, match="measures 2000 x 2000 x 2000 mm, with voxels of 50 x 50 x 50"):
+        segment_hippocampi(image, None)  # type: ignore[arg-type]
 
 
 def test_a_nifti_that_is_none_is_refused(tmp_path: Path) -> None:

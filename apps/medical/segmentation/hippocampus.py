@@ -26,6 +26,7 @@ CENTRES_MM = {"left": (-27.0, -21.0, -14.0), "right": (27.0, -21.0, -14.0)}
 """Middle of each hippocampus in the template [mm, RAS]."""
 CROP_LIMIT_MM = 90.0
 """An image no larger than this along any axis is a crop around one hippocampus."""
+LARGEST_MM = 1000.0
 REFUSE_SIMILARITY, DOUBT_SIMILARITY = 0.56, 0.66
 REFUSE_COVERAGE, DOUBT_COVERAGE = 0.45, 0.75
 REFUSE_CONTRAST, DOUBT_CONTRAST = 1.1, 1.18
@@ -94,13 +95,20 @@ def segment_hippocampi(volume: Volume, session: rt.Session) -> Segmentation:
     """
     if volume.modality not in ("", "MR"):
         raise InputError(f"the image has modality {volume.modality}; {MODEL} expects T1-weighted MR: send the MR series")
+    if max(volume.extent_mm) > LARGEST_MM:
+        raise NotHeadError(
+            f"the image measures {_rounded(volume.extent_mm)} mm, with voxels of {_rounded(volume.spacing_mm)}; "
+            f"expected a head of at most {LARGEST_MM:g}: correct its voxel size or its unit"
+        )
+    if min(volume.voxels.shape) < 4:
+        raise NotHeadError(f"the image has {' x '.join(map(str, volume.voxels.shape))} voxels; expected 4 or more a side")
     if max(volume.extent_mm) <= CROP_LIMIT_MM:
         return _segment_crop(volume, session)
     return _segment_head(volume, session)
 
 
 def _segment_crop(volume: Volume, session: rt.Session) -> Segmentation:
-    if min(volume.extent_mm) < 15 or min(volume.voxels.shape) < 4:
+    if min(volume.extent_mm) < 15:
         raise NotHeadError(f"the image measures {_rounded(volume.extent_mm)} mm; expected a whole head, or a crop of at least 15 mm a side")
     start = time.monotonic()
     centre, axes = _crop_pose(volume)
@@ -209,12 +217,12 @@ def _edge_flags(labels: NDArray[np.uint8], structures: Sequence[Structure]) -> l
 
 
 def _grid_flags(volume: Volume) -> list[str]:
-    thickest = max(volume.spacing_mm)
-    return [f"voxels of {_rounded(volume.spacing_mm)} mm are coarse for volumes of this size"] if thickest > THICK_MM else []
+    coarse = max(volume.spacing_mm) > THICK_MM
+    return [*volume.doubts, *([f"voxels of {_rounded(volume.spacing_mm)} mm are coarse for volumes of this size"] if coarse else [])]
 
 
 def _rounded(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.3g}" for value in values)
+    return " x ".join(f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values)
 
 
 def _crop_pose(volume: Volume) -> tuple[Array, Array]:
