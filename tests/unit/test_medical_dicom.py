@@ -205,7 +205,8 @@ def test_an_orientation_that_is_not_stated_is_a_doubt(tmp_path: Path) -> None:
         nib.save(image, tmp_path / f"{name}.nii.gz")
     assert "left and right are a guess" in read_nifti(tmp_path / "none.nii.gz").doubts[0]
     assert "sform RAS, qform LAS" in read_nifti(tmp_path / "two.nii.gz").doubts[0]
-    assert not read_nifti(tmp_path / "one.nii.gz").doubts and not read_nifti(tmp_path / "same.nii.gz").doubts
+    assert not read_nifti(tmp_path / "one.nii.gz").doubts
+    assert not read_nifti(tmp_path / "same.nii.gz").doubts
 
 
 def test_an_image_larger_than_a_body_is_refused_at_once() -> None:
