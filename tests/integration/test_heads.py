@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from apps.medical.dicom.series import group_series, read_volume
 from apps.medical.errors import InputError, MedicalError, NotHeadError
 from apps.medical.evaluation.evaluate import case_files, evaluate_case, summarise
 from apps.medical.segmentation.hippocampus import Segmentation, segment_hippocampi
-from apps.medical.service import read_input
+from apps.medical.service import read_input, segment_file
 from apps.medical.volume import Volume, read_nifti
 from tests.phantoms import HEAD
 
@@ -242,6 +244,19 @@ def test_awkward_real_dicom(name: str, data_dir: Path) -> None:
     else:
         with pytest.raises(InputError, match=expected):
             read_volume(series)
+
+
+@pytest.mark.parametrize("study", ["Study1", "Study2", "Study3"])
+def test_a_crop_from_dicom_is_segmented_into_a_valid_dicom_seg(
+    study: str, data_dir: Path, session: rt.Session, program: Callable[[str], str], tmp_path: Path
+) -> None:
+    report = segment_file(data_dir / "hippocampus_dicom_crops" / study, session, tmp_path)
+    assert 1.5 < report["volumes_ml"]["hippocampus"] < 6
+    seg = hd.seg.segread(tmp_path / "segmentation.dcm")
+    labels = [seg.get_segment_description(n).segment_label for n in seg.segment_numbers]
+    assert labels == ["anterior hippocampus", "posterior hippocampus"]
+    answer = subprocess.run([program("dciodvfy"), str(tmp_path / "segmentation.dcm")], capture_output=True, text=True, check=False)
+    assert "Error" not in answer.stderr + answer.stdout, answer.stderr
 
 
 def test_compressed_ct_slices_decode_to_one_truth(data_dir: Path) -> None:

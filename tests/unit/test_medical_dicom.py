@@ -22,7 +22,7 @@ from apps.medical.dicom.files import Instances, add_instance, read_instances
 from apps.medical.dicom.segmentation_object import write_segmentation
 from apps.medical.dicom.series import group_series, read_volume
 from apps.medical.errors import InputError, SeriesError
-from apps.medical.segmentation.hippocampus import HEAD_STRUCTURES, segment_hippocampi
+from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, HEAD_STRUCTURES, segment_hippocampi
 from apps.medical.service import read_input
 from apps.medical.volume import Volume, read_nifti
 from tests.phantoms import AXIAL, OBLIQUE, as_bytes, blob, dicom_slices, save_series
@@ -285,6 +285,30 @@ def test_seg_round_trip_keeps_place_labels_and_references(
 
     answer = subprocess.run([program("dciodvfy"), str(path)], capture_output=True, text=True, check=False)
     assert "Error" not in answer.stderr + answer.stdout, answer.stderr
+
+
+def test_a_seg_of_a_crop_states_no_side(tmp_path: Path, program: Callable[[str], str]) -> None:
+    volume = load(dicom_slices(blob()))
+    labels = np.zeros(volume.voxels.shape, np.uint8)
+    labels[2:9, 3:7, 1:3], labels[12:18, 10:21, 6:8] = 1, 2
+    write_segmentation(labels, CROP_STRUCTURES, volume, "hippocampus-t1", "1.0.0", tmp_path / "seg.dcm")
+    seg = hd.seg.segread(tmp_path / "seg.dcm")
+    regions = [seg.get_segment_description(n).AnatomicRegionSequence[0] for n in seg.segment_numbers]
+    assert [region.CodeMeaning for region in regions] == ["Hippocampus", "Hippocampus"]
+    assert not any("AnatomicRegionModifierSequence" in region for region in regions)
+    answer = subprocess.run([program("dciodvfy"), str(tmp_path / "seg.dcm")], capture_output=True, text=True, check=False)
+    assert "Error" not in answer.stderr + answer.stdout, answer.stderr
+
+
+@pytest.mark.parametrize("text", ["7,25", "nan", "a"])
+def test_a_rescale_slope_that_is_no_number_is_named(text: str) -> None:
+    slices = dicom_slices(blob())
+    slices[2].RescaleSlope = "7.25"
+    found = Instances()
+    for number, ds in enumerate(slices):
+        add_instance(found, str(number), as_bytes(ds).replace(b"7.25", text.encode().ljust(4)))
+    with pytest.raises(SeriesError, match=f"RescaleSlope .*{text}.*expected a number"):
+        read_volume(group_series(found.datasets)[0])
 
 
 def test_none_of_pydicoms_own_files_does_worse_than_a_refusal() -> None:

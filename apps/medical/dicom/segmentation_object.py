@@ -52,7 +52,6 @@ def _description(structure: Structure, number: int, model: str, version: str, tr
         tracking_uid=hd.UID(),
         tracking_id=f"{tracking} {structure.name}"[:64],
         anatomic_regions=[codes.SCT.Hippocampus],
-        primary_anatomic_structures=None if not structure.side else [codes.SCT.Hippocampus],
     )
 
 
@@ -79,7 +78,6 @@ def write_segmentation(
         region = description.AnatomicRegionSequence[0]
         if structure.side:
             region.AnatomicRegionModifierSequence = [hd.sr.CodedConcept.from_code(SIDES[structure.side])]
-        del description.PrimaryAnatomicStructureSequence
     try:
         segmentation = _segmentation(planes, descriptions, volume, model, version)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

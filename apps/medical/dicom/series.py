@@ -6,6 +6,7 @@ Geometry after DICOM PS3.3 C.7.6.2 (Image Plane) and C.7.6.16 (Multi-frame Funct
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,18 @@ def _numbers(series: Series, dataset: Dataset | None, keyword: str, count: int) 
     return numbers
 
 
+def _number(series: Series, dataset: Dataset | None, keyword: str, default: float) -> float:
+    """One number; `default` where there is none, or 0."""
+    try:
+        value = float((None if dataset is None else dataset.get(keyword)) or default)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        seen = dataset.get_item(keyword) if dataset is not None else None
+        raise SeriesError(f"{series.name} has {keyword} {getattr(seen, 'value', None)!r}; expected a number, with a point")
+    return value
+
+
 def _group(dataset: Dataset, frame: int, keyword: str) -> Dataset | None:
     """A functional group macro of one frame: its own, or the shared one."""
     own = dataset.get("PerFrameFunctionalGroupsSequence")
@@ -155,10 +168,7 @@ def _frames(series: Series, index: int, dataset: Dataset) -> list[_Frame]:
     made = []
     for frame, place, plane, measures, transform in rows:
         spacing = _numbers(series, measures, "PixelSpacing", 2)
-        slope, intercept = (
-            float(transform.get(key, default) or default) if transform is not None else default
-            for key, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
-        )
+        slope, intercept = _number(series, transform, "RescaleSlope", 1.0), _number(series, transform, "RescaleIntercept", 0.0)
         position = np.array(_numbers(series, place, "ImagePositionPatient", 3))
         orientation = np.array(_numbers(series, plane, "ImageOrientationPatient", 6))
         lengths = np.linalg.norm(orientation.reshape(2, 3), axis=1)
