@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,8 @@ app.add_typer(finance, name="finance")
 app.add_typer(industrial, name="industrial")
 app.add_typer(model_app, name="model")
 app.add_typer(pipeline_app, name="pipeline")
+OF_FILES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+"""What goes wrong with a file or folder that the user named."""
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")]
 
 
@@ -129,6 +133,12 @@ def main() -> None:
         app()
     except (TriscopeError, MedicalError, FinanceError, IndustrialError, PipelineError, SharedRuntimeError) as error:
         sys.stderr.write("triscope: " + redact(" ".join(str(error).split())) + "\n")
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        if error.errno not in OF_FILES and not isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        logging.getLogger(__name__).debug("a file can't be used", exc_info=True)
+        sys.stderr.write(f"triscope: {error if error.filename is None else f'{error.filename}: {error.strerror}'}\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(130)

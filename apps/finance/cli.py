@@ -29,9 +29,10 @@ def score(
     """Scores and reasons for a history of transactions."""
     from apps.finance.bootstrap import open_scorer
     from apps.finance.service import score_table
-    from apps.finance.transactions.table import read_transactions, write_table
+    from apps.finance.transactions.table import check_target, read_transactions, write_table
 
     target = out or file.with_name(f"{file.name.split('.')[0]}.scores.parquet")
+    check_target(target)
     table = read_transactions(file)
     scorer = open_scorer(load_settings().settings)
     scores = score_table(table, scorer, lambda parts: progress(parts, "scoring", len(range(0, len(table), 4096))))
@@ -68,11 +69,11 @@ def _evaluate(transactions: Path, start: date, folds: int, train_days: int) -> t
     return run(table, start, number=folds, train_days=train_days, threads=threads, watch=lambda parts: progress(parts, "folds", folds))
 
 
-def _date(text: str) -> date:
+def _date(option: str, text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise UsageError(f"--train-start is {text!r}; expected a date as 2018-07-25") from error
+        raise UsageError(f"{option} is {text!r}; expected a date as 2018-07-25") from error
 
 
 @app.command()
@@ -86,9 +87,11 @@ def evaluate(
 ) -> None:
     """Train and test by the published protocol: AUC ROC, average precision, card precision@100, recall a scenario."""
     from apps.finance.features.schema import VERSION
-    from apps.finance.transactions.table import write_table
+    from apps.finance.transactions.table import check_target, write_table
 
-    result, scored = _evaluate(transactions, _date(train_start), folds, train_days)
+    if scores is not None:
+        check_target(scores)
+    result, scored = _evaluate(transactions, _date("--train-start", train_start), folds, train_days)
     _show(result, json)
     if scores is not None:
         write_table(scored, scores)
@@ -148,7 +151,7 @@ def generate(
     """Make simulated card transactions with three kinds of fraud; the same seed makes the same file."""
     from apps.finance.transactions.generate import Population, write_days
 
-    number = write_days(Population.for_rows(rows, days), _date(start), days, seed, out)
+    number = write_days(Population.for_rows(rows, days), _date("--start", start), days, seed, out)
     console.print(f"{number} transactions in {out}")
     write_json({"transactions": number, "out": str(out)}, json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import os
 import zlib
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def written_as_csv(path: Path) -> bool:
     if not name.endswith((".csv", *PARQUET_SUFFIXES)):
         raise InputError(f"can't write {path.name}: its suffix is {path.suffix!r}; expected .csv or .parquet")
     return name.endswith(".csv")
+
+
+def check_target(path: Path) -> None:
+    """Raise InputError now where a table can't be written to `path` after the work is done."""
+    written_as_csv(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"can't write {path}: expected a file in a folder that can be written to")
 
 
 def write_table(table: pl.DataFrame, path: Path) -> None:
