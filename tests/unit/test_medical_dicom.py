@@ -300,6 +300,19 @@ def test_a_seg_of_a_crop_states_no_side(tmp_path: Path, program: Callable[[str],
     assert "Error" not in answer.stderr + answer.stdout, answer.stderr
 
 
+def test_an_image_whose_low_values_are_white_is_inverted() -> None:
+    slices = dicom_slices(blob())
+    usual = load(slices)
+    for ds in slices:
+        ds.PhotometricInterpretation = "MONOCHROME1"
+    inverted = load(slices)
+    np.testing.assert_allclose(inverted.voxels, usual.voxels.max() + usual.voxels.min() - usual.voxels)
+    assert "MONOCHROME1" in inverted.doubts[0]
+    for ds in slices:
+        ds.Modality = "CT"
+    np.testing.assert_array_equal(load(slices).voxels, usual.voxels)
+
+
 @pytest.mark.parametrize("text", ["7,25", "nan", "a"])
 def test_a_rescale_slope_that_is_no_number_is_named(text: str) -> None:
     slices = dicom_slices(blob())

@@ -85,7 +85,7 @@ def _bytes_of(dataset: Dataset) -> int:
 
 
 def read_volume(series: Series) -> Volume:
-    """The regular volume of a series: (columns, rows, slices) in the modality's units.
+    """The regular volume of a series: (columns, rows, slices) in the modality's units; MONOCHROME1 the other way round, as viewers show it.
 
     Raises SeriesError, saying why, where the slices are not one regular volume: too few of them, a hole,
     a tilted gantry, several orientations, several images at one place, missing geometry, colour.
@@ -102,6 +102,9 @@ def read_volume(series: Series) -> Volume:
     affine = _affine(series, frames)
     voxels = _voxels(series, frames)
     first = series.instances[frames[0].instance]
+    inverted = first.get("PhotometricInterpretation") == "MONOCHROME1" and series.modality != "CT"  # CT numbers are a scale of their own
+    if inverted:
+        voxels = voxels.max() + voxels.min() - voxels
     volume = Volume(
         voxels=voxels,
         affine=affine,
@@ -110,6 +113,7 @@ def read_volume(series: Series) -> Volume:
         patient=str(first.get("PatientName", "") or first.get("PatientID", "") or ""),
         datasets=tuple(series.instances[i] for i in dict.fromkeys(f.instance for f in frames)),
         frames=tuple(f.frame for f in frames) if len(series.instances) == 1 else (),
+        doubts=("its low values are white (MONOCHROME1): it was inverted",) if inverted else (),
     )
     return checked(volume, series.name)
 
