@@ -21,7 +21,7 @@ from pydicom.data import get_testdata_file
 from apps.medical.dicom.files import Instances, add_instance, read_instances
 from apps.medical.dicom.segmentation_object import write_segmentation
 from apps.medical.dicom.series import group_series, read_volume
-from apps.medical.errors import InputError, SeriesError
+from apps.medical.errors import InputError, MedicalError, SeriesError
 from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, HEAD_STRUCTURES, segment_hippocampi
 from apps.medical.service import read_input
 from apps.medical.volume import Volume, read_nifti
@@ -298,6 +298,24 @@ def test_a_seg_of_a_crop_states_no_side(tmp_path: Path, program: Callable[[str],
     assert not any("AnatomicRegionModifierSequence" in region for region in regions)
     answer = subprocess.run([program("dciodvfy"), str(tmp_path / "seg.dcm")], capture_output=True, text=True, check=False)
     assert "Error" not in answer.stderr + answer.stdout, answer.stderr
+
+
+def test_uids_that_an_anonymiser_emptied_are_made_up_again(tmp_path: Path) -> None:
+    slices = dicom_slices(blob())
+    usual = load(slices)
+    for place, ds in enumerate(slices):
+        ds.SeriesInstanceUID = ds.StudyInstanceUID = ""
+        ds.SOPInstanceUID = ""
+        if place % 2:
+            del ds.SeriesInstanceUID
+    emptied = load(slices)
+    np.testing.assert_array_equal(emptied.voxels, usual.voxels)
+    assert [ds.SOPInstanceUID for ds in emptied.datasets] == [ds.SOPInstanceUID for ds in usual.datasets]
+    assert load(slices).datasets[0].SeriesInstanceUID == emptied.datasets[0].SeriesInstanceUID
+    labels = np.zeros(emptied.voxels.shape, np.uint8)
+    labels[2:9, 3:7, 1:3] = 1
+    with pytest.raises(MedicalError, match="can't be referred to"):
+        write_segmentation(labels, CROP_STRUCTURES, emptied, "hippocampus-t1", "1.0.0", tmp_path / "seg.dcm")
 
 
 def test_an_image_whose_low_values_are_white_is_inverted() -> None:

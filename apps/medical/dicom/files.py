@@ -12,6 +12,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import generate_uid
 
 from apps.medical.errors import InputError
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 * 2**30
 MAX_TOTAL_BYTES = 16 * 2**30
 MAX_FILES = 100_000
+SERIES = ("StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "SeriesDescription", "ProtocolName", "PatientID")
+"""What instances of one series have in common, where its UID was emptied."""
 
 
 @dataclass
@@ -90,7 +93,16 @@ def add_instance(found: Instances, name: str, content: bytes) -> None:
         return
     if "DirectoryRecordSequence" in dataset:
         found.skipped.append((name, "a DICOMDIR index"))
-    elif "SOPInstanceUID" not in dataset or "SeriesInstanceUID" not in dataset:
-        found.skipped.append((name, "damaged DICOM: no SOPInstanceUID or SeriesInstanceUID"))
+    elif not _identified(dataset):
+        found.skipped.append((name, "damaged DICOM: no SOPInstanceUID"))
     else:
         found.datasets.append(dataset)
+
+
+def _identified(dataset: FileDataset) -> bool:
+    """Whether an object can be told from others. What an anonymiser emptied is taken from the file's preamble, and a series without a
+    UID is what the same equipment calls the same series: its UID is made of that."""
+    dataset.SOPInstanceUID = dataset.get("SOPInstanceUID") or dataset.file_meta.get("MediaStorageSOPInstanceUID") or ""
+    if not dataset.get("SeriesInstanceUID"):
+        dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[f"{keyword}={dataset.get(keyword, '')}" for keyword in SERIES])
+    return bool(dataset.SOPInstanceUID)

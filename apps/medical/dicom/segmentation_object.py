@@ -65,6 +65,8 @@ def write_segmentation(
     """
     if not volume.datasets:
         raise MedicalError("a DICOM SEG needs a DICOM series to refer to; this volume came from another format")
+    if not volume.datasets[0].get("StudyInstanceUID"):
+        raise MedicalError("the source series can't be referred to: it has no StudyInstanceUID")
     present = [s for s in structures if (labels == s.value).any()]
     planes = np.zeros((labels.shape[2], labels.shape[1], labels.shape[0]), np.uint8)
     for number, structure in enumerate(present, start=1):
