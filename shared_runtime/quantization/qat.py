@@ -57,6 +57,13 @@ class QuantizedLayer(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.layer, self.input = layer, ActivationQuantizer()
 
+    def __getattr__(self, name: str) -> Any:
+        """What its parent asks of the layer itself (`weight`, `out_features`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
         weight = self.layer.weight
@@ -77,8 +84,13 @@ def prepare(module: Any) -> Any:
         return QuantizedLayer(made)
     count = 0
     for parent in list(made.modules()):
-        if isinstance(parent, QuantizedLayer):
+        if isinstance(parent, (QuantizedLayer, nn.MultiheadAttention)):  # attention reads the weights of its layers itself
             continue
+        # torch's fused path of transformers would read the weights as they are, without their rounding
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False
         for name, child in list(parent.named_children()):
             if isinstance(child, KINDS) and getattr(child, "padding_mode", "zeros") == "zeros":
                 setattr(parent, name, QuantizedLayer(child))

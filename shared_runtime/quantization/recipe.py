@@ -68,7 +68,9 @@ def compress(
     )
     note("train with L1", history)
     if not prune_channels(student, recipe.share):
-        raise UnsupportedModelError(f"no channel of {type(module).__name__} can go: expected convolutions in a row within a Sequential")
+        raise UnsupportedModelError(
+            f"no channel of {type(module).__name__} can go: expected convolutions or linear layers in a row within a Sequential"
+        )
     note("prune channels", [])
     note(
         "distil",
@@ -81,63 +83,91 @@ def compress(
 
 
 def channel_norm(module: Any) -> Tensor:
-    """Sum of the L1 norms of all convolution weights."""
+    """Sum of the L1 norms of all weights of convolutions and linear layers."""
     total = torch.zeros(())
     for part in module.modules():
-        if isinstance(part, qat.KINDS[:3]):
+        if isinstance(part, qat.KINDS):
             total = total + part.weight.abs().sum()
     return total
 
 
+CHANNELWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Identity),
+    *(
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.MaxPool1d,
+        nn.MaxPool2d,
+        nn.MaxPool3d,
+        nn.AvgPool1d,
+        nn.AvgPool2d,
+        nn.AvgPool3d,
+    ),
+)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
+
+
 def prune_channels(module: Any, share: float) -> int:
-    """Take the channels of the smallest L1 norm out of convolutions that another one follows in a Sequential; how many went."""
+    """Take the channels of the smallest L1 norm out of convolutions and linear layers that another one follows in a Sequential, with
+    norms, activations, pooling and depthwise convolutions between them; how many went."""
     gone = 0
     for parent in module.modules():
         if isinstance(parent, nn.Sequential):
             layers = list(parent)
             for place, layer in enumerate(layers):
-                if isinstance(layer, qat.KINDS[:3]) and layer.groups == 1:
+                if isinstance(layer, qat.KINDS) and getattr(layer, "groups", 1) == 1:
                     gone += _prune(layer, layers[place + 1 :], share)
     return gone
 
 
 def _prune(layer: Any, following: list[Any], share: float) -> int:
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     between: list[Any] = []
     target: Any = None
     for part in following:
-        if isinstance(part, type(layer)) and part.groups == 1:
+        if isinstance(part, type(layer)) and getattr(part, "groups", 1) == 1:
             target = part
             break
-        normal = isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
-        if not normal and any(True for _ in part.parameters()):
-            return 0
-        if not normal and not isinstance(
-            part, (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Dropout, nn.MaxPool2d, nn.MaxPool3d, nn.Identity)
-        ):
+        depthwise = isinstance(part, type(layer)) and part.groups == part.in_channels == part.out_channels
+        if not depthwise and not isinstance(part, CHANNELWISE) and not _norm_of(part, layer, width):
             return 0
         between.append(part)
-    drop = int(share * layer.out_channels)
+    drop = int(share * width)
     if target is None or not drop:
         return 0
     norms = layer.weight.detach().abs().flatten(1).sum(1)
     kept = torch.sort(torch.argsort(norms)[drop:]).values
+    sizes = {"out_channels", "out_features"}
     with torch.no_grad():
-        layer.weight = nn.Parameter(layer.weight[kept])
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias[kept])
-        layer.out_channels = len(kept)
+        _keep(layer, kept, sizes)
         for part in between:
-            for name in ("weight", "bias"):
-                if getattr(part, name, None) is not None:
-                    setattr(part, name, nn.Parameter(getattr(part, name)[kept]))
-            for name in ("running_mean", "running_var"):
-                if getattr(part, name, None) is not None:
-                    setattr(part, name, getattr(part, name)[kept])
-            if hasattr(part, "num_features"):
-                part.num_features = len(kept)
+            _keep(part, kept, sizes | {"in_channels", "groups", "num_features"})
         target.weight = nn.Parameter(target.weight[:, kept])
-        target.in_channels = len(kept)
+        setattr(target, "in_features" if isinstance(target, nn.Linear) else "in_channels", len(kept))
     return drop
+
+
+def _norm_of(part: Any, layer: Any, width: int) -> bool:
+    """Whether `part` normalises what `layer` gives, channel by channel."""
+    if isinstance(part, nn.LayerNorm):
+        return isinstance(layer, nn.Linear) and tuple(part.normalized_shape) == (width,)
+    return isinstance(part, NORMS)
+
+
+def _keep(part: Any, kept: Tensor, sizes: set[str]) -> None:
+    """Only the channels `kept` of a layer's numbers, and its sizes with them."""
+    for name in ("weight", "bias"):
+        if getattr(part, name, None) is not None:
+            setattr(part, name, nn.Parameter(getattr(part, name)[kept]))
+    for name in ("running_mean", "running_var"):
+        if getattr(part, name, None) is not None:
+            setattr(part, name, getattr(part, name)[kept])
+    for name in sizes & set(vars(part)):
+        setattr(part, name, len(kept))
+    if isinstance(part, nn.LayerNorm):
+        part.normalized_shape = (len(kept),)
 
 
 def _taught(teacher: Any, data: list[tuple[Mapping[str, Any], Any]]) -> list[tuple[Mapping[str, Any], Any]]:

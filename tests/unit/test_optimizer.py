@@ -347,6 +347,57 @@ def test_training_in_int8_exports_what_was_trained(tmp_path: Path) -> None:
         np.testing.assert_allclose(output, prepared(torch.from_numpy(x)).numpy(), atol=1e-4)
 
 
+def test_transformers_are_trained_in_int8(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from shared_runtime.quantization import qat
+
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
+    encoder = torch.nn.TransformerEncoder(layer, 1)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), encoder, torch.nn.Flatten(), torch.nn.Linear(16 * 5, 4))
+    prepared = qat.prepare(network)
+    x = torch.randn(6, 5, 8)
+    qat.fit(prepared, [({"input": x}, torch.arange(6) % 4)], torch.nn.functional.cross_entropy, epochs=2)
+    prepared.eval()
+    rounded: list[Any] = []
+    prepared[1].layers[0].linear1.register_forward_hook(lambda *given: rounded.append(given))
+    mask = torch.zeros(6, 5, dtype=torch.bool)
+    mask[:, 4] = True
+    with torch.no_grad():  # where torch would take a fused path of its own, with padding and without, in float
+        prepared[1](prepared[0](x), src_key_padding_mask=mask)
+        prepared(x)
+    assert len(rounded) == 2
+    folder = qat.export(prepared, {"input": x[:2].numpy()}, tmp_path / "m", "m")
+    kinds = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") == 4  # two linear layers in the encoder, one before it, one after
+
+
+@pytest.mark.parametrize("kind", ["inverted residual", "dense"])
+def test_channels_go_through_depthwise_convolutions_and_dense_layers(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    from shared_runtime.quantization.recipe import prune_channels
+
+    nn = torch.nn
+    torch.manual_seed(0)
+    if kind == "dense":
+        network, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.SiLU(), nn.Dropout(), nn.Linear(8, 3)), torch.randn(4, 6)
+    else:
+        wide = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        parts = [nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), wide, nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 3, 1)]
+        network, x = nn.Sequential(*parts), torch.randn(2, 3, 6, 6)
+    network.eval()
+    with torch.no_grad():
+        network[0].weight[4:] = 0.0  # dead channels: nothing may change where they go (a LayerNorm sees fewer)
+        before = network(x)
+        assert prune_channels(network, 0.5) == 4
+        after = network(x)
+    assert network[0].weight.shape[0] == 4
+    assert network[-1].weight.shape[1] == 4
+    if kind != "dense":
+        assert (network[3].groups, network[3].weight.shape[0]) == (4, 4)
+        torch.testing.assert_close(after, before)
+
+
 def test_one_recipe_trains_prunes_distils_and_quantizes(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from shared_runtime.quantization.recipe import Compression, compress
