@@ -99,6 +99,7 @@ class LightgbmImporter:
         objective = str(booster.dump_model().get("objective", "regression")).split()[0]
         name = input_name(example)
         proto = _convert("convert_lightgbm", booster, name, booster.num_feature(), "a LightGBM model")
+        _whole_categories(proto, name, booster.num_feature())
         classes = objective.startswith(("binary", "multiclass"))
         proto = _one_output(proto, "probability" if classes else "prediction", binary=objective.startswith("binary"))
         output = proto.graph.output[0].name
@@ -163,6 +164,25 @@ def _convert(function: str, booster: Any, name: str, width: int, what: str) -> o
     del proto.opset_import[:]
     proto.opset_import.extend([*kept, onnx.helper.make_opsetid("", 15)])
     return proto
+
+
+def _whole_categories(proto: onnx.ModelProto, name: str, width: int) -> None:
+    """Cut the fractions off features that trees compare for equality, in place: LightGBM reads categories as whole numbers."""
+    categories = np.zeros((1, width), bool)
+    for node in proto.graph.node:
+        values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        for feature, mode in zip(values.get("nodes_featureids", ()), values.get("nodes_modes", ()), strict=True):
+            categories[0, feature] |= mode == b"BRANCH_EQ"
+    if not categories.any():
+        return
+    for node in proto.graph.node:
+        node.input[:] = ["whole" if given == name else given for given in node.input]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(categories, "categories"))
+    steps = [("Abs", [name], "size"), ("Floor", ["size"], "floor"), ("Sign", [name], "sign"), ("Mul", ["floor", "sign"], "cut")]
+    nodes = [onnx.helper.make_node(kind, inputs, [out]) for kind, inputs, out in [*steps, ("Where", ["categories", "cut", name], "whole")]]
+    rest = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*nodes, *rest])
 
 
 def _one_output(proto: onnx.ModelProto, name: str, *, binary: bool) -> onnx.ModelProto:

@@ -259,6 +259,23 @@ def test_lightgbm(tmp_path: Path) -> None:
         np.testing.assert_allclose(output[:, 0], booster.predict(x[:64], num_threads=1), atol=1e-5)
 
 
+def test_lightgbm_reads_categories_as_whole_numbers(tmp_path: Path) -> None:
+    lightgbm = pytest.importorskip("lightgbm")
+    pytest.importorskip("onnxmltools")
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((400, 4)).astype(np.float32)
+    x[:, 2] = generator.integers(0, 6, 400)
+    y = (x[:, 2] % 2 == 1) ^ (x[:, 0] > 1)
+    classifier = lightgbm.LGBMClassifier(n_estimators=10, verbosity=-1, num_threads=1).fit(x, y, categorical_feature=[2])
+    model = rt.load(classifier, example=x[:4])
+    odd = np.array([0.7, -0.4, 3.99, -3.0, np.nan, 77.0], np.float32)
+    given = x[:60].copy()
+    given[:, 2] = np.resize(odd, 60)
+    for rows in (x[:60], given):
+        (output,) = run(model, {"features": rows}, tmp_path).values()
+        np.testing.assert_allclose(output[:, 0], classifier.predict_proba(rows)[:, 1], atol=1e-5)
+
+
 def bundle(folder: Path, network: dict[str, Any], channels: int = 1) -> Any:
     from monai.networks.nets import BasicUNet
 
