@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +55,9 @@ class Sample:
         elif self.boxes:
             outline = np.zeros(shape[:2], bool)
             for x, y, w, h in self.boxes:
-                outline[round(y) : round(y + h), round(x) : round(x + w)] = True
+                outline[max(0, round(y)) : max(0, round(y + h)), max(0, round(x)) : max(0, round(x + w))] = True
+            if not outline.any():
+                raise InputError(f"the boxes of {self.path.name} {list(self.boxes)} lie outside of its {shape[1]} x {shape[0]} pixels")
         else:
             return None
         if not outline.any():
@@ -82,30 +86,48 @@ def labelled_samples(dataset: Path, *, defects_only: bool = False) -> list[Sampl
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         if defects_only and folder.name == GOOD:
             continue
-        for path in image_files(folder):
-            mask = None if folder.name == GOOD else _mask(dataset / TRUTH / folder.name, path)
-            found.append(Sample(path, folder.name, mask, boxes.get(f"{folder.name}/{path.name}", ())))
+        images = image_files(folder)
+        masks = {} if folder.name == GOOD else _masks(dataset / TRUTH / folder.name, images)
+        found += [Sample(path, folder.name, masks.get(path.name), boxes.get(f"{folder.name}/{path.name}", ())) for path in images]
     if not found:
         raise InputError(f"{root} holds no images; expected test/KIND with images")
+    if astray := sorted(name for name in boxes if not (root / name).is_file()):
+        raise InputError(
+            f"{dataset / BOXES_FILE} names {len(astray)} files that are not below {root}, such as {astray[0]}; expected KIND/NAME"
+        )
     return found
 
 
-def _mask(folder: Path, image: Path) -> Path | None:
-    for name in (f"{image.stem}_mask.png", f"{image.stem}.png", f"{image.stem}_mask.bmp"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+def _masks(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
+    """The outlines of images by name: NAME_mask or NAME with any suffix of an image. Raises InputError where there are outlines, and of
+    none of the images."""
+    files = {path.stem: path for path in image_files(folder)} if folder.is_dir() else {}
+    found = {image.name: files.get(f"{image.stem}_mask", files.get(image.stem)) for image in images}
+    masks = {name: path for name, path in found.items() if path is not None}
+    if files and images and not masks:
+        raise InputError(
+            f"{folder} holds {len(files)} outlines, such as {next(iter(files.values())).name}, and none of an image of its kind; "
+            f"expected {images[0].stem}_mask.png for {images[0].name}"
+        )
+    return masks
 
 
 def _boxes(path: Path) -> dict[str, tuple[tuple[float, float, float, float], ...]]:
     if not path.is_file():
         return {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}; expected the columns file, x, y, width, height") from error
+    separator = max(",;\t", key=text.partition("\n")[0].count)
     found: dict[str, tuple[tuple[float, float, float, float], ...]] = {}
-    with path.open(newline="") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                box = (float(row["x"]), float(row["y"]), float(row["width"]), float(row["height"]))
-                found[row["file"]] = (*found.get(row["file"], ()), box)
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{path}, line {number}: {error!r}; expected the columns file, x, y, width, height") from error
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator), 2):
+        try:
+            box = (float(row["x"]), float(row["y"]), float(row["width"]), float(row["height"]))
+            name = row["file"].replace("\\", "/").removeprefix("test/")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}, line {number}: {error!r}; expected the columns file, x, y, width, height") from error
+        if not np.isfinite(box).all() or min(box[2:]) <= 0:
+            raise InputError(f"{path}, line {number}: box {list(box)}; expected x, y, width, height in pixels, the last two above 0")
+        found[name] = (*found.get(name, ()), box)
     return found
