@@ -101,9 +101,11 @@ class SlidingWindow:
 
     def labels(self, volume: Array, out: Array | None = None) -> Array:
         """The class of the highest score a voxel, (*spatial) uint8 (uint16 above 256 classes), or written to `out`, such as a
-        memory map; raises as `slabs` does."""
+        memory map; raises as `slabs` does, ModelError also for a model of one class."""
         labels = out
         for where, slab in self.slabs(volume):
+            if len(slab) < 2:
+                raise ModelError(f"{self._session.model.name!r} gives one score a voxel; labels need two classes: put a limit to `scores`")
             if labels is None:
                 labels = np.empty(volume.shape[1:], np.min_scalar_type(len(slab) - 1))
             target = labels[where]

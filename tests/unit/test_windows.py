@@ -110,3 +110,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model = rt.load(save(tmp_path / "p.onnx", [pooled], {}, {"image": ["batch", 1, "h", "w"]}, {"scores": ["batch", 1, 1, 1]}))
     with session(model, tmp_path) as ready, pytest.raises(rt.ModelError, match="needs scores"):
         rt.SlidingWindow(ready, (8, 8)).scores(np.zeros((1, 9, 9)))
+
+
+def test_one_score_a_voxel_has_no_labels(tmp_path: Path) -> None:
+    with session(network(tmp_path / "m.onnx", np.ones((1, 1, 1, 1, 1), np.float32)), tmp_path) as ready:
+        windows = rt.SlidingWindow(ready, (8, 8, 8))
+        assert windows.scores(np.ones((1, 9, 9, 9), np.float32)).shape == (1, 9, 9, 9)
+        with pytest.raises(rt.ModelError, match="put a limit to `scores`"):
+            windows.labels(np.ones((1, 9, 9, 9), np.float32))
