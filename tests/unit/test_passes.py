@@ -218,6 +218,19 @@ def test_input_passes_do_what_the_caller_did_before(tmp_path: Path) -> None:
     np.testing.assert_allclose(plain_session(model).run(None, {"x": pixels.transpose(0, 2, 3, 1)})[0], expected, atol=1e-3)
 
 
+def test_input_passes_stand_before_each_other(tmp_path: Path) -> None:
+    model = built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(2, 4, 3, 3)}))
+    pixels = generator.integers(0, 255, (2, 6, 6, 4)).astype(np.uint8)
+    x = (np.clip(pixels.transpose(0, 3, 1, 2).astype(np.float32), 20, 120) - 20) / 100
+    expected = plain_session(model).run(None, {"x": (x - 0.3) / 0.2})[0]
+    changed, _ = applied(model, "normalize-input", mean=[0.3] * 4, std=[0.2] * 4)
+    changed, _ = applied(changed, "window-input", center=70, width=100)
+    changed, _ = applied(changed, "channels-last-input", uint8=True)
+    np.testing.assert_allclose(plain_session(changed).run(None, {"x": pixels})[0], expected, atol=1e-3)
+    _, result = run_pass(changed, passes()["normalize-input"], (), mean=0, std=1)
+    assert "input 'x' is uint8; expected float32" in result.refused
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -225,6 +238,10 @@ def test_input_passes_do_what_the_caller_did_before(tmp_path: Path) -> None:
         ("normalize-input", {"mean": 0, "std": 0}, "above 0"),
         ("window-input", {"center": 0, "width": 0}, "above 0"),
         ("window-input", {"input": "z"}, "no input 'z'"),
+        ("normalize-input", {"mean": 0, "std": float("nan")}, "above 0"),
+        ("normalize-input", {"mean": [1, 2], "std": 1}, "hold 2 and 1 numbers and input 'x' has 4 channels"),
+        ("normalize-input", {"mean": 0, "std": 1, "standard": 2}, "no option 'standard'; it has mean, std, input"),
+        ("prune-weights", {"share": 0.5}, "no option 'share'; it has sparsity"),
         ("prune-weights", {"sparsity": 1.5}, "between 0 and 1"),
         ("share-values", {"values": 1}, "2 to 4096"),
     ],

@@ -33,7 +33,8 @@ class PassRefused(Exception):
 @runtime_checkable
 class OptimizationPass(Protocol):
     """One rewrite of an ONNX graph. `tolerance`: the relative difference that it may make; None where it is lossy by
-    intent (pruning ...) and only the guard can tell. `engine`: the backend whose operators it uses, "" for all."""
+    intent (pruning ...) and only the guard can tell. `engine`: the backend whose operators it uses, "" for all.
+    A pass may name its `options`; any other is refused then."""
 
     name: str
     summary: str
@@ -77,6 +78,9 @@ def run_pass(
     before = (len(model.graph.node), model.ByteSize())
     changes, error, refused = 0, None, ""
     try:
+        known = getattr(one, "options", None)
+        if known is not None and (unknown := sorted(set(options) - set(known))):
+            raise PassRefused(f"it has no option {unknown[0]!r}; it has {', '.join(known)}")
         changes = one.apply(changed, **options)
         if changes:
             del changed.graph.value_info[:]

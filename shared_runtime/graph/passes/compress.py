@@ -21,6 +21,7 @@ class PruneWeights:
 
     name, tolerance, engine = "prune-weights", None, ""
     summary = "set the smallest weights to zero: option sparsity (0.5)"
+    options = ("sparsity",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         sparsity = _share(options.get("sparsity", 0.5), "sparsity")
@@ -40,6 +41,7 @@ class PruneChannels:
 
     name, tolerance, engine = "prune-channels", None, ""
     summary = "take out the convolution channels of the smallest L1 norm: option share (0.25)"
+    options = ("share",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         share = _share(options.get("share", 0.25), "share")
@@ -87,6 +89,7 @@ class LowRank:
 
     name, tolerance, engine = "low-rank", None, ""
     summary = "split matrix products into two thin ones by SVD: option energy (0.98)"
+    options = ("energy",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         energy = _share(options.get("energy", 0.98), "energy")
@@ -116,6 +119,7 @@ class ShareValues:
 
     name, tolerance, engine = "share-values", None, ""
     summary = "round each weight tensor to few shared values: option values (32)"
+    options = ("values",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         count = int(options.get("values", 32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from shared_runtime.graph.passes.base import PassRefused
+
+PARTS = ("inner", "mean", "scale", "centred", "low", "high", "clipped", "shifted", "float")
 
 
 class _AtInput:
@@ -25,13 +28,18 @@ class _AtInput:
             raise PassRefused(f"the graph has no input {name!r}; it has {[value.name for value in inputs]}")
         return found
 
-    def _before(self, model: onnx.ModelProto, value: onnx.ValueInfoProto, nodes: list[onnx.NodeProto], constants: dict[str, Any]) -> int:
-        """`nodes` lead from the input's name to its name with `_inner`; the graph then reads the latter."""
-        name = value.name
+    def _stem(self, model: onnx.ModelProto, name: str) -> str:
+        """What the names of new tensors before input `name` begin with: another pass may stand there already."""
+        used = {item.name for item in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
+        stems = (name if count == 1 else f"{name}_{count}" for count in itertools.count(1))
+        return next(stem for stem in stems if not used & {f"{stem}_{part}" for part in PARTS})
+
+    def _before(
+        self, model: onnx.ModelProto, value: onnx.ValueInfoProto, inner: str, nodes: list[onnx.NodeProto], constants: dict[str, Any]
+    ) -> int:
+        """`nodes` lead from the input's name to `inner`; the graph then reads the latter."""
         for node in model.graph.node:
-            for place, read in enumerate(node.input):
-                if read == name:
-                    node.input[place] = f"{name}_inner"
+            node.input[:] = [inner if read == value.name else read for read in node.input]
         for node in reversed(nodes):
             model.graph.node.insert(0, node)
         model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), key) for key, v in constants.items())
@@ -42,48 +50,63 @@ class Normalize(_AtInput):
     """(x - mean) / std, a channel on axis 1, in the graph."""
 
     name, summary = "normalize-input", "put (x - mean) / std into the graph: options mean, std, input"
+    options = ("mean", "std", "input")
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         value = self._input(model, options)
         if "mean" not in options or "std" not in options:
             raise PassRefused("it needs the options mean and std, a number a channel")
         mean, std = (np.atleast_1d(np.asarray(options[key], np.float32)) for key in ("mean", "std"))
-        if (std <= 0).any():
-            raise PassRefused(f"std holds {float(std.min())}; expected numbers above 0")
-        rank = len(value.type.tensor_type.shape.dim)
-        shape = [1, -1, *([1] * (rank - 2))]
-        name = value.name
+        if not (std > 0).all() or not np.isfinite([*mean, *std]).all():
+            raise PassRefused(f"mean holds {mean.tolist()} and std {std.tolist()}; expected numbers, those of std above 0")
+        _floats(value)
+        dims = value.type.tensor_type.shape.dim
+        channels = dims[1].dim_value if len(dims) > 1 else 0
+        if any(part.size > 1 and channels and part.size != channels for part in (mean, std)):
+            raise PassRefused(
+                f"mean and std hold {mean.size} and {std.size} numbers and input {value.name!r} has {channels} channels (axis 1); "
+                "expected one number, or one a channel; normalize-input goes before channels-last-input"
+            )
+        shape = [1, -1, *([1] * (len(dims) - 2))]
+        name, stem = value.name, self._stem(model, value.name)
+        inner = f"{stem}_inner"
         nodes = [
-            helper.make_node("Sub", [name, f"{name}_mean"], [f"{name}_centred"]),
-            helper.make_node("Mul", [f"{name}_centred", f"{name}_scale"], [f"{name}_inner"]),
+            helper.make_node("Sub", [name, f"{stem}_mean"], [f"{stem}_centred"]),
+            helper.make_node("Mul", [f"{stem}_centred", f"{stem}_scale"], [inner]),
         ]
-        return self._before(model, value, nodes, {f"{name}_mean": mean.reshape(shape), f"{name}_scale": (1 / std).reshape(shape)})
+        constants = {f"{stem}_mean": mean.reshape(shape), f"{stem}_scale": (1 / std).reshape(shape)}
+        return self._before(model, value, inner, nodes, constants)
 
 
 class Window(_AtInput):
     """A CT window: clip to centre +- width / 2 and scale to 0..1."""
 
     name, summary = "window-input", "put a CT window (clip and scale to 0..1) into the graph: options center, width [HU], input"
+    options = ("center", "width", "input")
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         value = self._input(model, options)
         center, width = options.get("center"), options.get("width")
-        if center is None or width is None or float(width) <= 0:
+        if center is None or width is None or not np.isfinite([center, width]).all() or float(width) <= 0:
             raise PassRefused("it needs the options center and width, the width above 0")
+        _floats(value)
         low, high = np.float32(center - width / 2), np.float32(center + width / 2)
-        name = value.name
+        name, stem = value.name, self._stem(model, value.name)
+        inner = f"{stem}_inner"
         nodes = [
-            helper.make_node("Clip", [name, f"{name}_low", f"{name}_high"], [f"{name}_clipped"]),
-            helper.make_node("Sub", [f"{name}_clipped", f"{name}_low"], [f"{name}_shifted"]),
-            helper.make_node("Mul", [f"{name}_shifted", f"{name}_scale"], [f"{name}_inner"]),
+            helper.make_node("Clip", [name, f"{stem}_low", f"{stem}_high"], [f"{stem}_clipped"]),
+            helper.make_node("Sub", [f"{stem}_clipped", f"{stem}_low"], [f"{stem}_shifted"]),
+            helper.make_node("Mul", [f"{stem}_shifted", f"{stem}_scale"], [inner]),
         ]
-        return self._before(model, value, nodes, {f"{name}_low": low, f"{name}_high": high, f"{name}_scale": np.float32(1 / width)})
+        constants = {f"{stem}_low": low, f"{stem}_high": high, f"{stem}_scale": np.float32(1 / width)}
+        return self._before(model, value, inner, nodes, constants)
 
 
 class ChannelsLastInput(_AtInput):
     """The input as cameras and files give it: channels last (and bytes, with `uint8`)."""
 
     name, summary = "channels-last-input", "take inputs with channels last, as bytes with the option uint8=True"
+    options = ("uint8", "input")
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         value = self._input(model, options)
@@ -97,13 +120,22 @@ class ChannelsLastInput(_AtInput):
             target.CopyFrom(dims[axis])
         del dims[:]
         dims.extend(moved)
-        name, source, nodes = value.name, value.name, []
+        source, nodes, stem = value.name, [], self._stem(model, value.name)
         if options.get("uint8"):
+            _floats(value)
             value.type.tensor_type.elem_type = TensorProto.UINT8
-            nodes.append(helper.make_node("Cast", [name], [f"{name}_float"], to=TensorProto.FLOAT))
-            source = f"{name}_float"
-        nodes.append(helper.make_node("Transpose", [source], [f"{name}_inner"], perm=[0, rank - 1, *range(1, rank - 1)]))
-        return self._before(model, value, nodes, {})
+            nodes.append(helper.make_node("Cast", [source], [f"{stem}_float"], to=TensorProto.FLOAT))
+            source = f"{stem}_float"
+        nodes.append(helper.make_node("Transpose", [source], [f"{stem}_inner"], perm=[0, rank - 1, *range(1, rank - 1)]))
+        return self._before(model, value, f"{stem}_inner", nodes, {})
+
+
+def _floats(value: onnx.ValueInfoProto) -> None:
+    """Raise PassRefused where an input is not in float32."""
+    kind = value.type.tensor_type.elem_type
+    if kind != TensorProto.FLOAT:
+        name = TensorProto.DataType.Name(kind).lower()
+        raise PassRefused(f"input {value.name!r} is {name}; expected float32: what makes bytes of it (channels-last-input) goes last")
 
 
 class _AtOutput:
@@ -125,6 +157,7 @@ class SoftmaxOutput(_AtOutput):
     """Probabilities instead of logits, over axis 1."""
 
     name, summary = "softmax-output", "give probabilities over axis 1 instead of logits: option output"
+    options = ("output",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         value = self._output(model, options)
@@ -137,6 +170,7 @@ class ArgmaxOutput(_AtOutput):
     """A label map of bytes instead of logits: a quarter of one class's memory crosses to the host."""
 
     name, summary = "argmax-output", "give the highest class of axis 1 as bytes instead of logits: option output"
+    options = ("output",)
 
     def apply(self, model: onnx.ModelProto, **options: Any) -> int:
         value = self._output(model, options)
