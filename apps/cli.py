@@ -138,7 +138,8 @@ def main() -> None:
         if error.errno not in OF_FILES and not isinstance(error, (FileNotFoundError, PermissionError)):
             raise
         logging.getLogger(__name__).debug("a file can't be used", exc_info=True)
-        sys.stderr.write(f"triscope: {error if error.filename is None else f'{error.filename}: {error.strerror}'}\n")
+        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        sys.stderr.write("triscope: " + redact(what) + "\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -91,20 +91,10 @@ def channel_norm(module: Any) -> Tensor:
     return total
 
 
+POOLING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 CHANNELWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Identity),
-    *(
-        nn.Dropout,
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.MaxPool1d,
-        nn.MaxPool2d,
-        nn.MaxPool3d,
-        nn.AvgPool1d,
-        nn.AvgPool2d,
-        nn.AvgPool3d,
-    ),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm)
 
@@ -131,7 +121,7 @@ def _prune(layer: Any, following: list[Any], share: float) -> int:
             target = part
             break
         depthwise = isinstance(part, type(layer)) and part.groups == part.in_channels == part.out_channels
-        if not depthwise and not isinstance(part, CHANNELWISE) and not _norm_of(part, layer, width):
+        if not depthwise and not _channelwise(part, layer, width):
             return 0
         between.append(part)
     drop = int(share * width)
@@ -149,11 +139,15 @@ def _prune(layer: Any, following: list[Any], share: float) -> int:
     return drop
 
 
-def _norm_of(part: Any, layer: Any, width: int) -> bool:
-    """Whether `part` normalises what `layer` gives, channel by channel."""
+def _channelwise(part: Any, layer: Any, width: int) -> bool:
+    """Whether `part` treats each of the channels that `layer` gives by itself: a norm may be of another axis, and pooling behind a
+    linear layer is over its channels."""
+    dense = isinstance(layer, nn.Linear)
     if isinstance(part, nn.LayerNorm):
-        return isinstance(layer, nn.Linear) and tuple(part.normalized_shape) == (width,)
-    return isinstance(part, NORMS)
+        return dense and tuple(part.normalized_shape) == (width,)
+    if isinstance(part, NORMS):
+        return bool(part.num_features == width)
+    return isinstance(part, CHANNELWISE) or (isinstance(part, POOLING) and not dense)
 
 
 def _keep(part: Any, kept: Tensor, sizes: set[str]) -> None:

@@ -398,6 +398,16 @@ def test_channels_go_through_depthwise_convolutions_and_dense_layers(kind: str) 
         torch.testing.assert_close(after, before)
 
 
+def test_pooling_behind_a_dense_layer_is_over_its_channels() -> None:
+    torch = pytest.importorskip("torch")
+    from shared_runtime.quantization.recipe import prune_channels
+
+    nn = torch.nn
+    network = nn.Sequential(nn.Linear(6, 8), nn.MaxPool1d(2), nn.Linear(4, 3))
+    assert prune_channels(network, 0.5) == 0
+    assert prune_channels(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.Linear(8, 3)), 0.5) == 0
+
+
 def test_one_recipe_trains_prunes_distils_and_quantizes(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from shared_runtime.quantization.recipe import Compression, compress

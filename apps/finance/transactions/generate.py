@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from apps.finance.errors import InputError
-from apps.finance.transactions.table import check_target, written_as_csv
+from apps.finance.transactions.table import written_as_csv
 
 DAY_SECONDS = 86_400
 NOON_SECONDS, SPREAD_SECONDS = 13.5 * 3600, 4.5 * 3600
@@ -131,7 +131,6 @@ def write_days(population: Population, start: date, days: int, seed: int, path: 
     import pyarrow.csv
     import pyarrow.parquet
 
-    check_target(path)
     as_csv = written_as_csv(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number, writer = 0, None
