@@ -41,10 +41,11 @@ class Signature(msgspec.Struct, frozen=True):
         """Read the signature off an ONNX file. Raises UnsupportedModelError where it is not one."""
         proto = read_graph(graph)
         weights = {item.name for item in proto.graph.initializer}
-        return cls(
-            tuple(_spec(value) for value in proto.graph.input if value.name not in weights),
-            tuple(_spec(value) for value in proto.graph.output),
-        )
+        inputs = tuple(_spec(value) for value in proto.graph.input if value.name not in weights)
+        outputs = tuple(_spec(value) for value in proto.graph.output)
+        if not inputs or not outputs:
+            raise UnsupportedModelError(f"{graph.name} has {len(inputs)} inputs and {len(outputs)} outputs; expected one of each or more")
+        return cls(inputs, outputs)
 
     @classmethod
     def read(cls, path: Path) -> Signature:

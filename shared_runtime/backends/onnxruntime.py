@@ -53,7 +53,7 @@ class _Bound:
             binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         self._binding, self._run = binding, session._sess.run_with_iobinding
         self._handle = binding._iobinding
-        self._lock = threading.Lock()
+        self._lock, self.usable = threading.Lock(), True
 
     def fits(self, inputs: Tensors) -> bool:
         """Whether the buffers have the shapes of `inputs`."""
@@ -63,7 +63,7 @@ class _Bound:
         return True
 
     def run(self, inputs: Tensors) -> Tensors | None:
-        """None where another thread uses the buffers."""
+        """None where another thread uses the buffers, or the engine can't use them: an output's shape may depend on values."""
         if not self._lock.acquire(blocking=False):
             return None
         try:
@@ -71,6 +71,9 @@ class _Bound:
                 buffer[...] = inputs[name]
             self._run(self._handle, None)
             return {name: value.copy() for name, value in self._outputs.items()}
+        except RuntimeError:
+            self.usable = False
+            return None
         finally:
             self._lock.release()
 
@@ -129,7 +132,7 @@ class OnnxRuntimeExecutable:
 
     def _run_here(self, inputs: Tensors) -> Tensors:
         for bound in self._bound:
-            if bound.fits(inputs) and (found := bound.run(inputs)) is not None:
+            if bound.usable and bound.fits(inputs) and (found := bound.run(inputs)) is not None:
                 return found
         if (empty := zero_rows(self, inputs)) is not None:  # some of its operators end the process without rows
             return empty

@@ -157,6 +157,38 @@ def test_a_backend_prepared_for_a_shape_takes_the_others_too(backend: HardwareBa
     executable.close()
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("rows", ["batch", 4])
+def test_outputs_whose_shape_depends_on_values(name: str, rows: str | int, tmp_path: Path) -> None:
+    """The places of what is above zero, and a mean over axes that are an input, as detectors and old exports have them."""
+    nodes = [
+        helper.make_node("Greater", ["x", "zero"], ["above"]),
+        helper.make_node("NonZero", ["above"], ["places"]),
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "places",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 3]), helper.make_tensor_value_info("axes", TensorProto.INT64, [1])],
+        [
+            helper.make_tensor_value_info("places", TensorProto.INT64, [2, "found"]),
+            helper.make_tensor_value_info("mean", TensorProto.FLOAT, [None, None]),
+        ],
+        [helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])],
+    )
+    path = tmp_path / "places.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    model = rt.load(path)
+    executable = backends()[name].compile(model, "cpu", 1)
+    specialise(executable, {"x": np.ones((4, 3), np.float32), "axes": np.array([0])})
+    for count, axis in ((12, 0), (5, 1), (0, 0), (12, 1)):
+        given = {"x": np.where(np.arange(12) < count, 2.0, -1.0).astype(np.float32).reshape(4, 3), "axes": np.array([axis])}
+        found, wanted = executable.run(given), reference(model, given)
+        np.testing.assert_array_equal(found["places"], wanted["places"])
+        np.testing.assert_allclose(found["mean"], wanted["mean"], atol=1e-6)
+    executable.close()
+
+
 def test_every_mode_computes_the_same_and_an_unknown_one_is_refused(backend: HardwareBackend, convolutions: rt.Model) -> None:
     x = convolutions.signature.random(2, seed=8)
     for mode in backend.modes("cpu"):
