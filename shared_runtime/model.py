@@ -14,6 +14,7 @@ from typing import Any
 from shared_runtime.certificate import Certificate
 from shared_runtime.errors import InputError, ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
 from shared_runtime.graph.check import OLDEST, check_graph, graph_hash, opset, read_graph
+from shared_runtime.graph.versions import too_new
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import Variant, VariantStore
@@ -121,7 +122,8 @@ def _load(
             return _from_folder(path, sha256, store)
         if path.suffix == ".onnx" and path.is_file():
             actual, sha256 = _verified(path, sha256), None
-            if opset(read_graph(path)) >= OLDEST:
+            proto = read_graph(path)
+            if opset(proto) >= OLDEST and not too_new(proto):
                 return _from_file(path, actual, name, store)
         if not path.exists():
             if path.suffix or len(path.parts) > 1:

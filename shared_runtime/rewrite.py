@@ -17,6 +17,7 @@ from shared_runtime.graph.passes.base import PassResult, passes, run_pass
 from shared_runtime.importers.base import NAME, card_text
 from shared_runtime.model import Model, load
 from shared_runtime.repository.store import ModelRepository
+from shared_runtime.rewritten import valid_inputs
 from shared_runtime.signature import Signature
 from shared_runtime.variants import replace_folder
 
@@ -39,7 +40,7 @@ def rewrite(
     options = dict(steps) if isinstance(steps, Mapping) else {step: {} for step in steps}
     if unknown := sorted(set(options) - set(passes())):
         raise ModelError(f"there is no pass {unknown[0]!r}; triscope model passes lists them")
-    proto, probes, results = read_whole(loaded.graph), [loaded.random(2, 3)], []
+    proto, probes, results = read_whole(loaded.graph), [valid_inputs(loaded)], []
     for step, given in options.items():
         proto, result = run_pass(proto, passes()[step], probes, **given)
         results.append(result)

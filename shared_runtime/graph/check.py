@@ -73,16 +73,16 @@ def precision(path: Path) -> str:
     """What the graph itself computes in: "int8" where it quantizes, else the narrowest floats of the matrices that it computes with
     (not of those that are only stored so, and cast), "float32" as a rule."""
     proto = read_graph(path)
-    if any("Quantize" in node.op_type for node in _nodes(proto.graph)) or computes_on_bytes(proto):
+    if any("Quantize" in node.op_type for node in nodes_of(proto.graph)) or computes_on_bytes(proto):
         return "int8"
-    read = {name for node in _nodes(proto.graph) if node.op_type != "Cast" for name in node.input}
+    read = {name for node in nodes_of(proto.graph) if node.op_type != "Cast" for name in node.input}
     kinds = {tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) > 1 and tensor.name in read}
     return next((name for kind, name in _FLOATS.items() if kind in kinds), "float32")
 
 
 def computes_on_bytes(proto: onnx.ModelProto) -> bool:
     """Whether a graph has operators on integers (QLinearConv, MatMulInteger ...), not only quantizers around float ones."""
-    return any(node.op_type.startswith("QLinear") or node.op_type.endswith("Integer") for node in _nodes(proto.graph))
+    return any(node.op_type.startswith("QLinear") or node.op_type.endswith("Integer") for node in nodes_of(proto.graph))
 
 
 def session_source(model: Path | onnx.ModelProto) -> str | bytes:
@@ -142,7 +142,7 @@ def _float_between_quantized(path: Path, changed: int, size: int) -> bool:
     """A plan loads a file many times; it is looked through once."""
     if not _mentions_dequantize(path):
         return False
-    makers = {output: node for node in _nodes(read_graph(path).graph) for output in node.output}
+    makers = {output: node for node in nodes_of(read_graph(path).graph) for output in node.output}
 
     def dequantized(name: str) -> bool:
         node = makers.get(name)
@@ -200,7 +200,7 @@ def structure_hash(path: Path) -> str:
     proto.graph.name = proto.graph.doc_string = proto.doc_string = ""
     del proto.metadata_props[:]
     readers: dict[str, set[str]] = {}
-    for node in _nodes(proto.graph):
+    for node in nodes_of(proto.graph):
         for name in node.input:
             readers.setdefault(name, set()).add(node.op_type)
     for item in proto.graph.initializer:
@@ -217,7 +217,7 @@ def check_graph(path: Path) -> None:
     external_files(proto, path.parent)
     versions = {item.domain or "ai.onnx": item.version for item in proto.opset_import}
     local = {(function.domain, function.name) for function in proto.functions}
-    for node in _nodes(proto.graph):
+    for node in nodes_of(proto.graph):
         domain = node.domain if node.domain not in ("", "ai.onnx") else ""
         if (node.domain, node.op_type) in local or domain in KNOWN_DOMAINS:
             continue
@@ -234,17 +234,18 @@ def check_graph(path: Path) -> None:
         raise UnsupportedModelError(f"{path.name} is not a valid ONNX graph: {' '.join(str(error).split())[:400]}") from error
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def nodes_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, also those of branches and loops."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+                yield from nodes_of(attribute.g)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for node in _nodes(graph):
+    for node in nodes_of(graph):
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t

@@ -1,8 +1,11 @@
-"""ONNX files, with or without external weights: made one file, checked, and compared with themselves unoptimised."""
+"""ONNX files, with or without external weights: made one file, checked, and compared with themselves unoptimised.
+
+Those of operators or of a file format that the engine is too new or too old for are brought to what it knows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import onnx
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import IR, LARGEST, OLDEST, check_graph, opset, read_whole
 from shared_runtime.graph.passes.base import plain_session
+from shared_runtime.graph.versions import changed_since, newest, relabelled, too_new
 from shared_runtime.importers.base import Imported, tensors
 from shared_runtime.signature import Tensors
 
@@ -34,6 +38,8 @@ class OnnxImporter:
             raise UnsupportedModelError(f"{source.name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
         if (version := opset(proto)) < OLDEST:
             return _upgraded(proto, version, source.name, example)
+        if too_new(proto):
+            return _lowered(proto, source.name, example)
         session = plain_session(source)
         names = [output.name for output in session.get_outputs()]
 
@@ -64,9 +70,40 @@ def _upgraded(proto: onnx.ModelProto, version: int, name: str, example: Mapping[
         raise UnsupportedModelError(
             f"{name} uses the operators of opset {version}, older than {OLDEST}, and can't be converted ({reason}); export it again"
         ) from error
+    given = None if example is None else dict(example)
+    return Imported(made, _reference(proto, reference), f"onnx (opset {version}, converted to {UPGRADED})", given)
+
+
+def _lowered(proto: onnx.ModelProto, name: str, example: Mapping[str, Any] | None) -> Imported:
+    """A graph of a version that no engine here loads yet, as the newest that one does. Where an operator was given a new definition
+    in between, the graph is compared with ONNX's reference implementation of that.
+
+    Raises UnsupportedModelError.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    (ir, operators), version = newest(), opset(proto)
+    made, changed = relabelled(proto), changed_since(proto, operators)
+    try:
+        onnx.checker.check_model(made)
+        session = plain_session(made)
+        reference = ReferenceEvaluator(proto) if changed else session
+    except Exception as error:
+        which = f" ({', '.join(sorted(changed))} among them)" if changed else ""
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(
+            f"{name} uses the operators of opset {version}{which} in format {proto.ir_version}, newer than what the engines here know "
+            f"(opset {operators}, format {ir}), and does not hold as those ({reason}); export it for an older opset"
+        ) from error
+    given = None if example is None else dict(example)
+    return Imported(made, _reference(proto, reference), f"onnx (opset {version}, format {proto.ir_version})", given)
+
+
+def _reference(proto: onnx.ModelProto, computes: Any) -> Callable[[Tensors], Tensors]:
+    """What gives the outputs of a graph by name."""
     names = [output.name for output in proto.graph.output]
 
     def origin(inputs: Tensors) -> Tensors:
-        return {output: np.asarray(value) for output, value in zip(names, reference.run(names, inputs), strict=True)}
+        return {output: np.asarray(value) for output, value in zip(names, computes.run(names, inputs), strict=True)}
 
-    return Imported(made, origin, f"onnx (opset {version}, converted to {UPGRADED})", None if example is None else dict(example))
+    return origin

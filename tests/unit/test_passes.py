@@ -201,6 +201,21 @@ def test_a_pass_that_changes_the_numbers_is_refused(tmp_path: Path, caplog: pyte
     assert "pass wrong refused" in caplog.text
 
 
+def test_a_pass_is_verified_on_inputs_that_the_model_takes(tmp_path: Path, repository: ModelRepository) -> None:
+    """Where an input holds sizes, random numbers fit nothing: the example does, and without one nothing is kept."""
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [7]), helper.make_tensor_value_info("sizes", TensorProto.INT64, [2])]
+    parts = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None]) for name in "yz"]
+    split = helper.make_node("Split", ["i", "sizes"], ["y", "z"])
+    graph = helper.make_graph([node("Identity", ["x"], "i"), split], "parts", ends, parts)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "parts.onnx")
+    with pytest.raises(rt.ModelError, match="can't be verified, as the graph fails on inputs tried"):
+        rt.rewrite(tmp_path / "parts.onnx", ["cancel-casts"], "rewritten", repository=repository)
+    example = {"x": np.arange(7, dtype=np.float32), "sizes": np.array([3, 4])}
+    made, results = rt.rewrite(rt.load(tmp_path / "parts.onnx", example=example), ["cancel-casts"], "rewritten", repository=repository)
+    assert kinds(onnx.load(made.graph)) == ["Split"]
+    assert results[0].difference == 0
+
+
 def test_input_passes_do_what_the_caller_did_before(tmp_path: Path) -> None:
     model = built(tmp_path, ([node("Conv", ["x", "w"], "y")], {"w": weight(2, 4, 3, 3)}))
     x = generator.uniform(0, 255, (2, 4, 6, 6)).astype(np.float32)
