@@ -102,7 +102,7 @@ def find_contenders(
     model: Model, device: str, threads: int, probe: Tensors, cost: GraphCost, thorough: bool, only: str | None, most_rows: int, hold: bool
 ) -> tuple[list[Contender], list[Candidate]]:
     """Those that run and compute what the reference does, and the others with the reason. Those far behind are let go at once;
-    without `hold` all are, so that only one is in memory at a time."""
+    without `hold` all are, so that only one is in memory at a time. Raises UnsupportedModelError where the model draws random numbers."""
     convolutions = not cost.nodes or any(node.kind in ("Conv", "ConvTranspose") for node in cost.nodes)
     wanted: Tensors | None = None
     contenders: list[Contender] = []
@@ -125,7 +125,7 @@ def find_contenders(
         try:
             executable = backend.compile(model, kind, count, variant, mode)
             specialise(executable, probe)
-            executable.run(probe)
+            earlier = executable.run(probe)
             begin = time.perf_counter()
             outputs = executable.run(probe)
             first = time.perf_counter() - begin
@@ -137,6 +137,12 @@ def find_contenders(
             lost.append(msgspec.structs.replace(candidate, lost=" ".join(str(failure).split())))
             continue
         if wanted is None:
+            if (far := difference(outputs, earlier)) > TOLERANCE:
+                executable.close()
+                raise UnsupportedModelError(
+                    f"{model.name!r} gives other outputs for the same inputs each time (by {far:.1e}): it draws random numbers within, so "
+                    "no two ways to run it can be compared; export it in evaluation mode, or with the numbers as an input"
+                )
             plain = backend.name == "onnxruntime" and kind == "cpu" and variant is None
             wanted = outputs if plain else reference(model, threads, probe)
         error = difference(outputs, wanted)

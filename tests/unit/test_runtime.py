@@ -42,6 +42,15 @@ def test_load_run_and_batch_dimension(linear: Path) -> None:
             np.testing.assert_allclose(session.run({"x": x})["y"], 2 * x + 1)
 
 
+def test_a_model_that_draws_random_numbers_is_refused_with_the_reason(tmp_path: Path) -> None:
+    nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"], scale=0.1), helper.make_node("Add", ["x", "noise"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    graph = helper.make_graph(nodes, "noisy", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "noisy.onnx")
+    with rt.Session(tmp_path / "noisy.onnx") as session, pytest.raises(rt.UnsupportedModelError, match="draws random numbers within"):
+        session.run({"x": np.ones((2, 3), np.float32)})
+
+
 def test_non_contiguous_and_safe_dtype_are_taken(linear: Path) -> None:
     with rt.Session(rt.load(linear)) as session:
         x = np.arange(12, dtype=np.float32).reshape(3, 4).T[:, ::1]
