@@ -90,7 +90,8 @@ def load(
     variants: VariantStore | None = None,
 ) -> Model:
     """Load a model: a repository name, a model folder, an ONNX file, or anything that `rt.import_model` takes
-    (a torch module, a scikit-learn, XGBoost or LightGBM estimator, a MONAI bundle, an nnU-Net folder ...).
+    (an ONNX graph, a torch module or exported program, a scikit-learn, XGBoost or LightGBM estimator, a MONAI bundle, an nnU-Net
+    folder ...).
 
     `sha256` is what the graph file must hash to; a folder's card states it. `example`: valid inputs by name with a leading batch
     dimension (an array, or a tuple of them in order, does as well); a torch module needs some, and sessions of any model are planned

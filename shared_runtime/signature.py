@@ -37,14 +37,15 @@ class Signature(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
 
     @classmethod
-    def from_onnx(cls, graph: Path) -> Signature:
-        """Read the signature off an ONNX file. Raises UnsupportedModelError where it is not one."""
-        proto = read_graph(graph)
+    def from_onnx(cls, graph: Path | onnx.ModelProto) -> Signature:
+        """Read the signature off an ONNX file or graph. Raises UnsupportedModelError where it is not one."""
+        proto = read_graph(graph) if isinstance(graph, Path) else graph
         weights = {item.name for item in proto.graph.initializer}
         inputs = tuple(_spec(value) for value in proto.graph.input if value.name not in weights)
         outputs = tuple(_spec(value) for value in proto.graph.output)
         if not inputs or not outputs:
-            raise UnsupportedModelError(f"{graph.name} has {len(inputs)} inputs and {len(outputs)} outputs; expected one of each or more")
+            name = graph.name if isinstance(graph, Path) else "the graph"
+            raise UnsupportedModelError(f"{name} has {len(inputs)} inputs and {len(outputs)} outputs; expected one of each or more")
         return cls(inputs, outputs)
 
     @classmethod

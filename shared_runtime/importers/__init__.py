@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.importers.base import Importer, write_folder
@@ -17,7 +18,7 @@ from shared_runtime.importers.nnunet import NnunetImporter
 from shared_runtime.importers.onnx_file import OnnxImporter
 from shared_runtime.importers.sklearn import SklearnImporter
 from shared_runtime.importers.tensorflow import TensorflowImporter
-from shared_runtime.importers.torch_module import TorchImporter
+from shared_runtime.importers.torch_module import TorchImporter, is_program
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.signature import Signature
 
@@ -44,9 +45,9 @@ def import_to_folder(source: Any, folder: Path, *, name: str | None = None, exam
         what = f"{source.name} (suffix {source.suffix!r})" if isinstance(source, Path) else f"a {type(source).__name__}"
         module = "" if isinstance(source, Path) else f" from {type(source).__module__.partition('.')[0]!r}"
         raise UnsupportedModelError(
-            f"can't load {what}{module}; supported are ONNX files, torch modules, scikit-learn, XGBoost and LightGBM estimators, "
-            "TensorFlow SavedModels, MONAI bundles and nnU-Net folders (pickled files hold code and are not opened: load them in "
-            "Python and pass the object)"
+            f"can't load {what}{module}; supported are ONNX files and graphs, torch modules and exported programs, scikit-learn, XGBoost "
+            "and LightGBM estimators, TensorFlow SavedModels, MONAI bundles and nnU-Net folders (pickled files hold code and are not "
+            "opened: load them in Python and pass the object)"
         )
     default = source.stem if isinstance(source, Path) else type(source).__name__
     return write_folder(importer.load(source, named(source, example)), folder, name or default)
@@ -61,9 +62,11 @@ def named(source: Any, example: Any) -> Mapping[str, Any] | None:
         return example
     if hasattr(example, "columns"):
         return {str(column): example[column].to_numpy() for column in example.columns}
-    if hasattr(source, "forward"):
+    if is_program(source):
+        names = list(source.graph_signature.user_inputs)
+    elif hasattr(source, "forward"):
         names = list(inspect.signature(source.forward).parameters)
-    elif isinstance(source, Path) and source.suffix == ".onnx":
+    elif isinstance(source, onnx.ModelProto) or (isinstance(source, Path) and source.suffix == ".onnx"):
         names = [spec.name for spec in Signature.from_onnx(source).inputs]
     else:
         return {"features": np.asarray(example)}
@@ -77,9 +80,9 @@ def import_model(source: Any, name: str, *, example: Any = None, repository: Mod
     """Import `source` into the repository under `name`; the folder. An earlier model of that name is replaced at once.
 
     `source`: a path (ONNX, SavedModel or .keras, MONAI bundle, nnU-Net v2 folder, XGBoost .ubj/.json, LightGBM .txt) or an
-    object (torch module with `example`, scikit-learn, XGBoost or LightGBM estimator). `example`: valid inputs by name, each with
-    a leading batch dimension; a single array, a tuple of arrays in order, or a table do as well. Raises UnsupportedModelError,
-    ImportMismatchError, ModelIntegrityError; the repository is then as it was.
+    object (ONNX graph, torch module with `example`, torch.export's program, scikit-learn, XGBoost or LightGBM estimator). `example`:
+    valid inputs by name, each with a leading batch dimension; a single array, a tuple of arrays in order, or a table do as well.
+    Raises UnsupportedModelError, ImportMismatchError, ModelIntegrityError; the repository is then as it was.
     """
     root = (repository or ModelRepository.default()).roots[0]
     return import_to_folder(source, root / name, name=name, example=example)

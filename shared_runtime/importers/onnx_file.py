@@ -5,6 +5,7 @@ Those of operators or of a file format that the engine is too new or too old for
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,19 @@ UPGRADED = 18
 
 
 class OnnxImporter:
-    """`.onnx` files."""
+    """`.onnx` files, and graphs in memory (`onnx.ModelProto`)."""
 
     name, requires = "onnx", "nothing more"
 
     def takes(self, source: Any) -> bool:
-        return isinstance(source, Path) and source.suffix == ".onnx" and source.is_file()
+        return isinstance(source, onnx.ModelProto) or (isinstance(source, Path) and source.suffix == ".onnx" and source.is_file())
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
+        if isinstance(source, onnx.ModelProto):
+            with tempfile.TemporaryDirectory(prefix="triscope-graph-") as folder:
+                path = Path(folder) / "graph.onnx"
+                onnx.save(source, path)
+                return self.load(path, example)
         check_graph(source)
         proto = read_whole(source)
         if proto.ByteSize() > LARGEST:

@@ -22,26 +22,51 @@ SCRIPT = "TorchScript holds code that can't be exported: load the original modul
 PICKLED = "a pickled torch file may hold code: build the module in Python, load its weights with weights_only=True and pass the module"
 
 
+PROGRAM = "an exported program is not read from its file: pass what torch.export.load gives in Python to rt.load"
+
+
 class TorchImporter:
-    """`torch.nn.Module` objects; recognises torch files to say why they are refused."""
+    """`torch.nn.Module` objects and programs of torch.export; recognises torch files to say why they are refused."""
 
     name, requires = "torch", "torch and onnxscript"
 
     def takes(self, source: Any) -> bool:
         if isinstance(source, Path):
             return source.suffix in (".pt", ".pth", ".ts", ".pt2", ".ckpt") and source.is_file()
-        return any(base.__module__.startswith("torch.nn.modules") or base.__name__ == "ScriptModule" for base in type(source).__mro__)
+        module = any(base.__module__.startswith("torch.nn.modules") or base.__name__ == "ScriptModule" for base in type(source).__mro__)
+        return module or is_program(source)
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         if isinstance(source, Path):
-            raise UnsupportedModelError(f"{source.name} is refused: {SCRIPT if _is_script(source) else PICKLED}")
+            reason = PROGRAM if source.suffix == ".pt2" else SCRIPT if _is_script(source) else PICKLED
+            raise UnsupportedModelError(f"{source.name} is refused: {reason}")
         torch = needs("torch", "a torch module")
         needs("onnxscript", "a torch module")
         if isinstance(source, torch.jit.ScriptModule):
             raise UnsupportedModelError(f"a {type(source).__name__} is refused: {SCRIPT}")
+        if is_program(source):
+            names = source.graph_signature.user_inputs
+            if not source.range_constraints:
+                raise UnsupportedModelError(
+                    "the program was exported for one number of rows; export it with a free first dimension: "
+                    "torch.export.export(..., dynamic_shapes=({0: torch.export.Dim('batch')}, ...)), or pass the module and an example"
+                )
+            if not example and source.example_inputs is not None:
+                values = torch.utils._pytree.tree_leaves(source.example_inputs)
+                example = {
+                    name: value.detach().numpy() for name, value in zip(names, values, strict=True) if isinstance(value, torch.Tensor)
+                }
+            elif example and set(example) == set(names):
+                example = {name: example[name] for name in names}
+            source = torch.export.unflatten(source)
         if not example:
             raise UnsupportedModelError("a torch module needs example={'input_name': array} with a leading batch dimension")
         return from_module(source, example, "torch")
+
+
+def is_program(source: Any) -> bool:
+    """Whether `source` is a `torch.export.ExportedProgram`; torch is not imported for it."""
+    return type(source).__name__ == "ExportedProgram" and type(source).__module__.startswith("torch.export")
 
 
 def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: tuple[str, ...] = ()) -> Imported:
@@ -56,7 +81,10 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
     given = {name: np.asarray(value) for name, value in example.items()}
     module = _by_name(module, given)
     was_training = module.training
-    module.eval()
+    try:
+        module.eval()
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"this module came out of torch.export ({error}); pass the exported program itself") from error
     try:
         module = _tensors_only(module, given)
         axes = _row_axes(module, given)

@@ -74,6 +74,14 @@ def test_an_operator_that_the_engine_does_not_have_yet_is_named(tmp_path: Path) 
         rt.load(path)
 
 
+def test_a_graph_in_memory_is_taken_like_its_file(tmp_path: Path) -> None:
+    path = newer(tmp_path, helper.make_node("Neg", ["x"], ["y"]), opset=17, ir=9)
+    x = np.ones((2, 6), np.float32)
+    model = rt.load(onnx.load(path), example=x)
+    np.testing.assert_array_equal(run(model, {"x": x}, tmp_path)["y"], -x)
+    assert model.example is not None
+
+
 def test_inputs_that_random_numbers_are_no_example_of(tmp_path: Path, repository: ModelRepository) -> None:
     """Where an input says how large the output is, most numbers fit nothing."""
     ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 1]), helper.make_tensor_value_info("shape", TensorProto.INT64, [2])]

@@ -43,6 +43,38 @@ def test_a_torch_module_in_training_mode_is_imported_as_it_predicts(tmp_path: Pa
     assert model.card["import"]["difference"] < 1e-5
 
 
+class Scaled(torch.nn.Module):
+    """Two inputs, so that their order counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Any, scale: Any) -> Any:
+        return self.last(torch.relu(self.norm(self.first(x)))) * scale
+
+
+def test_an_exported_program_is_taken_with_its_own_example(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, given, batch = Scaled().eval(), (torch.randn(4, 5), torch.randn(4, 1)), {0: torch.export.Dim("rows")}
+    program = torch.export.export(module, given, dynamic_shapes=(batch, batch))
+    x, scale = np.random.default_rng(0).standard_normal((2, 5)).astype(np.float32), np.array([[2], [3]], np.float32)
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(x), torch.from_numpy(scale)).numpy()
+    for example in (None, {"scale": scale, "x": x}, (x, scale)):
+        model = rt.load(program, example=example)
+        assert [spec.shape for spec in model.signature.inputs] == [("batch", 5), ("batch", 1)]
+        (output,) = run(model, {"x": x, "scale": scale}, tmp_path).values()
+        np.testing.assert_allclose(output, wanted, atol=1e-5)
+    with pytest.raises(rt.UnsupportedModelError, match="pass the exported program itself"):
+        rt.load(program.module(), example=(x, scale))
+    with pytest.raises(rt.UnsupportedModelError, match="for one number of rows; export it with a free first dimension"):
+        rt.load(torch.export.export(module, given))
+    torch.export.save(program, tmp_path / "scaled.pt2")
+    with pytest.raises(rt.UnsupportedModelError, match=r"torch\.export\.load"):
+        rt.load(tmp_path / "scaled.pt2")
+
+
 class Recurrent(torch.nn.Module):
     """Hands its state in and out, as a stream would: (layers, rows, width)."""
 
