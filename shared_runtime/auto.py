@@ -69,6 +69,9 @@ class Search:
         """A line a step."""
         return "\n".join(f"{g.step:10} {g.ratio:6.2f}x ({g.interval[0]:.2f} to {g.interval[1]:.2f})  {g.detail}" for g in self.gains)
 
+    def __str__(self) -> str:
+        return self.table()
+
 
 def auto_optimize(
     model: Model | str | Path | Any,

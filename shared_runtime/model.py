@@ -35,8 +35,8 @@ class Model:
     graph: Path
     signature: Signature
     sha256: str
-    card: Mapping[str, Any] = field(default_factory=dict)
-    known: Mapping[str, Variant] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    known: Mapping[str, Variant] = field(default_factory=dict, repr=False)
     dims: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     sample: Tensors | None = field(default=None, repr=False, compare=False)

@@ -77,6 +77,9 @@ class Plan(msgspec.Struct, frozen=True):
         """One line: the choice and the reason."""
         return f"{self.model}: {self.backend} on {self.device}, {self.precision}, {threads(self.threads)} - {self.why}"
 
+    def __str__(self) -> str:
+        return self.describe()
+
 
 def threads(count: int) -> str:
     """`1 thread`, `2 threads`."""
