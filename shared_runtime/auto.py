@@ -13,10 +13,10 @@ from typing import Any
 
 import onnx
 
-from shared_runtime.backends.base import backends, specialise
+from shared_runtime.backends.base import backends, refuse_unknown_device, specialise
 from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import passes, run_pass
-from shared_runtime.host import usable_cores
+from shared_runtime.host import asked_cores
 from shared_runtime.importers.base import needs
 from shared_runtime.model import Model, load
 from shared_runtime.optimize import MAX_DROP, loaded_with, optimize
@@ -96,7 +96,8 @@ def auto_optimize(
     else:
         loaded, calibration = loaded_with(model, calibration)
     say = report or (lambda text: logger.info("%s", text))
-    cores = threads or usable_cores()
+    refuse_unknown_device(device)
+    cores = asked_cores(threads)
     end = time.monotonic() + budget_s
     store = store or VariantStore()
     data = None if calibration is None else read_calibration(calibration, loaded.signature, loaded.name)

@@ -57,6 +57,13 @@ def usable_cores() -> int:
     return affinity if quota == "max" else max(1, min(affinity, -(-int(quota) // int(period))))
 
 
+def asked_cores(threads: int | None) -> int:
+    """The threads that were asked for, every usable core without. Raises ValueError below 1."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; expected 1 or more, or None for every core that can be used")
+    return threads or usable_cores()
+
+
 def peak_resident_mib() -> float:
     """The most memory that this process has held at once [MiB].
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from shared_runtime.backends.base import Executable, backends
+from shared_runtime.backends.base import Executable, backends, refuse_unknown_device
 from shared_runtime.certificate import Certificate, Reversion, numerics
 from shared_runtime.errors import BackendUnavailableError, CalibrationError, ModelError, UnsupportedModelError, VariantRefusedError
 from shared_runtime.graph.check import opset, read_whole
 from shared_runtime.graph.passes.base import passes, run_pass
-from shared_runtime.host import host, usable_cores
+from shared_runtime.host import asked_cores, host
 from shared_runtime.model import Model, load
 from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_for
 from shared_runtime.quantization.guard import Guard, Guarded, Report
@@ -93,14 +93,16 @@ def optimize(
     `slices`: the slice of each validation item, or a function of (inputs, target).
     `precisions`: of "int8", "bfloat16", "float16", "tf32", "float8"; without, all that apply.
 
-    A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError.
+    A form that fails is refused and the float model stays: no error. Raises CalibrationError, MetricError,
+    BackendUnavailableError for what is no device.
     """
     wanted, judged_by = _precisions(precisions), metric_of(metric)
     loaded, calibration = loaded_with(model, calibration)
     data = read_calibration(calibration, loaded.signature, loaded.name)
     loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]), sample=loaded.signature.row(data[0], 0))
     report = report or (lambda text: logger.info("%s", text))
-    cores = threads or usable_cores()
+    refuse_unknown_device(device)
+    cores = asked_cores(threads)
     reference = backends()["onnxruntime"].compile(loaded, "cpu", cores)
     references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
     folder = tempfile.mkdtemp(prefix="triscope-optimize-")
@@ -339,7 +341,7 @@ def verify(
     known = model.known.get(variant)
     if known is None or known.certificate is None:
         raise ModelError(f"model {model.name!r} has no variant {variant!r} with a certificate; it has {list(model.known) or 'none'}")
-    certificate, cores = known.certificate, threads or usable_cores()
+    certificate, cores = known.certificate, asked_cores(threads)
     found: dict[str, Any] = {"variant": variant, "void": known.why_void, "certificate": {"probe_error": certificate.probe_error}}
     if known.why_void:
         return {**found, "holds": False}

@@ -10,10 +10,11 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from shared_runtime.backends.base import refuse_unknown_device
 from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
 from shared_runtime.graph.memory import within_budget
 from shared_runtime.home import home
-from shared_runtime.host import usable_cores
+from shared_runtime.host import asked_cores
 from shared_runtime.model import Model, load
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Plan
@@ -22,7 +23,6 @@ from shared_runtime.signature import Checker, Tensors
 from shared_runtime.telemetry import metrics
 
 logger = logging.getLogger(__name__)
-DEVICES = ("auto", "cpu", "cuda")
 
 
 class Session:
@@ -54,13 +54,11 @@ class Session:
         probe: Mapping[str, Any] | None = None,
         memory_budget_mib: float | None = None,
     ) -> None:
-        if device not in DEVICES:
-            raise BackendUnavailableError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; expected 1 or more, or None for every core that can be used")
+        refuse_unknown_device(device)
+        cores = asked_cores(threads)
         model = model if isinstance(model, Model) else load(model)
         self.model = model
-        self._device, self._threads = device, threads or usable_cores()
+        self._device, self._threads = device, cores
         self._plans = plans or home() / "plans"
         self._check = Checker(model.signature, model.name)
         self._lock = threading.Lock()

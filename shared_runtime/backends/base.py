@@ -15,6 +15,8 @@ from shared_runtime.model import Model
 from shared_runtime.signature import Tensors
 from shared_runtime.variants import FLOAT, Variant
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class Availability:
@@ -109,6 +111,12 @@ def zero_rows(executable: Any, inputs: Tensors) -> Tensors | None:
         return None
     one = {n: np.full([max(1, size) for size in v.shape], "" if v.dtype == object else 0, v.dtype) for n, v in inputs.items()}
     return {name: value[:0] if value.ndim else value for name, value in executable.run(one).items()}
+
+
+def refuse_unknown_device(device: str) -> None:
+    """Raise BackendUnavailableError for what is no device."""
+    if device not in DEVICES:
+        raise BackendUnavailableError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
 
 
 def refuse_foreign(engine: str, device: str, variant: Variant | None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from shared_runtime.quantization.metrics import Metric
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.signature import Tensors
 
+logger = logging.getLogger(__name__)
 RESAMPLES, FEWEST_RESAMPLES, BOOTSTRAP_SECONDS = 200, 20, 10.0
 
 
@@ -57,16 +59,21 @@ class Judge:
         seed: int = 0,
         certain: bool = False,
     ) -> None:
+        try:
+            max_drop = float(max_drop)
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"max_drop is {max_drop!r}; expected a number of 0 or more, in the metric's unit") from error
         if not max_drop >= 0:
-            raise CalibrationError(f"max_drop is {max_drop}; expected 0 or more, in the metric's unit")
+            raise CalibrationError(f"max_drop is {max_drop}; expected a number of 0 or more, in the metric's unit")
         if slices is not None and len(slices) != len(targets):
             raise CalibrationError(f"{len(slices)} slice names for {len(targets)} validation items; expected one an item")
         self.reference, self.samples, self.targets = reference, samples, targets
-        self.metric, self.max_drop, self._slices = metric, max_drop, slices
+        self.metric, self.max_drop = metric, max_drop
         self._seed, self._certain = seed, certain
         begin = time.perf_counter()
         self.before = self.score(reference, targets)
         seconds = max(1e-6, time.perf_counter() - begin)
+        self._slices = dict(self._judged(slices))
         self._resamples = int(min(RESAMPLES, max(FEWEST_RESAMPLES, BOOTSTRAP_SECONDS / (2 * seconds))))
 
     @property
@@ -115,15 +122,22 @@ class Judge:
 
     def _by_slice(self, outputs: Sequence[Tensors]) -> dict[str, SliceScore]:
         found: dict[str, SliceScore] = {}
-        for name in sorted(set(self._slices or ())):
-            places = np.array([i for i, other in enumerate(self._slices or ()) if other == name])
+        for name, (places, before) in self._slices.items():
             try:
-                before = self._pick(self.reference, places)
-                after = self._pick(outputs, places)
-            except MetricError:
-                continue  # a slice of one class has no ranking metric
-            found[name] = SliceScore(len(places), before, after, self._interval(outputs, places))
+                found[name] = SliceScore(len(places), before, self._pick(outputs, places), self._interval(outputs, places))
+            except MetricError:  # which the float model's outputs have a metric for
+                found[name] = SliceScore(len(places), before, float("-inf"), (float("inf"),) * 2)
         return found
+
+    def _judged(self, slices: Sequence[str] | None) -> Iterator[tuple[str, tuple[np.ndarray[Any, Any], float]]]:
+        """The slices that the metric can be taken in, each with its items and the float model's metric: a slice of one class has
+        no ranking metric. The others are warned of."""
+        for name in sorted(set(slices or ())):
+            places = np.array([i for i, other in enumerate(slices or ()) if other == name])
+            try:
+                yield name, (places, self._pick(self.reference, places))
+            except MetricError as error:
+                logger.warning("slice %r is not guarded: %s", name, error)
 
     def _pick(self, outputs: Sequence[Tensors], places: Sequence[int] | np.ndarray[Any, Any]) -> float:
         return self.score([outputs[i] for i in places], [self.targets[i] for i in places])
@@ -147,9 +161,12 @@ class Judge:
 def slice_names(
     slices: Callable[[Tensors, Any], str] | Sequence[str] | None, samples: SampleStore, targets: Sequence[Any]
 ) -> list[str] | None:
-    """The slice of each item: given, or by a function of (inputs, target)."""
+    """The slice of each item: given, or by a function of (inputs, target). Raises CalibrationError where that fails."""
     if slices is None:
         return None
     if callable(slices):
-        return [str(slices(inputs, target)) for inputs, target in zip(samples, targets, strict=True)]
+        try:
+            return [str(slices(inputs, target)) for inputs, target in zip(samples, targets, strict=True)]
+        except Exception as error:
+            raise CalibrationError(f"the function of slices failed on (inputs, target): {type(error).__name__}: {error}") from error
     return [str(name) for name in slices]

@@ -144,6 +144,8 @@ def _rows_of(data: Any, signature: Signature, labelled: bool) -> Iterator[tuple[
         rows = {len(np.asarray(value)) for value in (inputs or {}).values()}
     except (TypeError, ValueError):
         return None
+    if targets.ndim and len(rows) == 1 and rows != {len(targets)} and len(targets) > 1 and labelled:
+        raise CalibrationError(f"validation holds inputs of {rows.pop()} rows and {len(targets)} targets; expected as many")
     if not targets.ndim or rows != {len(targets)} or (not labelled and _named(data[1], signature)):
         return None
     named = {name: np.asarray(value) for name, value in (inputs or {}).items()}

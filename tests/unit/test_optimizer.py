@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,35 @@ def test_a_slice_that_suffers_refuses_the_whole() -> None:
     assert "slice 'rare'" in verdict.why
     assert not judging.Judge(outputs, Samples(), [np.array([0])] * 200, rt.metrics.top1, 0.1).judge(worse).why
     assert verdict.slices["rare"].after == 0.0
+
+
+def test_a_slice_whose_metric_is_lost_refuses_the_whole_and_one_that_never_had_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def spread(outputs: Any, targets: Any) -> float:
+        """No number for what is all the same."""
+        values = np.concatenate([output["y"].ravel() for output in outputs])
+        return float("nan") if np.ptp(values) == 0 else 1.0
+
+    outputs = [{"y": np.array([[float(place)]])} for place in range(40)]
+    worse = [{"y": np.array([[0.0]])} if place < 10 else outputs[place] for place in range(40)]
+    slices = ["rare"] * 10 + ["common"] * 29 + ["single"]
+    verdict = judging.Judge(outputs, [], [None] * 40, spread, 0.1, slices).judge(worse)
+    assert "slice 'rare'" in verdict.why
+    assert "slice 'single' is not guarded" in caplog.text
+    assert set(verdict.slices) == {"rare", "common"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        ({"max_drop": "much"}, rt.CalibrationError, "max_drop is 'much'; expected a number"),
+        ({"device": "tpu"}, rt.BackendUnavailableError, "unknown device 'tpu'; expected one of auto, cpu, cuda"),
+        ({"threads": 0}, ValueError, "threads is 0"),
+        ({"slices": lambda inputs, target: target["none"]}, rt.CalibrationError, "the function of slices failed"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said(sound: rt.Model, asked: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        rt.optimize(sound, **{"calibration": CALIBRATION, "validation": VALIDATION, "metric": rt.metrics.top1, **asked})
 
 
 def test_a_changed_variant_is_not_served(sound: rt.Model, tmp_path: Path) -> None:

@@ -47,9 +47,16 @@ def test_two_pairs_are_no_pair_of_arrays(model: rt.Model) -> None:
     assert (store.items, len(targets)) == (2, 2)
 
 
-@pytest.mark.parametrize("data", [(IMAGES, LABELS[:-1]), IMAGES, (IMAGES, 3)])
-def test_arrays_that_do_not_pair_are_refused(model: rt.Model, data: Any) -> None:
-    with pytest.raises(rt.CalibrationError, match="expected a pair"):
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((IMAGES, LABELS[:-1]), f"inputs of {len(IMAGES)} rows and {len(IMAGES) - 1} targets; expected as many"),
+        (IMAGES, "expected a pair"),
+        ((IMAGES, 3), "expected a pair"),
+    ],
+)
+def test_arrays_that_do_not_pair_are_refused(model: rt.Model, data: Any, words: str) -> None:
+    with pytest.raises(rt.CalibrationError, match=words):
         read_validation(data, model.signature, "m")
 
 
