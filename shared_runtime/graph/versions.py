@@ -36,7 +36,8 @@ def _loads(ir: int, operators: int) -> bool:
 
 def too_new(proto: onnx.ModelProto) -> bool:
     """Whether a graph's file format or operators are newer than what the engine knows."""
-    return proto.ir_version > IR and (proto.ir_version > newest()[0] or opset(proto) > newest()[1])
+    ir, operators = newest()
+    return proto.ir_version > ir or opset(proto) > operators
 
 
 def changed_since(proto: onnx.ModelProto, version: int) -> set[str]:
