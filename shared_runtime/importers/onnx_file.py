@@ -34,14 +34,14 @@ class OnnxImporter:
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         if isinstance(source, onnx.ModelProto):
+            _refuse_large(source, "the graph")
             with tempfile.TemporaryDirectory(prefix="triscope-graph-") as folder:
                 path = Path(folder) / "graph.onnx"
                 onnx.save(source, path)
                 return self.load(path, example)
         check_graph(source)
         proto = read_whole(source)
-        if proto.ByteSize() > LARGEST:
-            raise UnsupportedModelError(f"{source.name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
+        _refuse_large(proto, source.name)
         if (version := opset(proto)) < OLDEST:
             return _upgraded(proto, version, source.name, example)
         if too_new(proto):
@@ -57,6 +57,12 @@ class OnnxImporter:
 
         given = None if example is None else dict(example)
         return Imported(proto, origin, "onnx", given, layers)
+
+
+def _refuse_large(proto: onnx.ModelProto, name: str) -> None:
+    """Raise UnsupportedModelError for a graph that does not fit into one file."""
+    if proto.ByteSize() > LARGEST:
+        raise UnsupportedModelError(f"{name} holds {proto.ByteSize() / 2**30:.1f} GiB; expected under 2 GiB with its weights")
 
 
 def _upgraded(proto: onnx.ModelProto, version: int, name: str, example: Mapping[str, Any] | None) -> Imported:
