@@ -2,6 +2,7 @@
 
     triscope bench optimise        (or python benchmarks/run.py optimise)
     TRISCOPE_BENCH_MODELS=resnet50,mobilenet_v2 python benchmarks/run.py optimise        # some of the models
+    TRISCOPE_BENCH_PRECISIONS=bfloat16 TRISCOPE_BENCH_PEERS=onnxruntime,openvino ...     # some of the reduced forms and peers
 
 Every contender takes and gives numpy arrays on the host. Peers run as installed: no option is set.
 """
@@ -221,8 +222,7 @@ def _pictures(count: int) -> list[Sample]:
 
 def optimise() -> dict[str, Any]:
     """Import, optimise, plan and time every model beside the peers that this machine has."""
-    wanted = os.environ.get("TRISCOPE_BENCH_MODELS")
-    names = wanted.split(",") if wanted else list(CASES)
+    names = _chosen("MODELS") or list(CASES)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="triscope-bench-") as folder:
         for name in names:
@@ -246,6 +246,12 @@ def optimise() -> dict[str, Any]:
     }
 
 
+def _chosen(what: str) -> list[str] | None:
+    """The names in an environment variable, or None for all."""
+    names = os.environ.get(f"TRISCOPE_BENCH_{what}")
+    return names.split(",") if names else None
+
+
 def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
     device = "cuda" if backends()["torch"].availability("cuda").available and name != "fraud-boosting" else "cpu"
     begin = time.perf_counter()
@@ -260,6 +266,7 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
         certain=True,
         budget_s=case.budget * SECONDS,
         device=device,
+        precisions=_chosen("PRECISIONS"),
         store=VariantStore(folder / "variants"),
         report=lambda text: print(f"  {text}", flush=True),
     )
@@ -301,7 +308,10 @@ def _one(name: str, case: Case, folder: Path) -> dict[str, Any]:
 def _speed(session: rt.Session, model: rt.Model, case: Case, inputs: Sample, device: str) -> dict[str, Any]:
     """Medians and paired ratios of every peer over ours, in one interleaved run."""
     contenders = {"triscope": Timed(lambda: session.run(inputs))}
-    contenders |= {name: Timed(call) for name, call in peers(model, case, inputs, device)}
+    wanted = _chosen("PEERS")
+    contenders |= {
+        name: Timed(call) for name, call in peers(model, case, inputs, device) if wanted is None or name.split(" (")[0] in wanted
+    }
     for timed in contenders.values():
         timed.call()
         timed.call()

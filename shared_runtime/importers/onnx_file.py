@@ -6,7 +6,7 @@ Those of operators or of a file format that the engine is too new or too old for
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,7 @@ class OnnxImporter:
             return _upgraded(proto, version, source.name, example)
         if too_new(proto):
             return _lowered(proto, source.name, example)
-        session = plain_session(source)
-        names = [output.name for output in session.get_outputs()]
-
-        def origin(inputs: Tensors) -> Tensors:
-            return dict(zip(names, session.run(names, inputs), strict=True))
-
-        def layers(inputs: Tensors) -> Tensors:
-            return tensors(proto, [output for node in proto.graph.node for output in node.output if output], inputs)
-
-        given = None if example is None else dict(example)
-        return Imported(proto, origin, "onnx", given, layers)
+        return _compared(proto, plain_session(source), "onnx", example)
 
 
 def _refuse_large(proto: onnx.ModelProto, name: str) -> None:
@@ -82,8 +72,7 @@ def _upgraded(proto: onnx.ModelProto, version: int, name: str, example: Mapping[
         raise UnsupportedModelError(
             f"{name} uses the operators of opset {version}, older than {OLDEST}, and can't be converted ({reason}); export it again"
         ) from error
-    given = None if example is None else dict(example)
-    return Imported(made, _reference(proto, reference), f"onnx (opset {version}, converted to {UPGRADED})", given)
+    return _compared(made, reference, f"onnx (opset {version}, converted to {UPGRADED})", example, own=False)
 
 
 def _lowered(proto: onnx.ModelProto, name: str, example: Mapping[str, Any] | None) -> Imported:
@@ -99,7 +88,7 @@ def _lowered(proto: onnx.ModelProto, name: str, example: Mapping[str, Any] | Non
     try:
         onnx.checker.check_model(made)
         session = plain_session(made)
-        reference = ReferenceEvaluator(proto) if changed else session
+        reference = ReferenceEvaluator(proto) if changed else None
     except Exception as error:
         which = f" ({', '.join(sorted(changed))} among them)" if changed else ""
         reason = " ".join(str(error).split())[:300]
@@ -107,15 +96,17 @@ def _lowered(proto: onnx.ModelProto, name: str, example: Mapping[str, Any] | Non
             f"{name} uses the operators of opset {version}{which} in format {proto.ir_version}, newer than what the engines here know "
             f"(opset {operators}, format {ir}), and does not hold as those ({reason}); export it for an older opset"
         ) from error
-    given = None if example is None else dict(example)
-    return Imported(made, _reference(proto, reference), f"onnx (opset {version}, format {proto.ir_version})", given)
+    return _compared(made, reference or session, f"onnx (opset {version}, format {proto.ir_version})", example, own=reference is None)
 
 
-def _reference(proto: onnx.ModelProto, computes: Any) -> Callable[[Tensors], Tensors]:
-    """What gives the outputs of a graph by name."""
+def _compared(proto: onnx.ModelProto, computes: Any, source: str, example: Mapping[str, Any] | None, *, own: bool = True) -> Imported:
+    """A graph with what gives its outputs by name: a session of its `own`, so that its tensors can be compared as well, or another's."""
     names = [output.name for output in proto.graph.output]
 
     def origin(inputs: Tensors) -> Tensors:
         return {output: np.asarray(value) for output, value in zip(names, computes.run(names, inputs), strict=True)}
 
-    return origin
+    def layers(inputs: Tensors) -> Tensors:
+        return tensors(proto, [output for node in proto.graph.node for output in node.output if output], inputs)
+
+    return Imported(proto, origin, source, None if example is None else dict(example), layers if own else None)
