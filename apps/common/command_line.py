@@ -15,6 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import track
 
+from apps.common.errors import UsageError
 from pipelines.processor import Interrupted
 
 T = TypeVar("T")
@@ -40,6 +41,13 @@ def write_json(value: Any, destination: str | None) -> None:
     else:
         Path(destination).parent.mkdir(parents=True, exist_ok=True)
         Path(destination).write_text(text)
+
+
+def learning_device(name: str) -> str:
+    """`name`, where it says where to learn. Raises UsageError."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device is {name!r}; expected auto, cuda or cpu")
+    return name
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

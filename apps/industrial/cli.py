@@ -15,7 +15,7 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from apps.common.command_line import answers, console, progress, stop_on_signals, write_json
+from apps.common.command_line import answers, console, learning_device, progress, stop_on_signals, write_json
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
 from apps.industrial.errors import InputError
@@ -48,12 +48,6 @@ def _bars() -> Iterator[Any]:
         yield report
 
 
-def _device(device: str) -> str:
-    if device not in ("auto", "cuda", "cpu"):
-        raise UsageError(f"--device is {device!r}; expected auto, cuda or cpu")
-    return device
-
-
 @app.command()
 def teach(
     good: Annotated[Path, typer.Option(metavar="DIR", help="Images of good parts.")],
@@ -76,7 +70,7 @@ def teach(
         if from_line:
             more_good, more_bad = service.learned_from_line(recipe, Path(folder))
             samples, bad = samples + more_good, bad + more_bad
-        taught = service.teach(recipe, samples, bad, seconds=seconds, device=_device(device), report=report)
+        taught = service.teach(recipe, samples, bad, seconds=seconds, device=learning_device(device), report=report)
     service.close()
     log.close()
     facts = taught.recipe.facts
@@ -175,7 +169,7 @@ def evaluate(
     with _bars() as report:
         good = good_samples(dataset / "train" / "good")
         taught = run_teach(
-            "evaluation", good, bad, lambda m: open_session(settings, m), seconds=seconds, device=_device(device), report=report
+            "evaluation", good, bad, lambda m: open_session(settings, m), seconds=seconds, device=learning_device(device), report=report
         )
     refused: list[tuple[str, str]] = []
     with open_session(settings, taught.recipe.model) as session:
@@ -354,7 +348,7 @@ def train(
         from apps.industrial.training.run import train_and_write
     except ImportError as error:
         raise UsageError(f"training needs torch ({error}); install it with pip install 'triscope[train]'") from error
-    folder = train_and_write(backbones, textures, out, seconds, pool, _device(device))
+    folder = train_and_write(backbones, textures, out, seconds, pool, learning_device(device))
     console.print(f"model in {folder}; copy it to TRISCOPE_HOME/models to use it by name")
 
 

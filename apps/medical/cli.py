@@ -10,9 +10,10 @@ from typing import Annotated, Optional
 import msgspec
 import typer
 
-from apps.common.command_line import answers, console, progress, stop_on_signals, write_json
+from apps.common.command_line import answers, console, learning_device, progress, stop_on_signals, write_json
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
+from apps.medical.errors import InputError
 from apps.medical.segmentation.hippocampus import MODEL
 from shared_runtime.host import host
 
@@ -61,16 +62,25 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with open_session(load_settings().settings, model) as session:
-        cases = [evaluate_case(image, label, session, out) for image, label in progress(pairs, "evaluating", len(pairs))]
+        cases, refused = [], []
+        for image, label in progress(pairs, "evaluating", len(pairs)):
+            try:
+                cases.append(evaluate_case(image, label, session, out))
+            except InputError as error:
+                refused.append({"case": image.name, "reason": str(error)})
+                console.print(f"[yellow]left out[/yellow] {image.name}: {error}")
         plan = msgspec.to_builtins(session.plan)
         name = {"name": session.model.name, "version": session.model.version, "sha256": session.model.sha256}
+    if not cases:
+        raise InputError(f"no case of {images} can be evaluated; expected images and label maps on one grid")
     metrics = summarise(cases)
     means = metrics["dice"]
     answers(json).print(
         f"{len(cases)} cases: Dice mean {means['mean']:.4f}, anterior {means['anterior']:.4f}, posterior {means['posterior']:.4f}"
     )
     answers(json).print(f"HD95 mean {metrics['hd95_mm']['mean']} mm, volume error mean {metrics['volume_error_percent']['mean']} %")
-    write_json({"metrics": metrics, "cases": cases, "model": name, "plan": plan, "host": msgspec.to_builtins(host())}, json)
+    result = {"metrics": metrics, "cases": cases, "refused": refused, "model": name, "plan": plan, "host": msgspec.to_builtins(host())}
+    write_json(result, json)
 
 
 @app.command()
@@ -170,7 +180,7 @@ def train(
     from apps.medical.training.run import train_all
 
     recipe = Recipe(steps)
-    train_all(data, out / "runs", number=folds, recipe=recipe, device=device)
+    train_all(data, out / "runs", number=folds, recipe=recipe, device=learning_device(device))
     cards = torch.cuda.device_count() if device != "cpu" else 0
     where = f"{cards} {torch.cuda.get_device_name(0)}" if cards else host().cpu
     write_model(out / "runs", out / MODEL, recipe, f"{where}, torch {torch.__version__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,27 @@ def checked(volume: Volume, name: str) -> Volume:
 def read_nifti(path: Path, name: str | None = None) -> Volume:
     """Read a NIfTI file, in the units that it states. Raises InputError where it is not one regular 3-D image."""
     name = name or path.name
+    return checked(_volume(path, name), name)
+
+
+def read_labels(path: Path, image: Volume, known: Collection[int]) -> NDArray[np.uint8]:
+    """The label map (X, Y, Z) of `image`, a NIfTI file on its grid. Raises InputError for another grid, and for labels that are neither 0
+    nor `known`."""
+    found = _volume(path, f"label map {path.name}")
+    if found.voxels.shape != image.voxels.shape:
+        raise InputError(
+            f"label map {path.name} has shape {list(found.voxels.shape)}, its image {list(image.voxels.shape)}; expected one grid"
+        )
+    if not np.allclose(found.affine, image.affine, atol=1e-2):
+        raise InputError(f"label map {path.name} and its image have different affines; expected one grid")
+    labels = np.rint(found.voxels)
+    if unknown := sorted(set(np.unique(labels).tolist()) - {0, *known}):
+        seen, expected = (", ".join(f"{value:g}" for value in values) for values in (unknown[:5], (0, *known)))
+        raise InputError(f"label map {path.name} holds labels {seen}; expected {expected}")
+    return labels.astype(np.uint8)
+
+
+def _volume(path: Path, name: str) -> Volume:
     try:
         image = nib.load(path)
         shape = tuple(int(n) for n in image.shape)
@@ -89,7 +111,7 @@ def read_nifti(path: Path, name: str | None = None) -> Volume:
     affine = np.asarray(image.affine, dtype=np.float64) * np.array([[MILLIMETRES.get(unit, 1.0)]] * 3 + [[1.0]])
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise InputError(f"{name} has no usable orientation: its affine is not invertible; write sform or qform and try again")
-    return checked(Volume(voxels, affine, doubts=_doubts(image)), name)
+    return Volume(voxels, affine, doubts=_doubts(image))
 
 
 def _doubts(image: Any) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ def test_evaluate_writes_the_documented_json_and_the_label_maps(commands: Comman
         for folder, array in (("images", image), ("labels", labels)):
             (tmp_path / folder).mkdir(exist_ok=True)
             nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / name)
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "cut.nii.gz").write_bytes((tmp_path / folder / name).read_bytes()[:500])
     arguments = ("--images", tmp_path / "images", "--labels", tmp_path / "labels", "--out", tmp_path / "out", "--json", tmp_path / "r.json")
     answer = commands.run("medical", "evaluate", *arguments)
     assert answer.returncode == 0, answer.stderr
@@ -99,6 +101,8 @@ def test_evaluate_writes_the_documented_json_and_the_label_maps(commands: Comman
         assert {"mean", "anterior", "posterior"} <= set(result["metrics"][metric])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"case_1.nii.gz", "case_2.nii.gz"}
     assert {"host", "model", "cases"} <= set(result)
+    assert [case["case"] for case in result["refused"]] == ["cut.nii.gz"], "one damaged file costs the others nothing"
+    assert "left out cut.nii.gz" in answer.stderr
 
 
 def cut(folder: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from apps.medical.preview import write_preview
 from apps.medical.segmentation import hippocampus
 from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, segment_hippocampi
 from apps.medical.segmentation.window import WINDOW, place_in_window
-from apps.medical.volume import Volume, write_nifti
+from apps.medical.volume import Volume, read_labels, read_nifti, write_nifti
 from shared_runtime.signature import Tensors
 
 
@@ -149,6 +151,27 @@ def test_a_refused_case_counts_as_an_empty_answer(tmp_path: Path) -> None:
     metrics = summarise([case])
     assert metrics["failed"] == 1
     assert metrics["hd95_mm"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path, labels: path.write_bytes(path.read_bytes()[:200]), "label map .* is not a readable NIfTI file"),
+        (lambda path, labels: write_nifti(labels[1:], np.eye(4), path), "label map .* has shape .* expected one grid"),
+        (lambda path, labels: write_nifti(labels, np.diag([2, 1, 1, 1.0]), path), "different affines"),
+        (lambda path, labels: write_nifti(labels * 7, np.eye(4), path), "holds labels 7, 14; expected 0, 1, 2"),
+    ],
+)
+def test_a_label_map_that_does_not_fit_is_named(tmp_path: Path, spoil: Callable[[Path, np.ndarray], Any], why: str) -> None:
+    labels = np.zeros((40, 50, 40), np.uint8)
+    labels[10:20, 10:30, 10:20], labels[10:20, 30:40, 10:20] = 1, 2
+    for name in ("image", "label"):
+        write_nifti(labels, np.eye(4), tmp_path / f"{name}.nii.gz")
+    image = read_nifti(tmp_path / "image.nii.gz")
+    np.testing.assert_array_equal(read_labels(tmp_path / "label.nii.gz", image, (1, 2)), labels)
+    spoil(tmp_path / "label.nii.gz", labels)
+    with pytest.raises(InputError, match=why):
+        read_labels(tmp_path / "label.nii.gz", image, (1, 2))
 
 
 def test_an_anisotropic_crop_keeps_its_volume() -> None:

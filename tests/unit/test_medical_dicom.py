@@ -152,6 +152,49 @@ def test_damaged_and_foreign_files_are_passed_over_and_the_rest_is_read(tmp_path
     assert any("left aside" in note for note in notes)
 
 
+@pytest.mark.parametrize("implicit", [True, False])
+def test_objects_without_the_file_header_are_read(tmp_path: Path, implicit: bool) -> None:
+    """As older archives write them: the data set alone, which begins with its first group."""
+    found = Instances()
+    for number, ds in enumerate(dicom_slices(blob())):
+        buffer = io.BytesIO()
+        bare = pydicom.Dataset(ds)
+        pydicom.dcmwrite(buffer, bare, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+        assert buffer.getvalue()[:2] == b"\x08\x00"
+        add_instance(found, str(number), buffer.getvalue())
+    (series,) = group_series(found.datasets)
+    np.testing.assert_array_equal(read_volume(series).voxels, blob())
+    again = Instances()
+    add_instance(again, "again", as_bytes(series.instances[0]))  # as a study is handed to the log
+    assert len(again.datasets) == 1
+    for foreign in (b"\x08\x00\x05\x00", b"\x08\x00\x16\x00" + bytes(range(200)), b"\x00\x08\x00\x05"):
+        add_instance(again, "foreign", foreign)
+    assert [why for _, why in again.skipped] == ["not a DICOM file"] * 3
+
+
+@pytest.mark.parametrize(("keyword", "place", "text"), [("SamplesPerPixel", b"\x28\x00\x02\x00US", b""), ("NumberOfFrames", b"", b"1,5 ")])
+def test_a_count_that_is_no_number_refuses_its_series_alone(tmp_path: Path, keyword: str, place: bytes, text: bytes) -> None:
+    slices = dicom_slices(blob())
+    contents = []
+    for ds in slices:
+        ds.NumberOfFrames = "1234"
+        content = as_bytes(ds)
+        if text:
+            content = content.replace(b"1234", text)
+        else:  # two values where one is expected
+            start = content.index(place) + len(place)
+            content = content[:start] + b"\x04\x00\x01\x00\x01\x00" + content[start + 4 :]
+            content = content.replace(b"1234", b"1   ")
+        contents.append(content)
+    found = Instances()
+    for number, content in enumerate([*contents, *(as_bytes(ds) for ds in dicom_slices(blob(2)))]):
+        add_instance(found, str(number), content)
+    good, bad = group_series(found.datasets)
+    assert read_volume(good).voxels.shape == blob(2).shape
+    with pytest.raises(SeriesError, match=f"{keyword} .*expected one whole number"):
+        read_volume(bad)
+
+
 def test_a_zip_is_read_like_a_folder(tmp_path: Path) -> None:
     archive = tmp_path / "study.zip"
     with zipfile.ZipFile(archive, "w") as writer:

@@ -140,7 +140,8 @@ def _complete(dataset: Dataset, slice_step_mm: float) -> Dataset:
 
 def _share_groups(header: Dataset) -> None:
     """Put the groups that every frame repeats, and highdicom reads as shared, where it reads them."""
-    shared = copy.deepcopy(header.SharedFunctionalGroupsSequence[0])
+    stated = header.get("SharedFunctionalGroupsSequence")
+    shared = copy.deepcopy(stated[0]) if stated else Dataset()
     for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
         own = header.PerFrameFunctionalGroupsSequence[0].get(keyword)
         if keyword not in shared and own:

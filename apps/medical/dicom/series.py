@@ -70,12 +70,22 @@ def group_series(datasets: Sequence[FileDataset]) -> list[Series]:
 
 
 def _claimed_bytes(series: Series) -> int:
-    return sum(_bytes_of(dataset) for dataset in series.instances)
+    """Of all instances; one whose header states no numbers claims nothing here, and is refused where it is read."""
+    total = 0
+    for dataset in series.instances:
+        try:
+            total += _bytes_of(dataset)
+        except SeriesError:
+            continue
+    return total
 
 
 def _integer(dataset: Dataset, keyword: str, default: int) -> int:
     value = dataset.get(keyword, default)
-    return default if value in (None, "") else int(value)
+    try:
+        return default if value in (None, "") else int(value)
+    except (TypeError, ValueError) as error:
+        raise SeriesError(f"instance {dataset.SOPInstanceUID} has {keyword} {str(value)[:60]!r}; expected one whole number") from error
 
 
 def _bytes_of(dataset: Dataset) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +14,7 @@ import shared_runtime as rt
 from apps.medical.errors import InputError
 from apps.medical.evaluation.metrics import bootstrap_interval, dice, hd95_mm, volume_error_percent
 from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, segment_hippocampi
-from apps.medical.volume import Volume, read_nifti, write_nifti
+from apps.medical.volume import Volume, read_labels, read_nifti, write_nifti
 
 NAMES = {1: "anterior", 2: "posterior"}
 METRICS = ("dice", "hd95_mm", "volume_error_percent")
@@ -38,7 +37,8 @@ def case_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 def evaluate_case(image: Path, label: Path, session: rt.Session, out: Path | None) -> dict[str, Any]:
     """Metrics of one case by structure, its seconds, and its label map in `out`.
 
-    An image that the model refuses counts as an empty answer, with the reason as a flag.
+    An image that the model refuses counts as an empty answer, with the reason as a flag. Raises InputError where a file can't be read or
+    the two do not fit.
     """
     start = time.monotonic()
     volume = read_nifti(image)
@@ -48,10 +48,10 @@ def evaluate_case(image: Path, label: Path, session: rt.Session, out: Path | Non
     except InputError as error:
         labels, structures, flags = np.zeros(volume.voxels.shape, np.uint8), CROP_STRUCTURES, [f"refused: {error}"]
     seconds = time.monotonic() - start
+    reference = read_labels(label, volume, NAMES)
     predicted = _parts(labels, len(structures))
     if out is not None:
         write_nifti(labels, volume.affine, out / f"{image.name.removesuffix('.gz').removesuffix('.nii')}.nii.gz")
-    reference = _reference(label, volume)
     case: dict[str, Any] = {"case": image.name, "seconds": round(seconds, 4), "flags": flags}
     scores = {name: _score(predicted == value, reference == value, volume) for value, name in NAMES.items()}
     scores["whole"] = _score(predicted > 0, reference > 0, volume)
@@ -64,18 +64,6 @@ def evaluate_case(image: Path, label: Path, session: rt.Session, out: Path | Non
 def _parts(labels: NDArray[np.uint8], structures: int) -> NDArray[np.uint8]:
     """A head's four labels as the two parts, both sides together."""
     return labels if structures == 2 else np.where(labels > 2, labels - 2, labels).astype(np.uint8)
-
-
-def _reference(path: Path, volume: Volume) -> NDArray[np.uint8]:
-    image = nib.load(path)
-    labels = np.rint(np.asanyarray(image.dataobj)).astype(np.int64).reshape(image.shape[:3])
-    if labels.shape != volume.voxels.shape:
-        raise InputError(f"label map {path.name} has shape {list(labels.shape)}, its image {list(volume.voxels.shape)}; expected one grid")
-    if not np.allclose(image.affine, volume.affine, atol=1e-2):
-        raise InputError(f"label map {path.name} and its image have different affines; expected one grid")
-    if unknown := sorted(set(np.unique(labels).tolist()) - {0, *NAMES}):
-        raise InputError(f"label map {path.name} holds labels {unknown}; expected 0, 1 (anterior) and 2 (posterior)")
-    return np.asarray(labels, np.uint8)
 
 
 def _score(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], volume: Volume) -> dict[str, float]:

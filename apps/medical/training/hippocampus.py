@@ -17,12 +17,15 @@ from monai.losses import DiceCELoss
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from apps.medical.errors import InputError
+from apps.medical.evaluation.evaluate import NAMES
 from apps.medical.evaluation.metrics import dice, hd95_mm, volume_error_percent
 from apps.medical.preprocessing.normalise import normalise_mr
 from apps.medical.segmentation.network import hippocampus_network
 from apps.medical.segmentation.views import merged, views
 from apps.medical.segmentation.window import centred_placement, place_in_window
 from apps.medical.training.augment import augment, standardise
+from apps.medical.volume import read_labels, read_nifti
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,27 @@ class Case:
 
 
 def read_cases(data: Path) -> list[Case]:
-    """All pairs `images/NAME.nii.gz`, `labels/NAME.nii.gz` below `data`, 1 mm RAS, sorted by name."""
+    """All pairs `images/NAME.nii.gz`, `labels/NAME.nii.gz` below `data`, 1 mm RAS, sorted by name.
+
+    Raises InputError where there are none, and for a pair that can't be learned from.
+    """
     cases = []
     for path in sorted((data / "images").glob("*.nii*")):
-        image = nib.as_closest_canonical(nib.load(path))
-        label = nib.as_closest_canonical(nib.load(data / "labels" / path.name))
-        voxels = np.nan_to_num(np.asanyarray(image.dataobj, dtype=np.float64))
-        labels = np.rint(np.asanyarray(label.dataobj)).astype(np.uint8)
+        if not (data / "labels" / path.name).is_file():
+            raise InputError(f"{path} has no label map {data / 'labels' / path.name}; expected pairs of equal name")
+        volume = read_nifti(path)
+        found = read_labels(data / "labels" / path.name, volume, NAMES)
+        voxels, labels = (_canonical(array, volume.affine) for array in (volume.voxels, found))
         window = place_in_window(normalise_mr(voxels))
         cases.append(Case(path.name, window, _filled(window, labels.shape), place_in_window(labels, np.uint8), labels.shape))
     if not cases:
-        raise FileNotFoundError(f"no images/*.nii.gz below {data}; expected the layout images/NAME, labels/NAME")
+        raise InputError(f"no images/*.nii.gz below {data}; expected the layout images/NAME, labels/NAME")
     return cases
+
+
+def _canonical(array: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[Any]:
+    """`array` with its axes turned to RAS."""
+    return np.asarray(nib.apply_orientation(array, nib.io_orientation(affine)))
 
 
 def _filled(window: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
