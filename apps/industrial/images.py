@@ -12,7 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from apps.industrial.errors import InputError
 
@@ -21,6 +22,7 @@ Pixels = NDArray[np.uint8]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm")
 ORIENTATION = 0x112
 """EXIF's tag."""
+TIFF = (b"II*\0", b"MM\0*")
 MAX_PIXELS, MAX_BYTES, MIN_SIDE = 100_000_000, 512 * 2**20, 16
 DEPTHS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 """White of floats, and of integers of 8 to 16 bits: cameras of 10, 12 or 14 bits write files of 16."""
@@ -43,8 +45,11 @@ def deepest(paths: Iterable[Path]) -> float | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with Image.open(path) as image:
-                    deep = _deep(image)
+                try:
+                    with Image.open(path) as image:
+                        deep = _deep(image)
+                except UnidentifiedImageError:
+                    deep = True  # a TIFF of a kind that Pillow does not know, or no image
             if deep:
                 largest = max(largest or 0.0, _depth(_opened(_content(path), path.name)))
         except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -87,14 +92,14 @@ def _opened(content: bytes, name: str) -> NDArray[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own remarks on size and metadata; the limits here are stricter
-            image = Image.open(io.BytesIO(content))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{name} states {width} x {height} pixels; at most {MAX_PIXELS:,} in all are decoded")
-            if min(width, height) < MIN_SIDE:
-                raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
-            if (frames := _frames(image)) > 1:
-                raise InputError(f"{name} holds {frames} frames; expected one image: save each to a file of its own")
+            try:
+                image = Image.open(io.BytesIO(content))
+            except UnidentifiedImageError:
+                if content[:4] not in TIFF:
+                    raise
+                return _wide(content, name)
+            _refuse_size(*image.size, name)
+            _refuse_frames(_frames(image), name)
             return _values(image, content)
     except Image.DecompressionBombError as error:
         stated = re.search(r"\d+", str(error))
@@ -108,6 +113,18 @@ def _opened(content: bytes, name: str) -> NDArray[Any]:
         raise InputError(
             f"{name} ({len(content)} bytes) can't be decoded: {str(error)[:120]}; expected a whole PNG, JPEG, TIFF, BMP or WebP"
         ) from error
+
+
+def _refuse_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} states {width} x {height} pixels; at most {MAX_PIXELS:,} in all are decoded")
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} a side")
+
+
+def _refuse_frames(frames: int, name: str) -> None:
+    if frames > 1:
+        raise InputError(f"{name} holds {frames} frames; expected one image: save each to a file of its own")
 
 
 def _frames(image: Image.Image) -> int:
@@ -133,11 +150,50 @@ def _values(image: Image.Image, content: bytes) -> NDArray[Any]:
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise InputError("the image holds values that are no numbers; expected finite grey levels")
-        return values if image.mode == "F" else np.maximum(values.astype(np.float32), 0).astype(np.uint32)
+        return _levels(np.asarray(image))
     return _plain(np.asarray(image.convert("RGB")))
+
+
+def _wide(content: bytes, name: str) -> NDArray[Any]:
+    """A TIFF of a kind that Pillow does not know and OpenCV does: colour of 32 bits or of floats, signed colour, floats of 64 bits.
+
+    Its directory is looked at before anything is decoded: OpenCV fills up what is cut off.
+    """
+    stream = io.BytesIO(content)
+    try:
+        directory = ImageFileDirectory_v2(content[:8])
+        first = directory.next
+        stream.seek(first)
+        directory.load(stream)
+        width, height = int(directory[TiffImagePlugin.IMAGEWIDTH]), int(directory[TiffImagePlugin.IMAGELENGTH])
+        tiled = TiffImagePlugin.TILEOFFSETS in directory
+        offsets = directory[TiffImagePlugin.TILEOFFSETS if tiled else TiffImagePlugin.STRIPOFFSETS]
+        counts = directory[TiffImagePlugin.TILEBYTECOUNTS if tiled else TiffImagePlugin.STRIPBYTECOUNTS]
+        end = max(start + size for start, size in zip(offsets, counts, strict=True))
+    except Exception as error:  # whatever Pillow meets in damaged bytes
+        raise UnidentifiedImageError from error
+    _refuse_size(width, height, name)
+    if end > len(content) or directory.next == first:
+        raise OSError("image file is truncated")
+    _refuse_frames(2 if directory.next else 1, name)
+    try:
+        read = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise UnidentifiedImageError from error
+    if read is None:
+        raise UnidentifiedImageError
+    values = _upright(read if read.ndim == 2 else _plain(read[..., 2::-1]), directory.get(ORIENTATION, 1))
+    return _levels(values)
+
+
+def _levels(values: NDArray[Any]) -> NDArray[Any]:
+    """Floats of 32 bits, integers without those below 0. Raises InputError for what is no number."""
+    if values.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError("the image holds values that are no numbers; expected finite grey levels")
+    return values if values.dtype.kind == "f" else np.maximum(values, 0).astype(np.uint32)
 
 
 def _deep(image: Image.Image) -> bool:
@@ -155,7 +211,7 @@ def _plain(colour: NDArray[Any]) -> NDArray[Any]:
 def _upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
     """As ImageOps.exif_transpose, for an array."""
     if orientation in (5, 6, 7, 8):
-        values = values.transpose(1, 0, 2)
+        values = values.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         values = values[:, ::-1]
     if orientation in (3, 4, 7, 8):

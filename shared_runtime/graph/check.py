@@ -16,8 +16,9 @@ from onnx.external_data_helper import uses_external_data
 from shared_runtime.errors import ModelIntegrityError, UnsupportedModelError
 from shared_runtime.host import host
 
-OLDEST, IR = 7, 8
-"""The oldest standard operators that ONNX Runtime knows; the file format of what is written anew."""
+OLDEST, IR, UNLISTED = 7, 8, 4
+"""The oldest standard operators that ONNX Runtime knows; the file format of what is written anew, and the first one whose weights need not
+be listed among the inputs (exporters left them out before, and engines never minded)."""
 _FLOATS = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
@@ -62,7 +63,7 @@ def read_whole(path: Path) -> onnx.ModelProto:
     proto = onnx.load(str(path))
     constants = {item.name for item in proto.graph.initializer} | {item.values.name for item in proto.graph.sparse_initializer}
     kept = [value for value in proto.graph.input if value.name not in constants]
-    if len(kept) < len(proto.graph.input):
+    if proto.ir_version < UNLISTED or len(kept) < len(proto.graph.input):
         proto.ir_version = max(proto.ir_version, IR)
         del proto.graph.input[:]
         proto.graph.input.extend(kept)
@@ -229,7 +230,7 @@ def check_graph(path: Path) -> None:
                 "export the model with standard ONNX operators"
             )
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(read_whole(path) if proto.ir_version < UNLISTED else str(path))
     except onnx.checker.ValidationError as error:
         raise UnsupportedModelError(f"{path.name} is not a valid ONNX graph: {' '.join(str(error).split())[:400]}") from error
 

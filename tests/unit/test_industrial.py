@@ -142,6 +142,33 @@ def test_sixteen_bits_of_colour_are_turned_as_eight_are(orientation: int) -> Non
     np.testing.assert_array_equal(decode_image(deep), decode_image(content))
 
 
+@pytest.mark.parametrize(("kind", "white"), [(np.float32, 1.0), (np.float64, 255.0), (np.int16, 1023.0), (np.uint32, 65535.0)])
+def test_wide_colour_of_a_tiff_is_read(tmp_path: Path, kind: type, white: float) -> None:
+    """Kinds that Pillow does not know; as whole, as sane and as large as any other file."""
+    share = np.random.default_rng(0).random((64, 48, 3))
+    share[0, 0] = 1
+    content = cv2.imencode(".tiff", (share[..., ::-1] * white).astype(kind))[1].tobytes()
+    assert np.abs(decode_image(content) - share * 255).max() <= 1
+    (tmp_path / "part.tiff").write_bytes(content)
+    assert deepest([tmp_path / "part.tiff"]) == white
+    for size in (4, 9, 100, len(content) - 2):
+        with pytest.raises(InputError, match="can't be decoded"):
+            decode_image(content[:size])
+    with pytest.raises(InputError, match="at least 16 a side"):
+        decode_image(cv2.imencode(".tiff", np.zeros((8, 48, 3), kind))[1].tobytes())
+    stated = content.replace(*(struct.pack("<HHIHH", 0x100, 3, 1, side, 0) for side in (48, 50_000)))
+    stated = stated.replace(*(struct.pack("<HHIHH", 0x101, 3, 1, side, 0) for side in (64, 50_000)))
+    with pytest.raises(InputError, match="states 50000 x 50000 pixels"):
+        decode_image(stated)
+
+
+def test_floats_that_are_no_numbers_are_refused_in_colour_too() -> None:
+    levels = np.full((32, 32, 3), 0.5, np.float32)
+    levels[4, 5, 1] = np.nan
+    with pytest.raises(InputError, match="no numbers"):
+        decode_image(cv2.imencode(".tiff", levels)[1].tobytes())
+
+
 def test_black_and_empty_frames_say_so() -> None:
     assert "black" in str(unusable(np.zeros((64, 64), np.uint8)))
     assert "empty" in str(unusable(np.full((64, 64), 90, np.uint8)))
