@@ -26,7 +26,8 @@ class SlidingWindow:
     the window. A voxel's scores are the mean over its windows, weighted by a Gaussian about each centre (Isensee et
     al., nnU-Net, Nature Methods 2021); the weights are a product over the axes, so that their sum needs no volume.
     Windows are visited along the axis that holds most of them, and what no later window touches is given out at once:
-    beside the volume only `classes * window * other axes` scores are held. `rows`: windows a call of the session.
+    beside the volume only `classes * window * other axes` scores are held. `rows`: windows a call of the session; of a model that takes
+    a fixed number of rows, that many.
 
         labels = rt.SlidingWindow(session, (128, 128, 128)).labels(volume)        # (C, D, H, W) -> (D, H, W)
     """
@@ -45,7 +46,9 @@ class SlidingWindow:
             raise ValueError(
                 f"expected a window from 1 voxel on, an overlap from 0 to below 1 and rows from 1 on; got {window}, {overlap} and {rows}"
             )
-        self._session, self._window, self._overlap, self._rows = session, tuple(window), overlap, rows
+        self._session, self._window, self._overlap = session, tuple(window), overlap
+        self._fixed = signature.fixed_rows
+        self._rows = self._fixed or rows
         self._output = signature.outputs[0].name
         self._weights = [_weights(size) for size in window]
 
@@ -57,6 +60,8 @@ class SlidingWindow:
         Raises InputError where the volume does not fit the window, ModelError where the model's output is not one of windows.
         """
         rank = len(self._window)
+        if not hasattr(volume, "ndim"):
+            raise InputError(f"expected a volume as an array or a memory map, got a {type(volume).__name__}")
         if volume.ndim != rank + 1 or 0 in volume.shape:
             raise InputError(f"expected a volume of shape (channels, {rank} axes) without empty axes, got {list(volume.shape)}")
         size = volume.shape[1:]
@@ -101,13 +106,17 @@ class SlidingWindow:
 
     def labels(self, volume: Array, out: Array | None = None) -> Array:
         """The class of the highest score a voxel, (*spatial) uint8 (uint16 above 256 classes), or written to `out`, such as a
-        memory map; raises as `slabs` does, ModelError also for a model of one class."""
+        memory map; raises as `slabs` does, ModelError also for a model of one class, InputError for an `out` that can't hold them."""
         labels = out
+        if out is not None and (out.shape != volume.shape[1:] or out.dtype.kind not in "iu"):
+            raise InputError(f"expected an out of whole numbers of shape {list(volume.shape[1:])}, got {out.dtype} {list(out.shape)}")
         for where, slab in self.slabs(volume):
             if len(slab) < 2:
                 raise ModelError(f"{self._session.model.name!r} gives one score a voxel; labels need two classes: put a limit to `scores`")
             if labels is None:
                 labels = np.empty(volume.shape[1:], np.min_scalar_type(len(slab) - 1))
+            if len(slab) - 1 > np.iinfo(labels.dtype).max:
+                raise InputError(f"an out of {labels.dtype} can't hold {len(slab)} classes; expected a wider type")
             target = labels[where]
             for plane in range(target.shape[0]):
                 target[plane] = slab[:, plane].argmax(axis=0)
@@ -133,8 +142,8 @@ class SlidingWindow:
 
     def _scores(self, volume: Array, corners: list[tuple[int, ...]]) -> Array:
         """Scores (windows, classes, *window) float32 of the windows at `corners`; what lies outside the volume is zero."""
-        inputs = np.zeros((len(corners), volume.shape[0], *self._window), self._input.dtype)
-        for row, corner in zip(inputs, corners, strict=True):
+        inputs = np.zeros((self._fixed or len(corners), volume.shape[0], *self._window), self._input.dtype)
+        for row, corner in zip(inputs, corners, strict=False):
             part = volume[(slice(None), *(slice(c, c + w) for c, w in zip(corner, self._window, strict=True)))]
             row[tuple(slice(0, n) for n in part.shape)] = part
         scores = self._session.run({self._input.name: inputs})[self._output]
@@ -143,7 +152,7 @@ class SlidingWindow:
                 f"{self._session.model.name!r} gives {self._output!r} of shape {list(scores.shape)} for a window of {list(self._window)}; "
                 "a sliding window needs scores (batch, classes, *window)"
             )
-        return np.ascontiguousarray(scores, np.float32)
+        return np.ascontiguousarray(scores[: len(corners)], np.float32)
 
 
 def _weights(size: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -70,7 +71,8 @@ def is_program(source: Any) -> bool:
 
 
 def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: tuple[str, ...] = ()) -> Imported:
-    """Export a module whose inputs, by name or else in order, are `example`'s; its layers are the values of its sub-modules.
+    """Export a module whose inputs, by name or else in order, are `example`'s; its layers are the values of its sub-modules. One that
+    lies on a GPU is copied from there.
 
     Raises UnsupportedModelError where torch.export can't.
     """
@@ -78,8 +80,13 @@ def from_module(module: Any, example: Mapping[str, Any], source: str, outputs: t
 
     from shared_runtime.graph.export import to_onnx
 
-    given = {name: np.asarray(value) for name, value in example.items()}
-    module = _by_name(module, given)
+    given = {name: _array(value, name) for name, value in example.items()}
+    places = {values.device.type for values in (*module.parameters(), *module.buffers())}
+    if "meta" in places:
+        raise UnsupportedModelError(f"this {type(module).__name__} has no weights yet (device 'meta'); load them and pass it again")
+    if places - {"cpu"}:
+        module = copy.deepcopy(module).cpu()
+    module = by_name(module, given)
     was_training = module.training
     try:
         module.eval()
@@ -155,7 +162,15 @@ def _read(module: Any, tensors: Mapping[str, Any], outputs: tuple[str, ...], axe
     ) from reason
 
 
-def _by_name(module: Any, given: Tensors) -> Any:
+def _array(value: Any, name: str) -> np.ndarray[Any, Any]:
+    """An example's value as numpy, from wherever it lies. Raises UnsupportedModelError."""
+    try:
+        return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # bfloat16, meta tensors, ragged lists
+        raise UnsupportedModelError(f"example {name!r} is no array ({error}); expected one of numbers, such as float32") from error
+
+
+def by_name(module: Any, given: Mapping[str, Any]) -> Any:
     """The module, taking its inputs in the order of `given`, where these are names of parameters in another order."""
     import inspect
 

@@ -17,10 +17,10 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from shared_runtime.errors import UnsupportedModelError
+from shared_runtime.errors import OptimizationError, UnsupportedModelError
 from shared_runtime.graph.passes.base import GraphEditor
 from shared_runtime.importers.base import Imported, write_folder
-from shared_runtime.importers.torch_module import from_module
+from shared_runtime.importers.torch_module import by_name, from_module
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 MOMENTUM = 0.05
@@ -31,10 +31,11 @@ ONE_LEVEL = 5e-3
 class ActivationQuantizer(nn.Module):  # type: ignore[misc]
     """Rounds to 256 levels between a running minimum and maximum; learns the range in training mode."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: Tensor) -> None:
+        """`like`: of the type and the device of the numbers that come."""
         super().__init__()
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("low", torch.zeros((), dtype=like.dtype, device=like.device))
+        self.register_buffer("high", torch.zeros((), dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
@@ -55,7 +56,7 @@ class QuantizedLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer, self.input = layer, ActivationQuantizer()
+        self.layer, self.input = layer, ActivationQuantizer(layer.weight)
 
     def __getattr__(self, name: str) -> Any:
         """What its parent asks of the layer itself (`weight`, `out_features`)."""
@@ -78,8 +79,11 @@ class QuantizedLayer(nn.Module):  # type: ignore[misc]
 
 
 def prepare(module: Any) -> Any:
-    """A copy of `module` in which every convolution and linear layer rounds as INT8 does. Raises UnsupportedModelError without any."""
+    """A copy of `module` in which every convolution and linear layer rounds as INT8 does. Raises UnsupportedModelError
+    without any, and for other floats than of 32 bits."""
     made = copy.deepcopy(module)
+    if others := {str(part.weight.dtype) for part in made.modules() if isinstance(part, KINDS)} - {"torch.float32"}:
+        raise UnsupportedModelError(f"{type(module).__name__} has layers in {', '.join(sorted(others))}; expected float32: use .float()")
     if isinstance(made, KINDS):
         return QuantizedLayer(made)
     count = 0
@@ -109,25 +113,48 @@ def fit(
     epochs: int = 1,
     penalty: Callable[[Any], Tensor] | None = None,
 ) -> list[float]:
-    """Train in place on (inputs, target) pairs with Adam; the mean loss of each epoch. `penalty(module)` is added to the loss."""
-    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    """Train in place, where the module lies, on (inputs, target) pairs with Adam; the mean loss of each epoch. Inputs go by the names of
+    the module's parameters, or else in order. `penalty(module)` is added to the loss.
+
+    Raises OptimizationError without batches, and where the loss is no finite number.
+    """
     pairs = list(batches)
+    if not pairs:
+        raise OptimizationError("training got no batches; expected pairs of inputs by name and a target")
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
     history = []
     module.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
         total = 0.0
-        for inputs, target in pairs:
-            outputs = module(*(torch.as_tensor(value) for value in inputs.values()))
-            value = loss(outputs, target)
+        for number, (inputs, target) in enumerate(pairs):
+            value = loss(call(module, inputs), placed(target, module))
+            if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
+                raise OptimizationError(
+                    f"the loss is {str(value)[:80]} in batch {number + 1} of epoch {epoch + 1}; expected one finite number: look at the "
+                    f"data and the learning rate ({learning_rate:g})"
+                )
             if penalty is not None:
                 value = value + penalty(module)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
             total += float(value.detach())
-        history.append(total / max(1, len(pairs)))
+        history.append(total / len(pairs))
     module.eval()
     return history
+
+
+def call(module: Any, inputs: Mapping[str, Any]) -> Any:
+    """The module's outputs for inputs by name, which an export has the same way."""
+    given = {name: placed(value, module) for name, value in inputs.items()}
+    return by_name(module, given)(*given.values())
+
+
+def placed(value: Any, module: Any) -> Any:
+    """Arrays and tensors as tensors where the module lies; anything else as it is."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        return value
+    return torch.as_tensor(value).to(next(module.parameters()).device)
 
 
 def export(module: Any, example: Mapping[str, Any], folder: Path, name: str) -> Path:

@@ -1,4 +1,7 @@
-"""One recipe from a trained torch network to a small one: train with L1 -> prune channels -> distil -> quantize, guarded at the end."""
+"""One recipe from a trained torch network to a small one: train with L1 -> prune channels -> distil -> quantize.
+
+What is exported is compared with what was trained; whether the small network still does its job is for the user's metric to say.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,9 @@ Pairs = Iterable[tuple[Mapping[str, Any], Any]]
 
 @dataclass(frozen=True)
 class Compression:
-    """`l1`: weight of the L1 penalty on convolution channels; `share`: channels that go; epochs of each stage;
-    `temperature` and `blend` of the distillation (Hinton et al., 2015): `blend` is the teacher's part of the loss."""
+    """`l1`: weight of the L1 penalty on convolution channels; `share`: channels that go, above 0 and below 1; epochs of each stage;
+    `temperature` and `blend` of the distillation (Hinton et al., 2015): `blend` is the teacher's part of the loss. Networks of one number
+    a row learn the teacher's number, others its probabilities."""
 
     l1: float = 1e-5
     share: float = 0.25
@@ -31,6 +34,13 @@ class Compression:
     learning_rate: float = 1e-3
     temperature: float = 2.0
     blend: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or not 0 <= self.blend <= 1 or self.temperature <= 0:
+            raise ValueError(
+                f"expected a share above 0 and below 1, a blend from 0 to 1 and a temperature above 0; got {self.share}, {self.blend} and "
+                f"{self.temperature}"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def compress(
 
     `pairs`: (inputs, target) batches, read once and kept. Raises UnsupportedModelError where no channel can go.
     """
-    recipe, data = recipe or Compression(), list(pairs)
+    recipe, data = recipe or Compression(), [(inputs, qat.placed(target, module)) for inputs, target in pairs]
     teacher = copy.deepcopy(module).eval()
     student = copy.deepcopy(module)
     steps: list[Step] = []
@@ -168,13 +178,15 @@ def _taught(teacher: Any, data: list[tuple[Mapping[str, Any], Any]]) -> list[tup
     taught = []
     with torch.no_grad():
         for inputs, target in data:
-            taught.append((inputs, (target, teacher(*(torch.as_tensor(np.asarray(value)) for value in inputs.values())))))
+            taught.append((inputs, (target, qat.call(teacher, inputs))))
     return taught
 
 
 def _blended(loss: Callable[[Any, Any], Tensor], recipe: Compression) -> Callable[[Any, Any], Tensor]:
     def blended(outputs: Tensor, target: Any) -> Tensor:
         wanted, teacher = target
+        if outputs.ndim < 2 or outputs.shape[1] == 1:
+            return (1 - recipe.blend) * loss(outputs, wanted) + recipe.blend * nn.functional.mse_loss(outputs, teacher)
         t = recipe.temperature
         soft = nn.functional.kl_div(
             torch.log_softmax(outputs / t, 1).flatten(1),

@@ -28,15 +28,16 @@ class SampleStore:
         self.row_hashes: set[bytes] = set()
 
     def add(self, inputs: Any, signature: Signature, model: str) -> None:
-        """Keep one sample: inputs by name, or for a model of one input the array. Raises CalibrationError where it does not fit the
-        signature or holds what is not a number."""
+        """Keep one sample: inputs by name, or what `_named` takes. Raises CalibrationError where it does not fit the signature or holds
+        what is not a number."""
         place = f"{self.name} sample {self.items} of {model!r}"
         named = inputs if isinstance(inputs, Mapping) else _named(inputs, signature)
         if named is None:
             raise CalibrationError(
                 f"{place} is a {type(inputs).__name__}; expected a dict of arrays by input name, with a leading batch dimension, "
-                f"or of one input the array; the inputs are {', '.join(spec.describe() for spec in signature.inputs)}"
+                f"or the arrays in the order of the inputs; these are {', '.join(spec.describe() for spec in signature.inputs)}"
             )
+        named = {name: _plain(value) if hasattr(value, "detach") else value for name, value in named.items()}
         try:
             checked = signature.check(named, model)
         except InputError as error:
@@ -83,27 +84,60 @@ class SampleStore:
 
 
 def _named(value: Any, signature: Signature) -> dict[str, Any] | None:
-    """The array or tensor of a model's one input, with or without its leading dimension, also as (input, target) from a data loader."""
-    if len(signature.inputs) != 1:
+    """Inputs by name from what data loaders and tables give: the array of a model's one input, with or without its leading dimension;
+    arrays in the order of the inputs; either of them, or inputs by name, with a target behind; a table, whose columns are the inputs or
+    the columns of the one input. None for anything else."""
+    specs = signature.inputs
+    if _is_table(value):
+        names = [spec.name for spec in specs]
+        if set(names) <= set(map(str, value.columns)):
+            return {name: value[name].to_numpy().reshape(-1, 1) for name in names}
+        value = value.to_numpy()
+    if isinstance(value, (tuple, list)):
+        if len(value) == 2 and isinstance(value[0], Mapping):
+            return dict(value[0])
+        if len(value) == 2 and isinstance(value[0], (tuple, list)) and len(specs) > 1:
+            value = value[0]
+    several = isinstance(value, (tuple, list)) and len(value) in (len(specs), len(specs) + 1)
+    parts = list(value[: len(specs)]) if several and all(hasattr(part, "ndim") for part in value[: len(specs)]) else [value]
+    if len(parts) != len(specs):
         return None
-    (spec,) = signature.inputs
-    if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[0], "ndim"):
-        value = value[0]
+    named = {}
+    for spec, part in zip(specs, parts, strict=True):
+        array = _plain(part)
+        if array is None:
+            return None
+        array = array[None] if array.ndim == len(spec.shape) - 1 else array
+        if array.ndim != len(spec.shape):
+            return None
+        named[spec.name] = array
+    return named
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a data frame; neither pandas nor polars is imported for it."""
+    return hasattr(value, "columns") and hasattr(value, "to_numpy")
+
+
+def _plain(value: Any) -> np.ndarray[Any, Any] | None:
+    """An array, or a torch tensor from wherever it lies; None for anything else."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
         return None
-    if array.ndim == len(spec.shape) - 1:
-        array = array[None]
-    return {spec.name: array} if array.ndim == len(spec.shape) else None
 
 
 def read_calibration(data: Iterable[Any], signature: Signature, model: str, most: int = MOST_SAMPLES) -> SampleStore:
-    """The first `most` samples of any iterable; a dict is one sample of many rows.
+    """The first `most` samples of any iterable, or rows of a table; a dict is one sample of many rows.
 
     Raises CalibrationError where there are none or one can't be used.
     """
     store = SampleStore("calibration")
+    if _is_table(data) and (named := _named(data, signature)) is not None:
+        data = (signature.row(named, row) for row in range(signature.rows(named)))
     for inputs in [data] if isinstance(data, Mapping) else data:
         if len(store) >= most:
             break
@@ -120,7 +154,8 @@ def read_validation(data: Iterable[Any], signature: Signature, model: str, label
     """
     store, targets = SampleStore("validation"), []
     for place, item in enumerate(_rows_of(data, signature, labelled) or ([data] if isinstance(data, Mapping) else data)):
-        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        item = _paired(item, len(signature.inputs))
+        pair = isinstance(item, tuple)
         if labelled and not pair:
             raise CalibrationError(
                 f"validation item {place} of {model!r} is a {type(item).__name__}; expected a pair (inputs, target); "
@@ -134,15 +169,28 @@ def read_validation(data: Iterable[Any], signature: Signature, model: str, label
     return store, targets
 
 
+def _paired(item: Any, inputs: int) -> Any:
+    """The tuple (inputs, target) where `item` is one, or the arrays of several inputs and then a target; a tuple of anything else is
+    made a list."""
+    if not isinstance(item, (tuple, list)):
+        return item
+    if len(item) == inputs + 1 > 2:
+        return (list(item[:-1]), item[-1])
+    alone = len(item) == inputs and all(hasattr(part, "ndim") for part in item)
+    return tuple(item) if len(item) == 2 and not alone else list(item)
+
+
 def _rows_of(data: Any, signature: Signature, labelled: bool) -> Iterator[tuple[Any, Any]] | None:
     """A pair a row, where `data` is the two arrays (X, y), or inputs by name and y."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or isinstance(data[0], (tuple, list)):
         return None
     inputs = data[0] if isinstance(data[0], Mapping) else _named(data[0], signature)
+    targets = _plain(data[1])
     try:
-        targets = np.asarray(data[1])
         rows = {len(np.asarray(value)) for value in (inputs or {}).values()}
     except (TypeError, ValueError):
+        return None
+    if targets is None:
         return None
     if targets.ndim and len(rows) == 1 and rows != {len(targets)} and len(targets) > 1 and labelled:
         raise CalibrationError(f"validation holds inputs of {rows.pop()} rows and {len(targets)} targets; expected as many")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from shared_runtime.errors import UnsupportedModelError
 from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.cost import NodeCost, graph_cost
 from shared_runtime.planning.ceiling import ceiling, gain
@@ -109,10 +108,12 @@ class _Timed:
 
 
 def profile(session: Session, inputs: Mapping[str, Any] | None = None, runs: int = RUNS) -> Profile:
-    """Profile a session on `inputs` (the signature's random ones without): the engine's own profile of the plan's first
-    choice, joined with the arithmetic and bytes of the graph. Raises UnsupportedModelError where the engine gives none."""
+    """Profile a session on `inputs` (those that it was planned on without): the engine's own profile of the plan's first choice, joined
+    with the arithmetic and bytes of the graph. An engine that runs the graph in one call gives one operator for all of it."""
+    if runs < 1:
+        raise ValueError(f"a profile takes one run at least, got {runs}")
     plan, model = session.plan, session.model
-    checked = model.random() if inputs is None else model.signature.check(inputs, model.name)
+    checked = session.probe() if inputs is None else model.signature.check(inputs, model.name)
     begin = time.perf_counter()
     for _ in range(runs):
         session.run(checked)
@@ -128,7 +129,7 @@ def profile(session: Session, inputs: Mapping[str, Any] | None = None, runs: int
     elif plan.backend == "torch":
         timed, costs = _torch(graph, checked, plan.device, runs), _costs(graph, checked)
     else:
-        raise UnsupportedModelError(f"the backend {plan.backend} gives no profile an operator; plan for another one (variant, device)")
+        timed, costs = _whole(session, graph, checked, runs)
     total = sum(item.seconds for item in timed) or 1e-12
     operators = tuple(_operator(item, costs.get(item.name), total, plan.precision, plan.threads) for item in timed)
     return Profile(model.name, plan.describe(), round(wall, 4), operators)
@@ -242,6 +243,20 @@ def _fused(graph: Path, inputs: Tensors, runs: int) -> list[_Timed]:
         timed.setdefault(name, _Timed(name, kind, "cpu", 1, 0.0, start)).seconds += taken
         start += 1e6 * taken
     return list(timed.values())
+
+
+def _whole(session: Session, graph: Path, inputs: Tensors, runs: int) -> tuple[list[_Timed], dict[str, NodeCost]]:
+    """All of a graph as one operator, named after its dearest one."""
+    nodes = list({id(cost): cost for cost in _costs(graph, inputs).values()}.values())
+    dearest = max(nodes, key=lambda cost: cost.operations, default=None)
+    name, kind = (dearest.name, dearest.kind) if dearest else (session.model.name, session.plan.backend)
+    sums = (sum(getattr(cost, field) for cost in nodes) for field in ("operations", "bytes_read", "bytes_written", "weight_bytes"))
+    session.run(inputs)
+    begin = time.perf_counter()
+    for _ in range(runs):
+        session.run(inputs)
+    seconds = (time.perf_counter() - begin) / runs
+    return [_Timed(name, kind, session.plan.backend, 1, seconds, 0.0)], {name: NodeCost(name, kind, *sums)}
 
 
 def _torch(graph: Path, inputs: Tensors, device: str, runs: int) -> list[_Timed]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import msgspec
 import psutil
@@ -41,12 +42,25 @@ class Tracer:
         self._process = psutil.Process()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Record every call of `function`."""
+        """Record every call of `function`; of a coroutine function until what it does is done. Raises TypeError for a generator, whose
+        work is done between calls."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__} is a generator, which works between calls; trace what it calls, or use rt.trace.span")
+        if inspect.iscoroutinefunction(function):
+            return cast(Callable[P, R], self._awaited(function))
 
         @functools.wraps(function)
         def traced(*args: P.args, **kwargs: P.kwargs) -> R:
             with self.span(function.__qualname__):
                 return function(*args, **kwargs)
+
+        return traced
+
+    def _awaited(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        @functools.wraps(function)
+        async def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.span(function.__qualname__):
+                return await function(*args, **kwargs)
 
         return traced
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import json
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,10 +102,111 @@ def test_the_tracer_keeps_nesting_errors_and_threads(tmp_path: Path) -> None:
     assert "outer" in tracer.table()
 
 
-def test_a_fused_region_computes_what_the_function_computes() -> None:
+def test_a_coroutine_is_traced_until_it_is_done_and_a_generator_refused() -> None:
+    tracer = Tracer()
+
+    @tracer
+    async def inner() -> int:
+        await asyncio.sleep(0.05)
+        return 3
+
+    @tracer
+    async def outer() -> int:
+        return sum(await asyncio.gather(inner(), inner()))
+
+    assert asyncio.run(outer()) == 6
+    assert [span.parent.rpartition(".")[2] for span in tracer.spans()] == ["outer", "outer", ""]
+    assert min(span.duration_us for span in tracer.spans()) > 45_000
+    with pytest.raises(TypeError, match="is a generator"):
+
+        @tracer
+        def lines() -> Iterator[int]:
+            yield 1
+
+
+def test_an_engine_that_runs_all_in_one_call_is_one_operator(tmp_path: Path) -> None:
+    model = rt.load("fraud-boosting")
+    with rt.Session(model, threads=1, plans=tmp_path, ladder=(1,), budget_s=1.0) as session:
+        if session.plan.backend != "trees":
+            pytest.skip(f"here another one is faster: {session.plan.why}")
+        found = rt.profile(session, runs=50)
+        with pytest.raises(ValueError, match="one run at least"):
+            rt.profile(session, runs=0)
+    (operator,) = found.operators
+    assert operator.kind.startswith("TreeEnsemble")
+    assert operator.share == 1.0
+    assert operator.operations > 1000
+    assert 0.2 * found.wall_ms < operator.mean_ms < 5 * found.wall_ms
+
+
+@pytest.fixture
+def torch_with_compiler() -> Any:
     torch = pytest.importorskip("torch")
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
+    return torch
+
+
+def test_a_fused_method_is_one_region_for_every_instance(torch_with_compiler: Any) -> None:
+    torch = torch_with_compiler
+
+    class Block(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.norm = torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)
+
+        @rt.fuse
+        def forward(self, x: Any) -> Any:
+            return torch.relu(self.norm(self.dense(x)))
+
+    network = torch.nn.Sequential(*[Block() for _ in range(10)]).eval()
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        for rows in range(1, 12):
+            x = expected = torch.randn(rows, 8)
+            for block in twin:
+                expected = Block.forward.__wrapped__(block, expected)
+            torch.testing.assert_close(network(x), expected)
+    network.train()
+    twin.train()
+    x = torch.randn(5, 8)
+    Block.forward.__wrapped__(twin[0], x)
+    network[0](x)
+    torch.testing.assert_close(network[0].norm.running_mean, twin[0].norm.running_mean)  # the comparison left no trace
+    assert "relu" in str(torch.export.export(network.eval(), (x,)).graph)
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@pytest.mark.parametrize("kind", ["dict", "in place", "infinite", "list", "nothing", "half", "integers", "complex"])
+def test_whatever_a_region_takes_and_gives_is_compared(torch_with_compiler: Any, kind: str) -> None:
+    torch = torch_with_compiler
+    functions: dict[str, Any] = {
+        "dict": lambda x: {"a": x + 1, "b": (x * 2, x.sum())},
+        "in place": lambda x: x.add_(1) * 2,
+        "infinite": lambda x: torch.where(x > 0, x, float("-inf")),
+        "list": lambda parts: parts[0] + parts[1],
+        "nothing": lambda x: None,
+        "half": lambda x: torch.softmax(x @ x.T, 1),
+        "integers": lambda x: (x.argmax(1), x > 0),
+        "complex": lambda x: torch.fft.fft(x),
+    }
+    x = torch.randn(6, 8)
+    x = x.bfloat16() if kind == "half" else x
+    given = [x, x] if kind == "list" else x
+    expected = functions[kind](copy.deepcopy(given))
+    torch.testing.assert_close(rt.fuse(functions[kind])(given), expected)
+
+
+def test_a_region_with_random_numbers_is_refused_and_a_fault_of_its_own_is_the_functions(torch_with_compiler: Any) -> None:
+    torch = torch_with_compiler
+    with pytest.raises(rt.UnsupportedModelError, match="draws random numbers"):
+        rt.fuse(lambda x: torch.nn.functional.dropout(x, 0.5))(torch.randn(40, 40))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        rt.fuse(lambda x: x @ x)(torch.randn(2, 3))
+
+
+def test_a_fused_region_computes_what_the_function_computes(torch_with_compiler: Any) -> None:
+    torch = torch_with_compiler
 
     @rt.fuse
     def region(x: object, scale: float) -> object:

@@ -271,3 +271,15 @@ def test_a_module_without_tensors_or_with_random_numbers_is_refused() -> None:
         rt.load(Nothing(), example=example)
     with pytest.raises(rt.ImportMismatchError, match="another one each time for the same inputs: random numbers are drawn within"):
         rt.load(Noise(), example=example)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "bfloat16", "ragged", "no weights"])
+def test_examples_as_they_lie_about(kind: str) -> None:
+    module = torch.nn.Linear(8, 2, device="meta" if kind == "no weights" else "cpu")
+    x = torch.randn(3, 8, requires_grad=True)
+    example: Any = {"bfloat16": x.bfloat16(), "ragged": [[1.0], [2.0, 3.0]]}.get(kind, x)
+    if kind == "gradient":
+        assert rt.load(module, example={"x": example}).signature.inputs[0].shape == ("batch", 8)
+        return
+    with pytest.raises(rt.UnsupportedModelError, match="no weights yet" if kind == "no weights" else "example 'x' is no array"):
+        rt.load(module, example={"x": example})

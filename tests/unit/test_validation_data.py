@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 import shared_runtime as rt
 from shared_runtime.optimize import loaded_with, precision_of
 from shared_runtime.quantization.metrics import metric_of
-from shared_runtime.quantization.samples import read_validation
-from tests.networks import classifier, samples
+from shared_runtime.quantization.samples import read_calibration, read_validation
+from tests.networks import classifier, samples, save
 
 PAIRS = samples(6, seed=2)
 IMAGES, LABELS = np.concatenate([x["image"] for x, _ in PAIRS]), np.concatenate([np.ravel(t) for _, t in PAIRS])
@@ -40,6 +41,57 @@ def test_without_labels_inputs_are_enough(model: rt.Model, data: Any) -> None:
     store, targets = read_validation(data, model.signature, "m", labelled=False)
     assert store.rows in (len(IMAGES), 2 * len(IMAGES))
     assert targets == [None] * store.items
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> rt.Model:
+    """A model of two inputs."""
+    nodes = [helper.make_node("MatMul", ["a", "w"], ["aw"]), helper.make_node("Add", ["aw", "b"], ["y"])]
+    weights = {"w": np.eye(3, 2, dtype=np.float32)}
+    return rt.load(save(tmp_path / "two.onnx", nodes, weights, {"a": ["batch", 3], "b": ["batch", 2]}, {"y": ["batch", 2]}))
+
+
+A, B, Y = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("item", [{"a": A, "b": B}, [A, B], (A, B), [A, B, Y], ((A, B), Y), ({"a": A, "b": B}, Y)])
+def test_what_a_data_loader_gives_for_several_inputs(two: rt.Model, item: Any) -> None:
+    store = read_calibration([item], two.signature, "m")
+    np.testing.assert_array_equal(store[0]["a"], A)
+    np.testing.assert_array_equal(store[0]["b"], B)
+
+
+@pytest.mark.parametrize("item", [[A, B, Y], ((A, B), Y), ({"a": A, "b": B}, Y)])
+def test_labels_behind_several_inputs(two: rt.Model, item: Any) -> None:
+    store, targets = read_validation([item], two.signature, "m")
+    np.testing.assert_array_equal(store[0]["b"], B)
+    assert targets == [Y] or np.array_equal(targets[0], Y)
+    with pytest.raises(rt.CalibrationError, match="expected a pair"):
+        read_validation([[A, B]], two.signature, "m")
+    assert read_validation([[A, B]], two.signature, "m", labelled=False)[1] == [None]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "half", "table", "chunks", "columns"])
+def test_tensors_and_tables_are_calibration_sets(two: rt.Model, tmp_path: Path, kind: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    one = rt.load(save(tmp_path / "one.onnx", [node], {"w": np.eye(3, dtype=np.float32)}, {"x": ["n", 3]}, {"y": ["n", 3]}))
+    if kind == "columns":
+        node = helper.make_node("Add", ["left", "right"], ["y"])
+        columns = rt.load(save(tmp_path / "c.onnx", [node], {}, {"left": ["n", 1], "right": ["n", 1]}, {"y": ["n", 1]}))
+        store = read_calibration(pandas.DataFrame(values, columns=["right", "other", "left"]), columns.signature, "m")
+        assert store.items == 4
+        np.testing.assert_array_equal(np.concatenate([item["left"] for item in store]), values[:, 2:])
+        return
+    frame = pandas.DataFrame(values)
+    data: Any = {"table": frame, "chunks": [frame[:2], frame[2:]]}.get(kind)
+    if data is None:
+        torch = pytest.importorskip("torch")
+        tensor = torch.from_numpy(values).requires_grad_()
+        data = tensor if kind == "gradient" else [tensor.bfloat16()]
+    store = read_calibration(data, one.signature, "m")
+    np.testing.assert_array_equal(np.concatenate([item["x"] for item in store]), values)
 
 
 def test_two_pairs_are_no_pair_of_arrays(model: rt.Model) -> None:

@@ -118,3 +118,33 @@ def test_one_score_a_voxel_has_no_labels(tmp_path: Path) -> None:
         assert windows.scores(np.ones((1, 9, 9, 9), np.float32)).shape == (1, 9, 9, 9)
         with pytest.raises(rt.ModelError, match="put a limit to `scores`"):
             windows.labels(np.ones((1, 9, 9, 9), np.float32))
+
+
+def test_a_model_of_a_fixed_number_of_rows_takes_that_many_windows(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).normal(size=(2, 1, 3, 3)).astype(np.float32)
+    node = helper.make_node("Conv", ["image", "w"], ["scores"], pads=[1] * 4, kernel_shape=[3, 3])
+    shapes = {"image": [4, 1, 8, 8]}, {"scores": [4, 2, 8, 8]}
+    fixed = rt.load(save(tmp_path / "fixed.onnx", [node], {"w": kernel}, *shapes))
+    volume = np.random.default_rng(1).normal(size=(1, 21, 13)).astype(np.float32)
+    with session(fixed, tmp_path) as four, session(network(tmp_path / "free.onnx", kernel), tmp_path) as free:
+        expected = rt.SlidingWindow(free, (8, 8)).scores(volume)
+        np.testing.assert_allclose(rt.SlidingWindow(four, (8, 8)).scores(volume), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (np.zeros((9, 8), np.uint8), r"shape \[9, 9\], got uint8 \[9, 8\]"),
+        (np.zeros((9, 9), np.float32), "whole numbers"),
+        (np.zeros((9, 9), bool), "whole numbers"),
+    ],
+)
+def test_labels_are_written_to_what_holds_them(out: np.ndarray, words: str, tmp_path: Path) -> None:
+    with session(network(tmp_path / "m.onnx", np.ones((300, 1, 1, 1), np.float32)), tmp_path) as ready:
+        windows = rt.SlidingWindow(ready, (8, 8))
+        with pytest.raises(rt.InputError, match=words):
+            windows.labels(np.ones((1, 9, 9), np.float32), out)
+        with pytest.raises(rt.InputError, match="can't hold 300 classes"):
+            windows.labels(np.ones((1, 9, 9), np.float32), np.zeros((9, 9), np.uint8))
+        with pytest.raises(rt.InputError, match="got a list"):
+            windows.labels([[1.0]])  # type: ignore[arg-type]
