@@ -87,6 +87,8 @@ class Batcher:
         self.statistics = BatcherStatistics()
 
     async def __aenter__(self) -> Batcher:
+        if self._draining:
+            raise BatcherClosedError("the batcher was closed; make a new one")
         prepare = getattr(self._session, "prepare", None)
         if prepare is not None:  # no request waits for a plan
             loop = asyncio.get_running_loop()
@@ -172,6 +174,8 @@ class Batcher:
             if reason:
                 await self._run(batch, reason)
                 continue
+            if not self._queue and self._draining:  # what waited last was given up
+                return
             self._wake.clear()
             try:
                 await asyncio.wait_for(self._wake.wait(), wait)
@@ -217,8 +221,8 @@ class Batcher:
         self.statistics.released[reason] += 1
         batches_released.labels(self._session.model.name, reason).inc()
         queue_rows.labels(self._session.model.name).set(self._waiting)
-        joined = {name: np.concatenate([part.inputs[name] for part in batch]) for name in batch[0].inputs}
         try:
+            joined = {name: np.concatenate([part.inputs[name] for part in batch]) for name in batch[0].inputs}
             outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._session.run, joined)
         except Exception as error:
             for part in batch:

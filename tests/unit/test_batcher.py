@@ -119,6 +119,20 @@ def test_a_full_queue_refuses_and_forgets_nothing() -> None:
     asyncio.run(scenario())
 
 
+def test_closing_waits_for_nobody_who_gave_up() -> None:
+    async def scenario() -> Recorder:
+        session = Recorder()
+        async with rt.Batcher(session, deadline_ms=60_000) as batcher:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(batcher.submit(rows(2)), 0.01)
+        with pytest.raises(rt.BatcherClosedError, match="make a new one"):
+            async with batcher:
+                raise AssertionError
+        return session
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 10)).batches == []
+
+
 def test_a_cancelled_request_is_not_run() -> None:
     async def scenario() -> list[int]:
         session = Recorder()
