@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -326,6 +327,32 @@ def test_pictures_are_posted_and_bad_posts_are_told_why(monkeypatch: pytest.Monk
         with pytest.raises(SourceError, match="can't listen"):
             UploadSource(source.port)
     assert (seen.frames[0].serial, seen.frames[0].content) == ("P-1", picture())
+
+
+def test_who_goes_away_and_who_sends_a_form_leave_no_frame(caplog: pytest.LogCaptureFixture) -> None:
+    source = UploadSource(0)
+    start = b"POST /frames HTTP/1.1\r\nHost: station\r\nContent-Length: 100000\r\n\r\nthe beginning"
+    with Collected(source) as seen:
+        eventually(answers(source.port))
+        with socket.create_connection(("127.0.0.1", source.port)) as client:
+            client.sendall(start)
+            time.sleep(0.2)
+        eventually(lambda: "a client went away within a picture" in caplog.text)
+        address = f"http://127.0.0.1:{source.port}/frames"
+        with urllib.request.urlopen(urllib.request.Request(address, data=picture(), method="PUT"), timeout=10) as answer:
+            assert answer.status == 202
+        form = urllib.request.Request(address, data=picture(), headers={"Content-Type": "multipart/form-data; boundary=x"})
+        with pytest.raises(urllib.error.HTTPError, match="415") as refused:
+            urllib.request.urlopen(form, timeout=10)
+        assert "the bytes of a picture alone" in json.loads(refused.value.read())["error"]
+        eventually(lambda: len(seen.frames) == 1)
+        waiting = socket.create_connection(("127.0.0.1", source.port))
+        waiting.sendall(start)
+        time.sleep(0.2)
+    with waiting:
+        assert b"503" in waiting.recv(1000)
+    assert len(seen.frames) == 1
+    assert "Traceback" not in caplog.text
 
 
 def test_uploads_beyond_the_queue_are_asked_to_come_again() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -27,10 +27,11 @@ LONGEST_SERIAL = 200
 
 
 class UploadSource:
-    """`POST /frames?serial=NAME` with the picture as the body, at `address`:`port`; `GET /health`.
+    """`POST /frames?serial=NAME` (or PUT) with the picture as the body, at `address`:`port`; `GET /health`.
 
     202: the frame is on its way. 400: no body, or a serial number of more than 200 characters. 413: more than
-    `MAX_UPLOAD_BYTES`. 503 with Retry-After: WAITING frames wait already, send it again; nothing was taken.
+    `MAX_UPLOAD_BYTES`. 415: a form. 503 with Retry-After: WAITING frames wait already, or the station stops: send it again; nothing
+    was taken.
     """
 
     def __init__(self, port: int, address: str = "127.0.0.1") -> None:
@@ -47,7 +48,7 @@ class UploadSource:
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """The frames in the order in which they came, until `stop`."""
-        routes = [Route("/frames", self._take, methods=["POST"]), Route("/health", self._health)]
+        routes = [Route("/frames", self._take, methods=["POST", "PUT"]), Route("/health", self._health)]
         config = uvicorn.Config(Starlette(routes=routes), log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[self._socket])), name="uploads", daemon=True)
@@ -73,11 +74,20 @@ class UploadSource:
         serial = request.query_params.get("serial", "")
         if len(serial) > LONGEST_SERIAL:
             return JSONResponse({"error": f"serial has {len(serial)} characters; expected at most {LONGEST_SERIAL}"}, 400)
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            error = "the body is a form; expected the bytes of a picture alone, as curl --data-binary @part.png sends them"
+            return JSONResponse({"error": error}, 415)
         content = bytearray()
-        async for piece in request.stream():
-            content += piece
-            if len(content) > MAX_UPLOAD_BYTES:
-                return JSONResponse({"error": f"the picture has more than {MAX_UPLOAD_BYTES} bytes; send a smaller one"}, 413)
+        try:
+            async for piece in request.stream():
+                content += piece
+                if len(content) > MAX_UPLOAD_BYTES:
+                    return JSONResponse({"error": f"the picture has more than {MAX_UPLOAD_BYTES} bytes; send a smaller one"}, 413)
+        except ClientDisconnect:
+            logger.warning("a client went away within a picture; nothing was taken", extra={"serial": serial, "bytes": len(content)})
+            return JSONResponse({"error": "the connection ended within the picture"}, 400)
+        except asyncio.CancelledError:
+            return JSONResponse({"error": "the station stops; nothing was taken, send it again"}, 503, headers={"Retry-After": "1"})
         if not content:
             return JSONResponse({"error": "the request has no body; expected the bytes of a picture (PNG, JPEG, ...)"}, 400)
         try:
