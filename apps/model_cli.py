@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -35,14 +34,21 @@ Example = Annotated[
 
 @app.command("list")
 def list_models(json: Json = None) -> None:
-    """The models that can be loaded by name."""
+    """The models that can be loaded by name, and those that can't be, with the reason."""
     out = answers(json)
-    models = [rt.load(name) for name in ModelRepository.default().names()]
+    models, damaged = [], {}
+    for name in ModelRepository.default().names():
+        try:
+            models.append(rt.load(name))
+        except rt.ModelError as error:
+            damaged[name] = str(error)
     for model in models:
         variants = f"  variants: {', '.join(model.variants)}" if model.variants else ""
         out.print(f"{model.name:24} {model.version:10} {model.card.get('task', '')}{variants}")
+    for name, why in damaged.items():
+        out.print(f"{name:24} [red]can't be loaded:[/red] {why}")
     rows = [{"name": m.name, "version": m.version, "sha256": m.sha256, "variants": list(m.variants)} for m in models]
-    write_json({"models": rows}, json)
+    write_json({"models": rows, "damaged": damaged}, json)
 
 
 @app.command()
@@ -86,7 +92,7 @@ def optimize(
     max_drop: Annotated[float, typer.Option(help="Largest drop of the metric, absolute.")] = 0.005,
     certain: Annotated[bool, typer.Option("--certain", help="The upper end of the drop's interval must be within it too.")] = False,
     precision: Annotated[Optional[list[str]], typer.Option(help="int8, bfloat16, float16, float8; without, the first three.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds.")] = 900.0,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds.")] = 900.0,
     json: Json = None,
 ) -> None:
     """Make every reduced form that passes its guard on this host."""
@@ -201,7 +207,7 @@ def list_tools(json: Json = None) -> None:
 @app.command()
 def profile(
     name: str,
-    rows: Annotated[int, typer.Option(help="Rows of a run.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a run.")] = 1,
     trace: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a Chrome trace.")] = None,
     example: Example = None,
     json: Json = None,
@@ -246,14 +252,29 @@ def export(
     console.print(f"{model.name} with {len(chosen)} variants in {out}")
 
 
-def _rows(path: Path, model: rt.Model) -> Iterator[dict[str, Any]]:
-    """A sample a row of the file's arrays."""
-    arrays = _inputs(path, model)
-    for row in range(len(next(iter(arrays.values())))):
-        yield {name: value[row : row + 1] for name, value in arrays.items()}
+def _rows(path: Path, model: rt.Model) -> list[dict[str, Any]]:
+    """A sample a row of the file's arrays; of a model that takes a fixed number of rows, a sample as many."""
+    arrays, signature = _inputs(path, model), model.signature
+    at_once = signature.fixed_rows
+    if at_once is not None:
+        sizes = {np.shape(value)[:1] for value in arrays.values()}
+        if len(sizes) != 1 or not (size := sizes.pop()) or size[0] % at_once:
+            shapes = ", ".join(str(list(np.shape(value))) for value in arrays.values())
+            raise rt.CalibrationError(f"{path} has arrays of shape {shapes}; expected {at_once} rows in each, or a multiple")
+        starts = range(0, size[0], at_once)
+        return [{name: value[start : start + at_once] for name, value in arrays.items()} for start in starts]
+    try:
+        checked = signature.check(arrays, model.name)
+    except rt.InputError as error:
+        raise rt.CalibrationError(f"{path} does not fit: {error}") from error
+    return [signature.row(checked, row) for row in range(signature.rows(checked))]
 
 
 def _arrays(path: Path) -> dict[str, Any]:
+    if path.suffix == ".npy":
+        raise rt.CalibrationError(
+            f"{path} holds one array without a name; expected arrays by input name, as numpy.savez writes them (.npz)"
+        )
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
@@ -270,7 +291,11 @@ def _inputs(path: Path, model: rt.Model) -> dict[str, Any]:
     return arrays
 
 
-def _pairs(path: Path, model: rt.Model) -> Iterator[tuple[dict[str, Any], Any]]:
-    targets = _arrays(path).get("target")
-    for row, inputs in enumerate(_rows(path, model)):
-        yield inputs, None if targets is None else targets[row : row + 1]
+def _pairs(path: Path, model: rt.Model) -> list[tuple[dict[str, Any], Any]]:
+    samples, targets = _rows(path, model), _arrays(path).get("target")
+    if targets is None:
+        return [(inputs, None) for inputs in samples]
+    each = model.signature.fixed_rows or 1
+    if np.shape(targets)[:1] != (each * len(samples),):
+        raise rt.CalibrationError(f"{path} has a target of shape {list(targets.shape)} for {each * len(samples)} rows; expected one a row")
+    return [(inputs, targets[each * place : each * (place + 1)]) for place, inputs in enumerate(samples)]

@@ -163,7 +163,7 @@ def read_validation(data: Iterable[Any], signature: Signature, model: str, label
             )
         inputs, target = item if pair else (item, None)
         store.add(inputs, signature, model)
-        targets.append(target.cpu() if getattr(target, "is_cuda", False) else target)
+        targets.append(target.cpu() if target is not None and getattr(target, "is_cuda", False) else target)
     if not targets:
         raise CalibrationError(f"no validation pairs for {model!r}; give (inputs, target) pairs, or validation=None for agreement")
     return store, targets

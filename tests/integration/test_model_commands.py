@@ -96,6 +96,30 @@ def test_a_model_that_random_numbers_do_not_fit_is_imported_and_planned_with_an_
     assert json.loads(triscope("model", "profile", "lookup", "--rows", 3, *example, "--json", "-"))["operators"]
 
 
+def test_a_model_of_a_fixed_number_of_rows_has_samples_of_as_many(triscope: Command, files: Path, tmp_path: Path) -> None:
+    proto = onnx.load(files / "net.onnx")
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].CopyFrom(onnx.TensorShapeProto.Dimension(dim_value=4))
+    del proto.graph.value_info[:]
+    onnx.save(proto, tmp_path / "four.onnx")
+    data = ["--calibration", files / "calibration.npz", "--validation", files / "validation.npz", "--metric", "top1", "--precision", "int8"]
+    made = json.loads(triscope("model", "optimize", tmp_path / "four.onnx", *data, "--json", "-"))
+    assert made["variants"]["int8-onnxruntime"]["validation"]["items"] == 20
+    np.savez(tmp_path / "odd.npz", image=np.zeros((6, 3, 8, 8), np.float32))
+    assert "4 rows in each" in triscope("model", "optimize", tmp_path / "four.onnx", "--calibration", tmp_path / "odd.npz", code=2)
+
+
+def test_a_damaged_model_does_not_hide_the_others(files: Path, tmp_path: Path) -> None:
+    own = Command(tmp_path)
+    for name in ("sound", "damaged"):
+        own("model", "import", files / "net.onnx", "--name", name)
+    with (tmp_path / "models" / "damaged" / "model.onnx").open("ab") as stream:
+        stream.write(b"\x00")
+    listed = json.loads(own("model", "list", "--json", "-"))
+    assert "sound" in [model["name"] for model in listed["models"]]
+    assert "changed or damaged" in listed["damaged"]["damaged"]
+
+
 def test_every_tool_is_listed(triscope: Command) -> None:
     assert len(json.loads(triscope("model", "passes", "--json", "-"))["tools"]) >= 20
     assert "prune-channels" in triscope("model", "passes"), "a table can be piped"
@@ -105,6 +129,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02")
     np.savez(tmp_path / "wrong.npz", picture=np.zeros((3, 2)))
+    np.savez(tmp_path / "single.npz", image=np.float32(3))
+    np.savez(tmp_path / "few.npz", image=np.zeros((4, 3, 8, 8), np.float32), target=np.zeros(3, int))
     (tmp_path / "not.npz").write_bytes(b"x")
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "cut.npz").write_bytes((files / "calibration.npz").read_bytes()[:-200])
@@ -115,7 +141,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(triscope: Command, files: Path
         (("import", files / "net.onnx", "--name", "../evil"), "can't be a model's name"),
         (("optimize", files / "net.onnx", "--calibration", tmp_path / "wrong.npz"), "has no array image"),
         (("optimize", files / "net.onnx", "--calibration", tmp_path / "not.npz"), "can't be read"),
-        (("optimize", files / "net.onnx", "--calibration", tmp_path / "one.npy"), "can't be read"),
+        (("optimize", files / "net.onnx", "--calibration", tmp_path / "one.npy"), "array without a name"),
+        (("optimize", files / "net.onnx", "--calibration", tmp_path / "single.npz"), "has shape []"),
+        (("optimize", files / "net.onnx", "--calibration", files / "calibration.npz", "--validation", tmp_path / "few.npz"), "for 4 rows"),
         (("import", files / "net.onnx", "--name", "broken", "--example", tmp_path / "cut.npz"), "can't be read"),
         (("plan", files / "net.onnx", "--example", tmp_path / "wrong.npz"), "has no array image"),
         (("optimize", files / "net.onnx", "--calibration", files / "calibration.npz", "--precision", "int3"), "'int3'"),
