@@ -101,11 +101,16 @@ class Session:
         BackendUnavailableError where the device is missing.
         """
         checked = self._check(inputs)
-        if self._run is None:
-            self._prepared(checked)
-        assert self._run is not None
+        run = self._run
+        if run is None:
+            run = self._prepared(checked)[1].run
         begin = perf_counter()
-        outputs = self._run(checked)
+        try:
+            outputs = run(checked)
+        except Exception as error:
+            if self._closed:  # by another thread meanwhile
+                raise self._is_closed() from error
+            raise
         shape = next(iter(checked.values())).shape
         self._observe(shape[0] if shape else 1, perf_counter() - begin)
         return outputs
@@ -117,14 +122,17 @@ class Session:
     def close(self) -> None:
         """Free the engine; the session can't be used afterwards."""
         with self._lock:
-            if self._ready is not None:
-                self._ready[1].close()
-            self._ready, self._run, self._closed = None, None, True
+            ready, self._ready, self._run, self._closed = self._ready, None, None, True
+            if ready is not None:
+                ready[1].close()
+
+    def _is_closed(self) -> BackendUnavailableError:
+        return BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
 
     def _prepared(self, request: Tensors | None = None) -> tuple[Plan, Ladder]:
         with self._lock:
             if self._closed:
-                raise BackendUnavailableError(f"the session of {self.model.name!r} is closed; open a new one")
+                raise self._is_closed()
             if self._ready is None:
                 self._ready = self._planned(request)
                 metrics.planned(self._ready[0], self.model.version)

@@ -226,6 +226,19 @@ def test_a_plan_that_computes_something_else_with_other_weights_is_measured_anew
     assert engines[1].closed
 
 
+def test_a_session_that_is_closed_within_a_run_says_so(linear: Path) -> None:
+    session = rt.Session(linear)
+    session.prepare()
+
+    def interrupted(inputs: Any) -> Any:
+        session.close()
+        raise AttributeError("the engine is gone")
+
+    session._run = interrupted
+    with pytest.raises(rt.BackendUnavailableError, match="closed"):
+        session.run(session.probe())
+
+
 def test_a_closed_session_says_so(linear: Path) -> None:
     session = rt.Session(rt.load(linear))
     session.run({"x": np.zeros((1, 3), np.float32)})
