@@ -141,6 +141,8 @@ def plan(
     settings = load_settings().settings
     if objective not in KINDS:
         raise typer.BadParameter(f"unknown objective {objective!r}; expected one of {', '.join(KINDS)}")
+    if p99_ms is not None and (objective != "throughput" or not p99_ms > 0):
+        raise typer.BadParameter(f"--p99-ms {p99_ms:g} with the objective {objective!r}; expected milliseconds above 0, with throughput")
     model = rt.load(name)
     session = rt.Session(
         model,

@@ -97,6 +97,8 @@ def auto_optimize(
         loaded, calibration = loaded_with(model, calibration)
     say = report or (lambda text: logger.info("%s", text))
     refuse_unknown_device(device)
+    if not budget_s > 0:
+        raise ValueError(f"budget_s is {budget_s}; expected seconds above 0")
     cores = asked_cores(threads)
     end = time.monotonic() + budget_s
     store = store or VariantStore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import itertools
 import logging
 import shutil
@@ -27,7 +28,7 @@ from shared_runtime.quantization.catalogue import PRECISIONS, FormMaker, forms_f
 from shared_runtime.quantization.guard import Guard, Guarded, Report
 from shared_runtime.quantization.judge import Judge, slice_names
 from shared_runtime.quantization.metrics import UNLABELLED, Metric, metric_of
-from shared_runtime.quantization.samples import SampleStore, hold_out, read_calibration, read_validation, refuse_overlap
+from shared_runtime.quantization.samples import SampleStore, each_of, hold_out, read_calibration, read_validation, refuse_overlap
 from shared_runtime.quantization.together import judge_together
 from shared_runtime.rewritten import float_bytes, probe_difference, rewritten, valid_inputs
 from shared_runtime.signature import Tensors
@@ -102,6 +103,8 @@ def optimize(
     loaded = replace(loaded, dims=loaded.signature.dims_of(data[0]), sample=loaded.signature.row(data[0], 0))
     report = report or (lambda text: logger.info("%s", text))
     refuse_unknown_device(device)
+    if not budget_s > 0:
+        raise ValueError(f"budget_s is {budget_s}; expected seconds above 0")
     cores = asked_cores(threads)
     reference = backends()["onnxruntime"].compile(loaded, "cpu", cores)
     references: dict[tuple[str, str], Executable] = {("onnxruntime", "cpu"): reference}
@@ -165,7 +168,9 @@ def _precisions(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def precision_of(name: str) -> str:
-    """A precision's name as it stands here: "FP16" is float16."""
+    """A precision's name as it stands here: "FP16" is float16. Raises UnsupportedModelError for what is no name."""
+    if not isinstance(name, str):
+        raise UnsupportedModelError(f"the precision is {name!r}; expected one of {', '.join(PRECISIONS)}")
     return SHORT.get(name.lower(), name.lower())
 
 
@@ -177,11 +182,26 @@ def loaded_with(model: Model | str | Path | Any, calibration: Iterable[Any]) -> 
         return load(model, example=calibration), calibration
     if hasattr(calibration, "ndim"):
         return load(model, example=calibration[:2]), calibration  # type: ignore[index]
-    samples = iter(calibration)
+    samples = each_of(calibration, "calibration")
     if (first := next(samples, None)) is None:
         raise CalibrationError("no calibration samples; give an iterable of input dicts (a generator works once)")
-    pair = isinstance(first, (tuple, list)) and len(first) == 2 and hasattr(first[0], "ndim")  # of a data loader
-    return load(model, example=first[0] if pair else first), itertools.chain([first], samples)
+    example = _example_in(first, model)
+    if not hasattr(calibration, "__iter__"):  # one of torch's data sets, whose items have no leading dimension
+        parts = example if isinstance(example, (tuple, list)) else [example]
+        example = [np.asarray(part)[None] for part in parts]
+    return load(model, example=example), itertools.chain([first], samples)
+
+
+def _example_in(sample: Any, model: Any) -> Any:
+    """The inputs of an object in what a data loader gives: all arrays that it needs, without a target behind them."""
+    if not isinstance(sample, (tuple, list)):
+        return sample
+    if len(sample) == 2 and isinstance(sample[0], (Mapping, tuple, list)):
+        return sample[0]
+    known = inspect.signature(model.forward).parameters.values() if hasattr(model, "forward") else ()
+    needed = sum(one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in known) or 1
+    arrays = all(hasattr(part, "ndim") for part in sample[:needed])
+    return list(sample[:needed]) if arrays and len(sample) in (needed, needed + 1) else sample
 
 
 def _judge(
@@ -328,7 +348,7 @@ class Quantizer:
 
 
 def verify(
-    model: Model,
+    model: Model | str | Path,
     variant: str,
     *,
     validation: Iterable[Any] | None = None,
@@ -338,6 +358,7 @@ def verify(
 ) -> dict[str, Any]:
     """Compute a certificate again: files, host and the difference on seeded inputs always; the metric where
     `validation` (and its `metric`, agreement without) is given. `holds` says whether all of it agrees."""
+    model = model if isinstance(model, Model) else load(model)
     known = model.known.get(variant)
     if known is None or known.certificate is None:
         raise ModelError(f"model {model.name!r} has no variant {variant!r} with a certificate; it has {list(model.known) or 'none'}")

@@ -37,7 +37,11 @@ def rewrite(
     loaded = model if isinstance(model, Model) else load(model)
     if not NAME.fullmatch(name):
         raise ModelError(f"{name!r} can't be a model's name; expected letters, digits, '.', '_', '-', starting with a letter or digit")
+    if isinstance(steps, str):
+        steps = [steps]
     options = dict(steps) if isinstance(steps, Mapping) else {step: {} for step in steps}
+    if not options:
+        raise ModelError("no pass was named; triscope model passes lists them")
     if unknown := sorted(set(options) - set(passes())):
         raise ModelError(f"there is no pass {unknown[0]!r}; triscope model passes lists them")
     proto, probes, results = read_whole(loaded.graph), [valid_inputs(loaded)], []

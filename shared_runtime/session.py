@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -45,7 +46,7 @@ class Session:
         device: str = "auto",
         *,
         threads: int | None = None,
-        plans: Path | None = None,
+        plans: Path | str | None = None,
         objective: str | Objective = LATENCY,
         ladder: Sequence[int] = LADDER,
         variant: str | None = None,
@@ -59,7 +60,7 @@ class Session:
         model = model if isinstance(model, Model) else load(model)
         self.model = model
         self._device, self._threads = device, cores
-        self._plans = plans or home() / "plans"
+        self._plans = home() / "plans" if plans is None else Path(plans)
         self._check = Checker(model.signature, model.name)
         self._lock = threading.Lock()
         self._ready: tuple[Plan, Ladder] | None = None
@@ -73,9 +74,11 @@ class Session:
             "budget_s": budget_s,
             "probe": None if probe is None else model.signature.check(probe, model.name),
         }
-        if not ladder or min(ladder) < 1:
+        if not ladder or not all(isinstance(rows, Integral) and rows >= 1 for rows in ladder):
             raise ValueError(f"a ladder holds numbers of rows from 1 on, got {list(ladder)}")
         if memory_budget_mib is not None:
+            if not memory_budget_mib > 0:
+                raise ValueError(f"memory_budget_mib is {memory_budget_mib}; expected a number above 0")
             within_budget(model, memory_budget_mib)
 
     def __enter__(self) -> Session:

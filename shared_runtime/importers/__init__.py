@@ -70,7 +70,8 @@ def named(source: Any, example: Any) -> Mapping[str, Any] | None:
         names = [spec.name for spec in Signature.from_onnx(source).inputs]
     else:
         return {"features": np.asarray(example)}
-    arrays = [np.asarray(value) for value in (example if isinstance(example, (tuple, list)) else [example])]
+    values = list(example) if isinstance(example, (tuple, list)) else [example]
+    arrays = [value if hasattr(value, "detach") else np.asarray(value) for value in values]  # tensors may lie on a GPU
     if len(arrays) > len(names):
         raise UnsupportedModelError(f"the example holds {len(arrays)} arrays, the model takes {names}; give example={{'name': array}}")
     return dict(zip(names, arrays, strict=False))

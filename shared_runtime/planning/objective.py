@@ -44,6 +44,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown objective {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if self.p99_ms is not None and (self.kind != "throughput" or not self.p99_ms > 0):
+            raise ValueError(f"p99_ms is {self.p99_ms} with the objective {self.kind!r}; expected milliseconds above 0, with 'throughput'")
 
     def scores(self, model: Model, contenders: Sequence[tuple[Any, Executable | None, dict[int, Timed]]], probe: Tensors) -> list[Score]:
         """A score a contender: (candidate, executable or None where it is far behind, times by rows).

@@ -10,6 +10,7 @@ trained on, a recipe that was taught again) takes it over, once its outputs are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -150,12 +151,18 @@ def plan_and_compile(
 
 
 def _keep(plan: Plan, file: Path | None) -> None:
+    """Write a plan; where that can't be (a full disk, a home that is read alone) it serves all the same, and is made again next time."""
     if file is None:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{time.monotonic_ns()}.part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2))
+        part.replace(file)
+    except OSError as error:
+        logger.warning("the plan of %s can't be kept in %s (%s): the next session measures again", plan.model, file.parent, error.strerror)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _key(

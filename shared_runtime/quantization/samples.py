@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -130,6 +131,15 @@ def _plain(value: Any) -> np.ndarray[Any, Any] | None:
         return None
 
 
+def each_of(data: Any, what: str) -> Iterator[Any]:
+    """The items of an iterable, or of what has a length and places (torch's data sets). Raises CalibrationError for anything else."""
+    try:
+        items = iter(data)
+    except TypeError as error:
+        raise CalibrationError(f"the {what} set is a {type(data).__name__}; expected an iterable of samples") from error
+    return items if hasattr(data, "__iter__") or not hasattr(data, "__len__") else itertools.islice(items, len(data))
+
+
 def read_calibration(data: Iterable[Any], signature: Signature, model: str, most: int = MOST_SAMPLES) -> SampleStore:
     """The first `most` samples of any iterable, or rows of a table; a dict is one sample of many rows.
 
@@ -138,7 +148,7 @@ def read_calibration(data: Iterable[Any], signature: Signature, model: str, most
     store = SampleStore("calibration")
     if _is_table(data) and (named := _named(data, signature)) is not None:
         data = (signature.row(named, row) for row in range(signature.rows(named)))
-    for inputs in [data] if isinstance(data, Mapping) else data:
+    for inputs in [data] if isinstance(data, Mapping) else each_of(data, "calibration"):
         if len(store) >= most:
             break
         store.add(inputs, signature, model)
@@ -153,7 +163,8 @@ def read_validation(data: Iterable[Any], signature: Signature, model: str, label
     Not `labelled`: what is no pair is inputs alone, with the target None. Raises CalibrationError as above.
     """
     store, targets = SampleStore("validation"), []
-    for place, item in enumerate(_rows_of(data, signature, labelled) or ([data] if isinstance(data, Mapping) else data)):
+    rows = _rows_of(data, signature, labelled)
+    for place, item in enumerate(rows or ([data] if isinstance(data, Mapping) else each_of(data, "validation"))):
         item = _paired(item, len(signature.inputs))
         pair = isinstance(item, tuple)
         if labelled and not pair:

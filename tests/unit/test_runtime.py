@@ -226,6 +226,30 @@ def test_a_plan_that_computes_something_else_with_other_weights_is_measured_anew
     assert engines[1].closed
 
 
+def test_a_plan_that_can_not_be_kept_serves_all_the_same(linear: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with rt.Session(linear, plans=tmp_path / "file") as session:
+        assert session.run(session.probe())
+    assert "can't be kept" in caplog.text
+    with rt.Session(linear, plans=str(tmp_path / "plans")) as session:
+        session.prepare()
+    assert len(list((tmp_path / "plans").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"ladder": (0,)}, {"ladder": "abc"}, {"ladder": (1.5,)}, {"memory_budget_mib": float("nan")}, {"memory_budget_mib": 0}]
+)
+def test_what_is_no_ladder_and_no_budget_is_refused(linear: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected|from 1 on"):
+        rt.Session(linear, **asked)
+
+
+@pytest.mark.parametrize("asked", [("latency", 3.0), ("throughput", -1.0), ("throughput", float("nan"))])
+def test_a_latency_limit_goes_with_throughput(asked: tuple[str, float]) -> None:
+    with pytest.raises(ValueError, match="p99_ms"):
+        rt.Objective(*asked)
+
+
 def test_a_session_that_is_closed_within_a_run_says_so(linear: Path) -> None:
     session = rt.Session(linear)
     session.prepare()

@@ -123,6 +123,37 @@ def test_metrics_and_precisions_by_their_usual_names() -> None:
         metric_of(0.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labelled", "nested", "data set"])
+def test_a_torch_module_of_two_inputs_sees_what_it_needs(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Two(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, a: Any, b: Any, scale: float = 2.0) -> Any:
+            return a[:, :2] * scale + b
+
+    class Items:
+        """As torch's data sets: a length and places, and no leading dimension."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, place: int) -> Any:
+            return A[0] + place, B[0], Y[0]
+
+    tensors = [torch.from_numpy(value) for value in (A, B, Y)]
+    data: Any = {"pairs": [tensors[:2]], "labelled": [tensors], "nested": [(tensors[:2], tensors[2])], "data set": Items()}[kind]
+    model, calibration = loaded_with(Two(), data)
+    assert [spec.shape for spec in model.signature.inputs] == [("batch", 3), ("batch", 2)]
+    assert read_calibration(calibration, model.signature, "m").rows == 4
+
+
+@pytest.mark.parametrize("data", [3, None])
+def test_what_is_no_set_is_said(two: rt.Model, data: Any) -> None:
+    for read in (read_calibration, read_validation):
+        with pytest.raises(rt.CalibrationError, match="expected an iterable of samples"):
+            read(data, two.signature, "m")
+
+
 @pytest.mark.parametrize("kind", ["array", "batches", "loader", "dict", "generator"])
 def test_a_torch_module_sees_the_first_calibration_sample(kind: str) -> None:
     torch = pytest.importorskip("torch")
