@@ -13,12 +13,14 @@ import numpy as np
 from shared_runtime.backends.base import Executable
 from shared_runtime.certificate import SliceScore
 from shared_runtime.errors import CalibrationError, MetricError
-from shared_runtime.quantization.metrics import Metric
+from shared_runtime.quantization.metrics import UNLABELLED, Metric
 from shared_runtime.quantization.samples import SampleStore
 from shared_runtime.signature import Tensors
 
 logger = logging.getLogger(__name__)
 RESAMPLES, FEWEST_RESAMPLES, BOOTSTRAP_SECONDS = 200, 20, 10.0
+FEWEST_TO_SWAP = 8
+"""Items from which on it is looked whether a metric sees outputs at all."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,27 @@ class Judge:
         begin = time.perf_counter()
         self.before = self.score(reference, targets)
         seconds = max(1e-6, time.perf_counter() - begin)
+        if self.metric not in UNLABELLED:
+            self._warn_where_blind()
         self._slices = dict(self._judged(slices))
         self._resamples = int(min(RESAMPLES, max(FEWEST_RESAMPLES, BOOTSTRAP_SECONDS / (2 * seconds))))
+
+    def _warn_where_blind(self) -> None:
+        """A metric that is as high with the outputs of other samples (labels that do not belong to them, one class) guards little."""
+        others = [self.reference[place] for place in np.random.default_rng(self._seed).permutation(len(self.reference))]
+        shapes = [{name: value.shape for name, value in outputs.items()} for outputs in others]
+        if len(others) < FEWEST_TO_SWAP or any(shape != shapes[0] for shape in shapes):
+            return
+        try:
+            swapped = float(self.metric(others, self.targets))
+        except Exception:  # some metrics look at more than outputs and targets
+            return
+        if swapped >= self.before:
+            logger.warning(
+                "the metric %s is %.4g for the float model and %.4g with its outputs on other samples: it guards little; "
+                "do the targets belong to the inputs, in the order of the model's classes?",
+                *(self.name, self.before, swapped),
+            )
 
     @property
     def name(self) -> str:

@@ -18,6 +18,8 @@ Metric = Callable[[Sequence[Tensors], Sequence[Any]], float]
 
 FEW = 64
 MOST_CLASSES, TIE = 4096, 1e-3
+UNSURE = 0.05
+"""So far beyond 0 and 1 a reduced form may give probabilities."""
 
 
 def correlation(outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
@@ -66,18 +68,42 @@ def _same_class(mine: Array, theirs: Array, axis: int) -> float:
 
 
 def top1(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Share of rows whose highest class (axis 1 of the first output of scores) is the target's; one score a row is a class above a half."""
-    hits = [_classes(o) == np.asarray(t).ravel() for o, t in zip(outputs, targets, strict=True)]
+    """Share of rows whose class is the target's: the label where the model gives one first, else the highest score on axis 1 of the first
+    output of scores; of one score a row the class is 1 above a half, or above 0 where scores are logits. Targets are class indices, the
+    model's own labels, or one-hot. Raises MetricError for targets that are none of these."""
+    limit = _limit([_first(output) for output in outputs])
+    hits = [_hits(output, _array(target), limit) for output, target in zip(outputs, targets, strict=True)]
     return float(np.mean(np.concatenate(hits)))
 
 
+def _hits(output: Tensors, target: Array, limit: float) -> Array:
+    label, scores = next(iter(output.values())), _first(output)
+    words = target.dtype.kind in "US"
+    if label.dtype.kind != "f" and label.size == target.size and words == (label.dtype.kind in "OUS"):
+        return np.asarray((label.astype(str) if words else label).ravel() == target.ravel())
+    classes, wanted = _width(scores), _indices(target, scores).ravel()
+    last = max(classes, 2) - 1
+    if words or (wanted.size and not 0 <= wanted.min() <= wanted.max() <= last):
+        raise MetricError(
+            f"a target is {str(target.ravel()[:5])[:80]}; expected classes from 0 to {last}, as the output of scores has them"
+        )
+    return np.asarray((scores.argmax(1).ravel() if classes > 1 else scores.ravel() > limit) == wanted)
+
+
 def dice(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Mean Dice of the foreground classes; targets are label maps (N, ...) for outputs (N, classes, ...)."""
-    scores = []
-    for output, target in zip(outputs, targets, strict=True):
-        scores_of = _first(output)
-        labels, wanted = scores_of.argmax(1), np.asarray(target).reshape(len(scores_of), *scores_of.shape[2:])
-        for label in range(1, scores_of.shape[1]):
+    """Mean Dice of the foreground classes; targets are label maps (N, ...) for outputs (N, classes, ...) or label maps, or one-hot. Of one channel
+    the foreground is what is above a half, or above 0 where scores are logits."""
+    scores, found = [], [_first(output) for output in outputs]
+    limit = _limit(found)
+    for values, target in zip(found, map(_array, targets), strict=True):
+        classes, labels = _width(values), values
+        if values.dtype.kind == "f":
+            labels = values.argmax(1) if classes > 1 else (values[:, 0] > limit).astype(int)
+            wanted = _indices(target, values).reshape(labels.shape)
+        else:  # the graph ends with the label map
+            wanted = target.reshape(labels.shape)
+            classes = int(max(labels.max(initial=0), wanted.max(initial=0))) + 1
+        for label in range(1, max(classes, 2)):
             a, b = labels == label, wanted == label
             if a.any() or b.any():
                 scores.append(2 * np.sum(a & b) / (np.sum(a) + np.sum(b)))
@@ -85,17 +111,29 @@ def dice(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
 
 
 def average_precision(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Average precision of the first output (the last class's score where it has several)."""
+    """Average precision of the first output (the last class's score where it has several); of three classes or more the mean over each
+    against the others."""
     from sklearn.metrics import average_precision_score
 
-    return float(average_precision_score(_flat(targets), _scores(outputs)))
+    return _each_class(average_precision_score, outputs, targets)
 
 
 def auroc(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Area under the ROC curve of the first output (the last class's score where it has several)."""
+    """Area under the ROC curve of the first output (the last class's score where it has several); of three classes or more the mean over
+    each against the others."""
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(_flat(targets), _scores(outputs)))
+    return _each_class(roc_auc_score, outputs, targets)
+
+
+def _each_class(metric: Callable[[Any, Any], float], outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
+    found = [_first(output) for output in outputs]
+    wanted = np.concatenate([_indices(_array(target), scores).ravel() for target, scores in zip(targets, found, strict=True)])
+    if found[0].ndim != 2 or found[0].shape[1] < 3:
+        return float(metric(wanted, np.concatenate([scores.reshape(len(scores), -1)[:, -1] for scores in found])))
+    scores = np.concatenate(found)
+    each = [metric(wanted == label, scores[:, label]) for label in range(scores.shape[1]) if 0 < np.sum(wanted == label) < len(wanted)]
+    return float(np.mean(each)) if each else float("nan")
 
 
 def named(output: str, metric: Metric) -> Metric:
@@ -140,20 +178,29 @@ def _first(output: Tensors) -> np.ndarray[Any, Any]:
     return next((value for value in output.values() if value.dtype.kind == "f"), next(iter(output.values())))
 
 
-def _classes(output: Tensors) -> np.ndarray[Any, Any]:
-    found = _first(output)
-    if found.dtype.kind != "f":
-        return found.ravel()
-    return found.argmax(1).ravel() if found.ndim > 1 and found.shape[1] > 1 else np.asarray(found.ravel() > 0.5)
+def _array(target: Any) -> Array:
+    """A target as an array of numbers or words. Raises MetricError where there is none."""
+    array = np.asarray(target)
+    if array.dtype.kind == "O" and all(isinstance(value, (str, int, float)) for value in array.ravel()):
+        array = np.asarray(array.tolist())
+    if array.dtype.kind not in "biufUS":
+        raise MetricError(f"a target is {str(target)[:80]}; expected class indices or labels")
+    return array
 
 
-def _scores(outputs: Sequence[Tensors]) -> np.ndarray[Any, Any]:
-    rows = [_first(o).reshape(len(_first(o)), -1)[:, -1] for o in outputs]
-    return np.concatenate(rows)
+def _width(scores: Array) -> int:
+    """Classes of an output of scores, on axis 1."""
+    return int(scores.shape[1]) if scores.ndim > 1 else 1
 
 
-def _flat(targets: Sequence[Any]) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.asarray(target).ravel() for target in targets])
+def _indices(target: Array, scores: Array) -> Array:
+    """A target as class indices: one-hot ones have the shape of the scores."""
+    return np.asarray(target.argmax(1)) if target.shape == scores.shape and _width(scores) > 1 else target
+
+
+def _limit(scores: Sequence[Array]) -> float:
+    """What a single score is above for its class: 0.5 of probabilities, 0 of logits."""
+    return 0.5 if all(values.size == 0 or -UNSURE <= values.min() <= values.max() <= 1 + UNSURE for values in scores) else 0.0
 
 
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

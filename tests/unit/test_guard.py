@@ -131,3 +131,18 @@ def test_a_brief_verdict_spares_the_interval_of_what_fails_anyway() -> None:
     brief = judge.judge(spoiled, brief=True)
     assert (asked, brief.why) == (1, judge.judge(spoiled).why)
     assert judge.judge(reference, brief=True).interval == judge.judge(reference).interval == (0, 0)
+
+
+@pytest.mark.parametrize("labels", ["right", "shuffled", "one class"])
+def test_a_metric_that_does_not_see_the_outputs_is_warned_of(labels: str, caplog: pytest.LogCaptureFixture) -> None:
+    signature = rt.Signature(*((rt.TensorSpec(name, ("batch", 4), "float32"),) for name in "xy"))
+    generator = np.random.default_rng(0)
+    scores = generator.standard_normal((64, 4)).astype(np.float32)
+    scores = scores + 10 * np.eye(4, dtype=np.float32)[0] if labels == "one class" else scores
+    samples = read_calibration([{"x": row[None]} for row in scores], signature, "fake")
+    reference = [{"y": row[None]} for row in scores]
+    targets = scores.argmax(1)
+    targets = np.roll(targets, 13) if labels == "shuffled" else targets
+    judge = Judge(reference, samples, list(targets), rt.metrics.top1, 0.01, seed=2)
+    assert judge.before == np.mean(targets == scores.argmax(1))
+    assert ("guards little" in caplog.text) is (labels == "one class" or (labels == "shuffled" and judge.before < 0.25))
