@@ -91,8 +91,8 @@ def _hits(output: Tensors, target: Array, limit: float) -> Array:
 
 
 def dice(outputs: Sequence[Tensors], targets: Sequence[Any]) -> float:
-    """Mean Dice of the foreground classes; targets are label maps (N, ...) for outputs (N, classes, ...) or label maps, or one-hot. Of one channel
-    the foreground is what is above a half, or above 0 where scores are logits."""
+    """Mean Dice of the foreground classes; targets are label maps (N, ...) for outputs (N, classes, ...) or label maps, or one-hot. Of
+    one channel the foreground is what is above a half, or above 0 where scores are logits."""
     scores, found = [], [_first(output) for output in outputs]
     limit = _limit(found)
     for values, target in zip(found, map(_array, targets), strict=True):
