@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import shutil
@@ -108,7 +109,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value)
+        with contextlib.suppress(Exception):  # some hold what can't be copied, such as tensors within a gradient
+            return copy.deepcopy(value)
     if isinstance(value, dict):
         return {name: _copied(part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):

@@ -152,15 +152,16 @@ def test_damaged_and_foreign_files_are_passed_over_and_the_rest_is_read(tmp_path
     assert any("left aside" in note for note in notes)
 
 
-@pytest.mark.parametrize("implicit", [True, False])
-def test_objects_without_the_file_header_are_read(tmp_path: Path, implicit: bool) -> None:
+@pytest.mark.parametrize(("implicit", "little"), [(True, True), (False, True), (False, False)])
+def test_objects_without_the_file_header_are_read(tmp_path: Path, implicit: bool, little: bool) -> None:
     """As older archives write them: the data set alone, which begins with its first group."""
     found = Instances()
     for number, ds in enumerate(dicom_slices(blob())):
         buffer = io.BytesIO()
         bare = pydicom.Dataset(ds)
-        pydicom.dcmwrite(buffer, bare, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
-        assert buffer.getvalue()[:2] == b"\x08\x00"
+        bare.PixelData = ds.PixelData if little else np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+        pydicom.dcmwrite(buffer, bare, implicit_vr=implicit, little_endian=little, enforce_file_format=False)
+        assert buffer.getvalue()[:2] == (b"\x08\x00" if little else b"\x00\x08")
         add_instance(found, str(number), buffer.getvalue())
     (series,) = group_series(found.datasets)
     np.testing.assert_array_equal(read_volume(series).voxels, blob())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from apps.medical.errors import InputError
 
@@ -22,8 +22,9 @@ MAX_TOTAL_BYTES = 16 * 2**30
 MAX_FILES = 100_000
 SERIES = ("StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "SeriesDescription", "ProtocolName", "PatientID")
 """What instances of one series have in common, where its UID was emptied."""
-FIRST_ELEMENTS = {bytes((group, 0, element, 0)) for group in (2, 8) for element in (0, 1, 5, 8, 0x12, 0x16, 0x18)}
-"""Tags that an object without the file's header begins with: lengths of groups, character set, image type, creation date, UIDs."""
+FIRST_ELEMENTS = {tag for g in (2, 8) for e in (0, 1, 5, 8, 0x12, 0x16, 0x18) for tag in (bytes((g, 0, e, 0)), bytes((0, g, 0, e)))}
+"""Tags that an object without the file's header begins with: lengths of groups, character set, image type, creation date, UIDs; in either
+order of bytes."""
 
 
 @dataclass
@@ -103,7 +104,7 @@ def add_instance(found: Instances, name: str, content: bytes) -> None:
 
 def _parsed(content: bytes) -> FileDataset:
     """One object. Old archives and network dumps hold objects without the file's header (PS3.10, 7.1): they begin with their first group,
-    and their transfer syntax is one of the two that no header is needed for. Raises InvalidDicomError where it is neither."""
+    and their transfer syntax is one of the three that can be told by looking. Raises InvalidDicomError where it is neither."""
     try:
         return pydicom.dcmread(io.BytesIO(content))
     except InvalidDicomError:
@@ -113,8 +114,9 @@ def _parsed(content: bytes) -> FileDataset:
     if "SOPClassUID" not in dataset or "SOPInstanceUID" not in dataset:
         raise InvalidDicomError
     if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit, _ = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        implicit, little = dataset.original_encoding
+        told = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = told
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     return dataset
