@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,14 @@ from shared_runtime.signature import Tensors
 SAME = {"rank": "reg:squarederror", "reg:logistic": "binary:logistic"}
 """Objectives, or families of them, that onnxmltools does not know, and those that make the same of a sum of leaves."""
 
+READ = """
+import sys, numpy, {module}
+booster = {module}.Booster(model_file=sys.argv[1])
+booster.save_config() if hasattr(booster, "save_config") else booster.dump_model()
+row = numpy.zeros((1, booster.{width}()), numpy.float32)
+booster.inplace_predict(row) if hasattr(booster, "inplace_predict") else booster.predict(row)
+"""
+
 
 def _as_it_predicts(estimator: Any) -> Any:
     """The booster of an estimator up to the round that it predicts with: the best one, where it stopped early."""
@@ -32,6 +42,19 @@ def _as_it_predicts(estimator: Any) -> Any:
     except AttributeError:
         return booster
     return booster[: best + 1]
+
+
+def _read_apart(engine: str, path: Path, width: str) -> None:
+    """Read and run a booster's file in a process of its own: on some damaged ones these engines end the process. `width`: its method that
+    counts features. Raises UnsupportedModelError."""
+    command = [sys.executable, "-P", "-c", READ.format(module=engine.lower(), width=width), str(path)]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if process.returncode:
+        why = f"its reader ended by signal {-process.returncode}"
+        if process.returncode > 0:
+            said = [line.partition("Error: ")[2] for line in process.stderr.splitlines() if "Error: " in line]
+            why = (said[-1:] or [process.stderr])[0].strip()[:200]
+        raise UnsupportedModelError(f"{engine} can't read {path.name}: {why}; the file is damaged or cut short: save it again")
 
 
 class XgboostImporter:
@@ -49,10 +72,8 @@ class XgboostImporter:
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         xgboost = needs("xgboost", "an XGBoost model")
         if isinstance(source, Path):
-            try:
-                booster = xgboost.Booster(model_file=str(source))
-            except xgboost.core.XGBoostError as error:
-                raise UnsupportedModelError(f"XGBoost can't read {source.name}: {str(error).splitlines()[0]}") from error
+            _read_apart("XGBoost", source, "num_features")
+            booster = xgboost.Booster(model_file=str(source))
         else:
             booster = _as_it_predicts(source) if hasattr(source, "get_booster") else source.copy()
         config = json.loads(booster.save_config())["learner"]
@@ -95,7 +116,11 @@ class LightgbmImporter:
 
     def load(self, source: Any, example: Mapping[str, Any] | None) -> Imported:
         lightgbm = needs("lightgbm", "a LightGBM model")
-        booster = lightgbm.Booster(model_file=str(source)) if isinstance(source, Path) else getattr(source, "booster_", source)
+        if isinstance(source, Path):
+            _read_apart("LightGBM", source, "num_feature")
+            booster = lightgbm.Booster(model_file=str(source))
+        else:
+            booster = getattr(source, "booster_", source)
         objective = str(booster.dump_model().get("objective", "regression")).split()[0]
         name = input_name(example)
         proto = _convert("convert_lightgbm", booster, name, booster.num_feature(), "a LightGBM model")

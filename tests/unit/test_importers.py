@@ -258,6 +258,24 @@ def test_lightgbm(tmp_path: Path) -> None:
         np.testing.assert_allclose(output[:, 0], booster.predict(x[:64], num_threads=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".ubj", ".json"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_damaged_booster_is_refused_and_ends_no_process(tmp_path: Path, suffix: str, share: float) -> None:
+    """LightGBM ends the process on files that are cut short, XGBoost on some with other bytes in them."""
+    engine = pytest.importorskip("lightgbm" if suffix == ".txt" else "xgboost")
+    x = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    path = tmp_path / f"whole{suffix}"
+    if suffix == ".txt":
+        engine.train({"objective": "binary", "verbose": -1, "num_threads": 1}, engine.Dataset(x, y), 10).save_model(path)
+    else:
+        engine.XGBClassifier(n_estimators=10, n_jobs=1).fit(x, y).save_model(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(rt.UnsupportedModelError, match=r"can't read whole.* is damaged or cut short"):
+        rt.load(path)
+
+
 def test_lightgbm_reads_categories_as_whole_numbers(tmp_path: Path) -> None:
     lightgbm = pytest.importorskip("lightgbm")
     pytest.importorskip("onnxmltools")
