@@ -7,6 +7,7 @@ import hashlib
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -215,6 +216,8 @@ def structure_hash(path: Path) -> str:
 def check_graph(path: Path) -> None:
     """Raise UnsupportedModelError for an operator that no engine can know, or a graph that is not well formed."""
     proto = read_graph(path)
+    if (broken := next(_broken_text(proto), None)) is not None:
+        raise UnsupportedModelError(f"{path.name} holds {broken!r} where a name is expected; the file is damaged: export or copy it again")
     external_files(proto, path.parent)
     versions = {item.domain or "ai.onnx": item.version for item in proto.opset_import}
     local = {(function.domain, function.name) for function in proto.functions}
@@ -233,6 +236,20 @@ def check_graph(path: Path) -> None:
         onnx.checker.check_model(read_whole(path) if proto.ir_version < UNLISTED else str(path))
     except onnx.checker.ValidationError as error:
         raise UnsupportedModelError(f"{path.name} is not a valid ONNX graph: {' '.join(str(error).split())[:400]}") from error
+
+
+def _broken_text(message: Any) -> Iterator[bytes]:
+    """Strings of a message that are no UTF-8, which protobuf gives as bytes; of a tensor its name alone, so that no weight is copied."""
+    if isinstance(message, onnx.TensorProto):
+        yield from (text for text in (message.name, message.doc_string) if isinstance(text, bytes))
+        return
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING:
+            yield from (one for one in values if isinstance(one, bytes))
+        elif field.type == field.TYPE_MESSAGE:
+            for one in values:
+                yield from _broken_text(one)
 
 
 def nodes_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:

@@ -384,3 +384,12 @@ def test_weights_that_an_old_file_does_not_list_among_its_inputs(tmp_path: Path,
     x = np.ones((2, 8), np.float32)
     with rt.Session(model, plans=tmp_path) as session:
         np.testing.assert_allclose(session.run({"x": x})["y"], x @ numpy_helper.to_array(weight), rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [b"MatMul", b"weights", b"batch", b"hidden"])
+def test_names_that_are_no_text_are_damage(tmp_path: Path, place: bytes) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "weights"], ["hidden"]), helper.make_node("Relu", ["hidden"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"weights": np.eye(3, dtype=np.float32)}, {"x": ["batch", 3]}, {"y": ["batch", 3]})
+    path.write_bytes(path.read_bytes().replace(place, place[:2] + b"\xd8" + place[3:]))
+    with pytest.raises(rt.UnsupportedModelError, match="where a name is expected; the file is damaged"):
+        rt.load(path)
