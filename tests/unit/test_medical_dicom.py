@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 import subprocess
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,6 +19,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from apps.medical.dicom.files import Instances, add_instance, read_instances
 from apps.medical.dicom.segmentation_object import write_segmentation
@@ -384,6 +388,49 @@ def test_a_rescale_slope_that_is_no_number_is_named(text: str) -> None:
         add_instance(found, str(number), as_bytes(ds).replace(b"7.25", text.encode().ljust(4)))
     with pytest.raises(SeriesError, match=f"RescaleSlope .*{text}.*expected a number"):
         read_volume(group_series(found.datasets)[0])
+
+
+LARGE = np.kron(blob(), np.ones((4, 4, 1), blob().dtype))
+"""JPEG 2000 has five levels, each half of the last."""
+
+
+def spoiled(slices: list[pydicom.Dataset], syntax: pydicom.uid.UID, place: int, values: bytes) -> list[pydicom.Dataset]:
+    """The slices compressed, the fourth with other bytes at a place of its stream."""
+    for number, ds in enumerate(slices):
+        ds.compress(syntax)
+        if number == 3:
+            stream = bytearray(next(generate_frames(ds.PixelData, number_of_frames=1)))
+            stream[place : place + len(values)] = values
+            ds.PixelData = encapsulate([bytes(stream)])
+    return slices
+
+
+@pytest.mark.parametrize(
+    ("syntax", "place", "values"),
+    [
+        (JPEGLSLossless, 6, b"\xff"),  # GDCM throws what nobody catches
+        (JPEGLSLossless, 10, b"\x00"),  # GDCM divides by no components
+        (JPEG2000Lossless, 8, struct.pack(">II", 60_000, 60_000)),  # 14 GB of pixels by the stream, 1 kB by the header
+    ],
+)
+def test_streams_that_end_their_decoder_are_refused(syntax: pydicom.uid.UID, place: int, values: bytes) -> None:
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"instance .* can't be decoded .* send it again"):
+        load(spoiled(dicom_slices(LARGE), syntax, place, values))
+    assert time.monotonic() - begin < 30
+    assert load(spoiled(dicom_slices(LARGE), syntax, 0, b"")).voxels.shape == LARGE.shape
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, RLELossless])
+def test_lossless_series_are_what_they_were(syntax: pydicom.uid.UID) -> None:
+    np.testing.assert_array_equal(load(spoiled(dicom_slices(LARGE), syntax, 0, b"")).voxels, LARGE)
+
+
+def test_a_decoder_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.medical.dicom.decode.BASE_SECONDS", 0.01)
+    monkeypatch.setattr("apps.medical.dicom.decode.BYTES_A_SECOND", 2.0**40)
+    with pytest.raises(InputError, match="was not decoded within 0 s"):
+        load(spoiled(dicom_slices(LARGE), JPEGLSLossless, 0, b""))
 
 
 def test_none_of_pydicoms_own_files_does_worse_than_a_refusal() -> None:

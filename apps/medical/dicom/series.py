@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import BytesLengthException
 
+from apps.medical.dicom.decode import decoded
 from apps.medical.errors import InputError, SeriesError
 from apps.medical.volume import Volume, checked
 
@@ -248,25 +248,13 @@ def _affine(series: Series, frames: list[_Frame]) -> NDArray[np.float64]:
     return np.asarray(LPS_TO_RAS @ lps)
 
 
-def _pixels(series: Series, dataset: FileDataset) -> NDArray[np.generic]:
-    """Decoded pixels (frames, rows, columns). Raises InputError where they can't be had."""
-    name = f"instance {dataset.SOPInstanceUID} of {series.name}"
-    if "PixelData" not in dataset:
-        raise InputError(f"{name} holds no pixels; the file is cut short or is a header alone")
-    try:
-        pixels = np.asarray(dataset.pixel_array)
-    except (BytesLengthException, Exception) as error:  # decoders raise whatever they meet in damaged bytes
-        syntax = dataset.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in getattr(dataset, "file_meta", {}) else "unknown"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name} can't be decoded ({syntax}): {reason}; the file is damaged or cut short: send it again") from error
-    return pixels.reshape(-1, *pixels.shape[-2:])
-
-
 def _voxels(series: Series, frames: list[_Frame]) -> NDArray[np.float32]:
-    decoded = {index: _pixels(series, series.instances[index]) for index in {f.instance for f in frames}}
+    chosen = {index: series.instances[index] for index in sorted({f.instance for f in frames})}
+    named = {index: (f"instance {dataset.SOPInstanceUID} of {series.name}", dataset) for index, dataset in chosen.items()}
+    pixels_of = decoded(named, _claimed_bytes(series))
     slices = []
     for frame in frames:
-        pixels = decoded[frame.instance]
+        pixels = pixels_of[frame.instance]
         if frame.frame >= len(pixels):
             raise InputError(f"{series.name} states more frames than it holds ({len(pixels)}); the file is cut short: send it again")
         slices.append(pixels[frame.frame].astype(np.float32).T * np.float32(frame.slope) + np.float32(frame.intercept))
