@@ -162,6 +162,35 @@ def test_wide_colour_of_a_tiff_is_read(tmp_path: Path, kind: type, white: float)
         decode_image(stated)
 
 
+def test_no_damage_to_a_picture_does_worse_than_a_refusal() -> None:
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (32, 40, 3)).astype(np.uint8))
+    outcomes = {"read": 0, "refused": 0}
+    for form in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM", "GIF"):
+        buffer = io.BytesIO()
+        picture.save(buffer, form)
+        for _ in range(60):
+            content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            edge = generator.integers(0, min(250, len(content)), 3)
+            content[np.where(generator.random(3) < 0.5, edge, len(content) - 1 - edge)] = generator.integers(0, 256, 3)
+            try:
+                decode_image(content.tobytes())
+                outcomes["read"] += 1
+            except InputError:
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_a_tiff_without_a_size_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "TIFF")
+    content = bytearray(buffer.getvalue())
+    place = content.index(struct.pack("<HH", 0x100, 4))
+    content[place : place + 2] = struct.pack("<H", 0x9999)
+    with pytest.raises(InputError, match="can't be decoded"):
+        decode_image(bytes(content))
+
+
 def test_floats_that_are_no_numbers_are_refused_in_colour_too() -> None:
     levels = np.full((32, 32, 3), 0.5, np.float32)
     levels[4, 5, 1] = np.nan
