@@ -81,8 +81,14 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     live = live.filter(~pl.col("TRANSACTION_ID").is_in(list(known)))  # those that an earlier demo of today decided
     speed = LIVE_A_SECOND * LIVE_DAYS * 86_400 / max(len(live), 1)
     industrial, industrial_log = open_industrial(settings)
+    unfinished = settings.home_path / "unfinished"
     threads = [
-        threading.Thread(target=run_industrial_worker, args=(industrial, industrial_log, stop), name="industrial-worker"),
+        threading.Thread(
+            target=run_industrial_worker,
+            args=(industrial, industrial_log, stop),
+            kwargs={"unfinished": unfinished},
+            name="industrial-worker",
+        ),
         threading.Thread(target=_live_parts, args=(industrial, stop), name="live-parts"),
         threading.Thread(target=run_finance_worker, args=(finance, finance_log, stop), name="finance-worker"),
         threading.Thread(target=replay_table, args=(live, finance_log), kwargs={"speed": speed, "stop": stop}, name="live-cards"),
@@ -91,7 +97,7 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         thread.start()
     try:
         with reporting(settings, {**MEDICAL_REPORTS, **FINANCE_REPORTS, **INDUSTRIAL_REPORTS}):
-            run_worker(medical, medical_log, stop)
+            run_worker(medical, medical_log, stop, unfinished=unfinished)
     finally:
         stop.set()
         for thread in threads:

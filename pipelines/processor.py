@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines import metrics
 from pipelines.dead_letter import send_to_dead_letters
@@ -16,8 +17,11 @@ from pipelines.messages import TRACEPARENT, Message, child_traceparent
 from pipelines.patience import patiently, waiting_for_room
 from pipelines.topics import Topic
 from pipelines.transport.base import Consumer, Log, Record
+from pipelines.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
+MOST_ENDS = 3
+"""Processes that may end while they handle a record before it is given up."""
 
 
 class Interrupted(BaseException):
@@ -52,13 +56,26 @@ class Processor:
     retried; any other error is, `retries` times, waiting `backoff` seconds, then twice that, and so on.
     While the log, or what `handle` needs, does not answer (UnavailableError; a full disk, too) nothing is given up: the processor joins
     anew until it does.
+
+    `given_up` is told the message and the reason where retries did not help. `unfinished`: a folder for notes of what is being handled;
+    with it a record that MOST_ENDS processes ended on (memory, a library's fault) is given up, too.
     """
 
     def __init__(
-        self, log: Log, topic: Topic, group: str, handle: Callable[[Message], None], *, retries: int = 3, backoff: float = 0.5
+        self,
+        log: Log,
+        topic: Topic,
+        group: str,
+        handle: Callable[[Message], None],
+        *,
+        retries: int = 3,
+        backoff: float = 0.5,
+        given_up: Callable[[Message, str], None] = lambda message, reason: None,
+        unfinished: Path | None = None,
     ) -> None:
         self._log, self._topic, self._group, self._handle = log, topic, group, waiting_for_room(handle)
-        self._retries, self._backoff = retries, backoff
+        self._retries, self._backoff, self._given_up = retries, backoff, given_up
+        self._unfinished = Unfinished(unfinished, group)
         self.counts = Counts(topic.name, group)
 
     def run(self, stop: threading.Event, ready: Callable[[], None] = lambda: None, *, until_idle: bool = False) -> None:
@@ -110,6 +127,13 @@ class Processor:
 
     def _settle(self, record: Record, stop: threading.Event) -> bool:
         """Handle one record or bury it; False where `stop` came first."""
+        ends = self._unfinished.begin(record)
+        try:
+            return self._handled(record, stop, ends)
+        finally:
+            self._unfinished.end(record)
+
+    def _handled(self, record: Record, stop: threading.Event, ends: int) -> bool:
         attempt = 0
         while True:
             attempt += 1
@@ -117,24 +141,38 @@ class Processor:
             try:
                 message = self._topic.decode(record)
                 TRACEPARENT.set(child_traceparent(message.envelope.traceparent))
-                with self.counts.timed():
-                    self._handle(message)
-                self.counts.add(metrics.HANDLED)
-                return True
+                if ends >= MOST_ENDS:
+                    return self._give_up(message, f"{ends} workers ended while they handled it", ends)
+                try:
+                    with self.counts.timed():
+                        self._handle(message)
+                except (PermanentError, SchemaError, UnavailableError):
+                    raise
+                except Exception as error:
+                    if attempt > self._retries:
+                        logger.exception("handling failed %d times", attempt, extra=_place(record))
+                        return self._give_up(message, f"{type(error).__name__}: {error}", attempt)
+                    logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(record))
+                    self.counts.add(metrics.RETRIED)
+                else:
+                    self.counts.add(metrics.HANDLED)
+                    return True
             except (PermanentError, SchemaError) as error:
                 return self._bury(record, str(error), attempt)
-            except UnavailableError:
-                raise
-            except Exception as error:
-                if attempt > self._retries:
-                    logger.exception("handling failed %d times", attempt, extra=_place(record))
-                    return self._bury(record, f"{type(error).__name__}: {error}", attempt)
-                logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(record))
-                self.counts.add(metrics.RETRIED)
             finally:
                 TRACEPARENT.reset(token)
             if stop.wait(self._backoff * 2 ** (attempt - 1)):
                 return False
+
+    def _give_up(self, message: Message, reason: str, attempts: int) -> bool:
+        """Tell, and bury. Raises UnavailableError where it can't be told now."""
+        try:
+            self._given_up(message, reason)
+        except UnavailableError:
+            raise
+        except Exception:
+            logger.exception("that a message was given up could not be noted", extra=_place(message.record))
+        return self._bury(message.record, reason, attempts)
 
     def _bury(self, record: Record, reason: str, attempts: int) -> bool:
         send_to_dead_letters(self._log, self._topic, record, reason, attempts)

@@ -215,7 +215,7 @@ def station() -> None:
     settings = load_settings().settings
     with reporting(settings, REPORTS), stop_on_signals() as stop:
         service, log = open_industrial(settings)
-        run_worker(service, log, stop)
+        run_worker(service, log, stop, unfinished=settings.home_path / "unfinished")
         service.close()
         log.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.service import IndustrialService
@@ -18,9 +19,15 @@ REPORTS = {GROUP: FRAMES.name}
 
 
 def run_worker(
-    service: IndustrialService, log: Log, stop: threading.Event, *, until_idle: bool = False, ready: Callable[[], None] = lambda: None
+    service: IndustrialService,
+    log: Log,
+    stop: threading.Event,
+    *,
+    until_idle: bool = False,
+    ready: Callable[[], None] = lambda: None,
+    unfinished: Path | None = None,
 ) -> Processor:
-    """Judge frames until `stop`, or until the topic is empty; the processor, for its counts."""
+    """Judge frames until `stop`, or until the topic is empty; the processor, for its counts. `unfinished`: as the Processor's."""
 
     def handle(message: Message) -> None:
         if not isinstance(message.payload, FrameMessage):
@@ -31,6 +38,6 @@ def run_worker(
         logger.info("ready", extra={"worker": GROUP, "topic": FRAMES.name})
         ready()
 
-    processor = Processor(log, FRAMES, GROUP, handle)
+    processor = Processor(log, FRAMES, GROUP, handle, unfinished=unfinished)
     processor.run(stop, announce, until_idle=until_idle)
     return processor

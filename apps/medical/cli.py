@@ -129,7 +129,7 @@ def worker() -> None:
     settings = load_settings().settings
     with reporting(settings, REPORTS), stop_on_signals() as stop:
         service, log = open_medical(settings)
-        run_worker(service, log, stop)
+        run_worker(service, log, stop, unfinished=settings.home_path / "unfinished")
         log.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import tempfile
@@ -38,6 +39,8 @@ study_seconds = Histogram(
     "triscope_medical_study_seconds", "Time of a study that was segmented.", buckets=(0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 )
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+GIVEN_UP = "it could not be processed: "
+"""How the reason begins of a study that was refused for no fault of its own: sent again, it is tried again."""
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 Report = dict[str, Any]
 
@@ -191,7 +194,7 @@ class MedicalService:
         known = self.store.find(message.study_id)
         if known is None:
             self.store.add(message.study_id, source=message.source, blob=message.blob)
-        elif known.status in SETTLED:
+        elif known.status in SETTLED and not known.reason.startswith(GIVEN_UP):
             logger.info("study is done already", extra={"study_id": message.study_id})
             return self._send_outcome(known, traceparent)
         start = time.monotonic()
@@ -226,6 +229,15 @@ class MedicalService:
         if study.status == REFUSED:
             raise PermanentError(study.reason)
         return study
+
+    def give_up(self, message: StudyMessage, reason: str, traceparent: str = "") -> None:
+        """Settle a study that could not be processed for no fault of its own; sent again it is tried again."""
+        known = self.store.find(message.study_id)
+        if known is None:
+            self.store.add(message.study_id, source=message.source, blob=message.blob)
+        if known is None or known.status not in SETTLED:
+            with contextlib.suppress(PermanentError):
+                self._refuse(message, f"{GIVEN_UP}{reason}", traceparent)
 
     def _refuse(self, message: StudyMessage, reason: str, traceparent: str, volume: Volume | None = None) -> Study:
         patient = None if volume is None else volume.patient or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from apps.medical.messages import STUDIES, StudyMessage
 from apps.medical.service import MedicalService
@@ -18,9 +19,15 @@ REPORTS = {GROUP: STUDIES.name}
 
 
 def run_worker(
-    service: MedicalService, log: Log, stop: threading.Event, *, until_idle: bool = False, ready: Callable[[], None] = lambda: None
+    service: MedicalService,
+    log: Log,
+    stop: threading.Event,
+    *,
+    until_idle: bool = False,
+    ready: Callable[[], None] = lambda: None,
+    unfinished: Path | None = None,
 ) -> Processor:
-    """Process studies until `stop`, or until the topic is empty; the processor, for its counts."""
+    """Process studies until `stop`, or until the topic is empty; the processor, for its counts. `unfinished`: as the Processor's."""
 
     def handle(message: Message) -> None:
         if not isinstance(message.payload, StudyMessage):
@@ -31,6 +38,10 @@ def run_worker(
         logger.info("ready", extra={"worker": GROUP, "topic": STUDIES.name})
         ready()
 
-    processor = Processor(log, STUDIES, GROUP, handle)
+    def given_up(message: Message, reason: str) -> None:
+        if isinstance(message.payload, StudyMessage):
+            service.give_up(message.payload, reason, TRACEPARENT.get())
+
+    processor = Processor(log, STUDIES, GROUP, handle, given_up=given_up, unfinished=unfinished)
     processor.run(stop, announce, until_idle=until_idle)
     return processor

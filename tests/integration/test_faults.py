@@ -153,9 +153,33 @@ def test_bad_studies_go_to_the_dead_letters_and_the_good_one_is_done(settings: S
     dead = [r for r in records if r.topic == STUDIES.dead_letters]
     results = [RESULTS.decode(r).payload for r in records if r.topic == RESULTS.name]
     assert len(dead) == 4
-    assert sorted(r.status for r in results) == ["done", "done", "refused", "refused"]  # type: ignore[attr-defined]
+    assert sorted(r.status for r in results) == ["done", "done", "refused", "refused", "refused"]  # type: ignore[attr-defined]
+    assert service.store.get("gone").reason.startswith("it could not be processed: BlobError")
     once, twice = (r for r in results if r.status == "done")  # type: ignore[attr-defined]
     assert once == twice, "a study that comes twice is segmented once, and answered twice"
+    log.close()
+
+
+def test_a_study_that_could_not_be_processed_says_so_and_is_tried_again_when_it_is_sent_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from apps.medical import service as use_cases
+    from apps.medical.worker import run_worker
+
+    service, log = open_medical(settings)
+    (study_id,) = service.receive(HEAD, "test").study_ids
+    segment = use_cases.segment_hippocampi
+    monkeypatch.setattr(use_cases, "segment_hippocampi", lambda *_: (_ for _ in ()).throw(MemoryError("not today")))
+    assert run_worker(service, log, threading.Event(), until_idle=True).counts.dead == 1
+    assert service.store.get(study_id).status == "refused"
+    assert service.store.get(study_id).reason == "it could not be processed: MemoryError: not today"
+    monkeypatch.setattr(use_cases, "segment_hippocampi", segment)
+    service.receive(HEAD, "test")
+    run_worker(service, log, threading.Event(), until_idle=True)
+    assert service.store.get(study_id).status == "done"
+    assert service.store.get(study_id).reason == ""
     log.close()
 
 

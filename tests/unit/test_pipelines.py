@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +38,7 @@ def log() -> MemoryLog:
     return made
 
 
-def run(log: MemoryLog, handle: object, **options: float) -> Processor:
+def run(log: MemoryLog, handle: object, **options: Any) -> Processor:
     processor = Processor(log, ORDERS, "g", handle, backoff=0.0, **options)  # type: ignore[arg-type]
     processor.run(threading.Event(), until_idle=True)
     return processor
@@ -268,6 +270,66 @@ def test_an_interrupted_message_comes_again(log: MemoryLog) -> None:
     Processor(log, ORDERS, "g", stop).run(threading.Event())
     seen: list[object] = []
     run(log, lambda message: seen.append(message.payload))
+    assert seen == [Order("1", 5)]
+
+
+def test_who_sent_a_message_that_is_given_up_is_told(log: MemoryLog) -> None:
+    for number in "12":
+        ORDERS.send(log, Order(number, 5), source="shop")
+    told: list[tuple[str, str]] = []
+
+    def handle(message: Message) -> None:
+        if message.payload.order_id == "1":  # type: ignore[attr-defined]
+            raise RuntimeError("no luck")
+
+    def given_up(message: Message, reason: str) -> None:
+        told.append((message.payload.order_id, reason))  # type: ignore[attr-defined]
+        raise ValueError("a fault here stops nothing")
+
+    processor = run(log, handle, retries=1, given_up=given_up)
+    assert told == [("1", "RuntimeError: no luck")]
+    assert (processor.counts.handled, processor.counts.dead) == (1, 1)
+
+
+def test_a_message_that_ends_every_process_is_given_up(tmp_path: Path) -> None:
+    """Memory that runs out, a library that aborts: the process is gone before anything can be noted."""
+    log = EmbeddedLog(tmp_path / "log")
+    ORDERS.create(log)
+    for number in "12":
+        ORDERS.send(log, Order(number, 5), source="shop")
+    code = f"""
+import os, threading, msgspec
+from pathlib import Path
+from pipelines import Processor, Topic
+from pipelines.transport.embedded import EmbeddedLog
+from tests.unit.test_pipelines import ORDERS
+folder = Path({str(tmp_path)!r})
+def handle(message):
+    if message.payload.order_id == "1":
+        os.abort()
+    (folder / "handled").write_text(message.payload.order_id)
+given = lambda message, reason: (folder / "given").write_text(reason)
+processor = Processor(EmbeddedLog(folder / "log"), ORDERS, "g", handle, given_up=given, unfinished=folder / "notes")
+processor.run(threading.Event(), until_idle=True)
+"""
+    ended = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode for _ in range(4)]
+    assert ended == [-6, -6, -6, 0]
+    assert (tmp_path / "handled").read_text() == "2"
+    assert "3 workers ended while they handled it" in (tmp_path / "given").read_text()
+    assert list((tmp_path / "notes").iterdir()) == []
+    log.close()
+
+
+def test_what_is_given_back_alive_does_not_count(tmp_path: Path, log: MemoryLog) -> None:
+    ORDERS.send(log, Order("1", 5), source="shop")
+
+    def stop(message: Message) -> None:
+        raise Interrupted
+
+    for _ in range(5):
+        Processor(log, ORDERS, "g", stop, unfinished=tmp_path).run(threading.Event())
+    seen: list[object] = []
+    run(log, lambda message: seen.append(message.payload), unfinished=tmp_path)
     assert seen == [Order("1", 5)]
 
 
