@@ -127,42 +127,41 @@ class Processor:
 
     def _settle(self, record: Record, stop: threading.Event) -> bool:
         """Handle one record or bury it; False where `stop` came first."""
-        ends = self._unfinished.begin(record)
         try:
-            return self._handled(record, stop, ends)
+            message = self._topic.decode(record)
+        except SchemaError as error:
+            return self._bury(record, str(error), 1)
+        token, ends = TRACEPARENT.set(child_traceparent(message.envelope.traceparent)), self._unfinished.begin(record)
+        try:
+            if ends >= MOST_ENDS:
+                return self._give_up(message, f"{ends} workers ended while they handled it", ends)
+            return self._handled(message, stop)
         finally:
             self._unfinished.end(record)
+            TRACEPARENT.reset(token)
 
-    def _handled(self, record: Record, stop: threading.Event, ends: int) -> bool:
+    def _handled(self, message: Message, stop: threading.Event) -> bool:
         attempt = 0
         while True:
             attempt += 1
-            token = TRACEPARENT.set("")
             try:
-                message = self._topic.decode(record)
-                TRACEPARENT.set(child_traceparent(message.envelope.traceparent))
-                if ends >= MOST_ENDS:
-                    return self._give_up(message, f"{ends} workers ended while they handled it", ends)
-                try:
-                    with self.counts.timed():
-                        self._handle(message)
-                except (PermanentError, SchemaError, UnavailableError):
-                    raise
-                except Exception as error:
-                    if attempt > self._retries:
-                        logger.exception("handling failed %d times", attempt, extra=_place(record))
-                        return self._give_up(message, f"{type(error).__name__}: {error}", attempt)
-                    logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(record))
-                    self.counts.add(metrics.RETRIED)
-                else:
-                    self.counts.add(metrics.HANDLED)
-                    return True
+                with self.counts.timed():
+                    self._handle(message)
+                self.counts.add(metrics.HANDLED)
+                return True
             except (PermanentError, SchemaError) as error:
-                return self._bury(record, str(error), attempt)
-            finally:
-                TRACEPARENT.reset(token)
+                return self._bury(message.record, str(error), attempt)
+            except UnavailableError:
+                raise
+            except Exception as error:
+                if attempt > self._retries:
+                    logger.exception("handling failed %d times", attempt, extra=_place(message.record))
+                    return self._give_up(message, f"{type(error).__name__}: {error}", attempt)
+                logger.warning("handling failed, attempt %d: %s", attempt, error, extra=_place(message.record))
+                self.counts.add(metrics.RETRIED)
             if stop.wait(self._backoff * 2 ** (attempt - 1)):
                 return False
+            TRACEPARENT.set(child_traceparent(message.envelope.traceparent))
 
     def _give_up(self, message: Message, reason: str, attempts: int) -> bool:
         """Tell, and bury. Raises UnavailableError where it can't be told now."""

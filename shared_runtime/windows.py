@@ -108,8 +108,8 @@ class SlidingWindow:
         """The class of the highest score a voxel, (*spatial) uint8 (uint16 above 256 classes), or written to `out`, such as a
         memory map; raises as `slabs` does, ModelError also for a model of one class, InputError for an `out` that can't hold them."""
         labels = out
-        if out is not None and (out.shape != volume.shape[1:] or out.dtype.kind not in "iu"):
-            raise InputError(f"expected an out of whole numbers of shape {list(volume.shape[1:])}, got {out.dtype} {list(out.shape)}")
+        if out is not None and (out.shape != np.shape(volume)[1:] or out.dtype.kind not in "iu"):
+            raise InputError(f"expected an out of whole numbers of shape {list(np.shape(volume)[1:])}, got {out.dtype} {list(out.shape)}")
         for where, slab in self.slabs(volume):
             if len(slab) < 2:
                 raise ModelError(f"{self._session.model.name!r} gives one score a voxel; labels need two classes: put a limit to `scores`")

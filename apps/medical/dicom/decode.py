@@ -31,7 +31,7 @@ BASE_BYTES, TIMES_CLAIMED = 4 * 2**30, 4
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Else numpy reserves memory for each core."""
 BASE_SECONDS, BYTES_A_SECOND = 60.0, 2**20
-"""How long it may take: a hundredth of the usual speed."""
+"""How long it may take: far more than any decoder needs."""
 
 
 def decoded(instances: Mapping[int, tuple[str, FileDataset]], claimed: int) -> dict[int, NDArray[np.generic]]:
@@ -68,7 +68,9 @@ def _decoded_apart(instances: Mapping[int, tuple[str, FileDataset]], claimed: in
         command = [sys.executable, "-m", __name__, folder, str(BASE_BYTES + TIMES_CLAIMED * claimed)]
         try:
             process = subprocess.run(command, capture_output=True, env=os.environ | ONE_THREAD, timeout=seconds, check=False)
-            ended = f"its decoder ended by signal {-process.returncode}" if process.returncode < 0 else "its decoder could not be run"
+            ended = f"its decoder ended by signal {-process.returncode}"
+            if process.returncode >= 0:
+                ended = f"its decoder could not be run ({process.stderr.decode(errors='replace').strip()[-200:]})"
         except subprocess.TimeoutExpired:
             ended = f"it was not decoded within {seconds:.0f} s"
         found = {}
