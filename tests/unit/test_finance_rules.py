@@ -1,10 +1,8 @@
-"""The alert budget, the protocol, the metrics, tables and their errors."""
+"""The alert budget, the protocol, the metrics."""
 
 from __future__ import annotations
 
-import gzip
 from datetime import date, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -17,7 +15,6 @@ from apps.finance.evaluation.protocol import make_folds
 from apps.finance.features.schema import DAY, FEATURES, HOUR
 from apps.finance.scoring.combination import Combination, logit, sigmoid
 from apps.finance.scoring.reasons import reason_text
-from apps.finance.transactions.table import problems, read_transactions, write_table
 
 
 def run_days(budget: AlertBudget, days: int, cards: int, seed: int = 0, scale: float = 1.0) -> list[int]:
@@ -166,70 +163,10 @@ def test_every_feature_has_words() -> None:
     assert all(texts)
     assert len(set(texts)) > len(FEATURES) - 3
     assert reason_text("TERMINAL_ID_RISK_7DAY_WINDOW", values) == "terminal had 40% fraud among 8 transactions, 7 days up to a week ago"
-
-
-GOOD = {
-    "TRANSACTION_ID": [1, 2],
-    "TX_DATETIME": ["2025-01-01 10:00:00", "2025-01-01 09:00:00"],
-    "CUSTOMER_ID": [1, 2],
-    "TERMINAL_ID": [5, 6],
-    "TX_AMOUNT": [10.5, 20.0],
-    "TX_FRAUD": [0, 1],
-}
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_table_is_read_in_order_of_time(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"t.{suffix}"
-    write_table(pl.DataFrame(GOOD), file)
-    table = read_transactions(file, labelled=True)
-    assert table["TRANSACTION_ID"].to_list() == [2, 1]
-    assert table["TX_DATETIME"].dtype == pl.Datetime("us")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"TX_AMOUNT": None}, "lacks column TX_AMOUNT"),
-        ({"TX_AMOUNT": None, "Tx_Amount_EUR": [1.0, 2.0]}, "nearest is 'Tx_Amount_EUR'"),
-        ({"TX_FRAUD": None}, "lacks column TX_FRAUD"),
-        ({"TX_AMOUNT": [10.0, -1.0]}, "row 2: TX_AMOUNT is negative"),
-        ({"TX_AMOUNT": [float("nan"), 1.0]}, "row 1: TX_AMOUNT is missing or no finite number"),
-        ({"TX_AMOUNT": ["ten", "2"]}, "row 1: TX_AMOUNT is missing or no finite number"),
-        ({"TX_AMOUNT": [1e12, 1.0]}, "TX_AMOUNT is above"),
-        ({"TRANSACTION_ID": [7, 7]}, "row 2: TRANSACTION_ID stands there before"),
-        ({"TX_DATETIME": ["2025-01-01 10:00:00", "soon"]}, "row 2: TX_DATETIME is missing"),
-        ({"TX_DATETIME": ["2025-01-01 10:00:00", "1825-01-01 10:00:00"]}, "row 2: TX_DATETIME is outside"),
-        ({"TX_FRAUD": [0, 2]}, "row 2: TX_FRAUD is neither"),
-        ({"CUSTOMER_ID": [None, 2]}, "row 1: CUSTOMER_ID is missing"),
-    ],
-)
-def test_a_table_that_can_not_be_used_says_why(tmp_path: Path, change: dict[str, object], words: str) -> None:
-    file = tmp_path / "t.parquet"
-    pl.DataFrame({k: v for k, v in {**GOOD, **change}.items() if v is not None}).write_parquet(file)
-    with pytest.raises(InputError, match=words.replace("(", r"\(")):
-        read_transactions(file, labelled=True)
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_a_spreadsheets_separator_is_understood(tmp_path: Path, separator: str) -> None:
-    text = pl.DataFrame(GOOD).write_csv(separator=separator)
-    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
-    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
-    read = read_transactions(tmp_path / "t.csv")
-    assert read["TX_AMOUNT"].to_list() == [20.0, 10.5]
-    assert read.equals(read_transactions(tmp_path / "t.csv.gz"))
-    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode())[:-20])
-    with pytest.raises(InputError, match="can't be read"):
-        read_transactions(tmp_path / "t.csv.gz")
-
-
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    (tmp_path / "x.xlsx").write_bytes(b"")
-    for name, words in (("x.parquet", "can't be read"), ("x.xlsx", "suffix"), ("none.csv", "no file")):
-        with pytest.raises(InputError, match=words):
-            read_transactions(tmp_path / name)
-    with pytest.raises(InputError, match="suffix"):
-        write_table(pl.DataFrame(GOOD), tmp_path / "out.txt")
-    assert problems(pl.DataFrame(GOOD).with_columns(pl.col("TX_DATETIME").str.to_datetime())) == []
+    assert (
+        reason_text("CUSTOMER_ID_NB_TX_1DAY_WINDOW", values | {"CUSTOMER_ID_NB_TX_1DAY_WINDOW": 1.0})
+        == "card made 1 transaction within 1 day"
+    )
+    since = "TERMINAL_DAYS_SINCE_GENUINE"
+    assert reason_text(since, values | {since: 60.0}) == "no transaction known as genuine at the terminal within the known month"
+    assert reason_text(since, values | {since: 12.0}) == "a transaction known as genuine at the terminal 12 days ago"

@@ -61,11 +61,11 @@ def reason_text(feature: str, values: Mapping[str, float]) -> str:
         count = values[feature.replace("RISK", "NB_TX")]
         if not count:
             return f"terminal had no transaction with a known label in the {days} before last week"
-        return f"terminal had {value:.0%} fraud among {count:.0f} transactions, {days} up to a week ago"
+        return f"terminal had {value:.0%} fraud among {_count(count, 'transaction')}, {days} up to a week ago"
     if feature.startswith("TERMINAL_ID_NB_TX"):
-        return f"terminal had {value:.0f} transactions, {_days(feature)} up to a week ago"
+        return f"terminal had {_count(value, 'transaction')}, {_days(feature)} up to a week ago"
     if feature.startswith("CUSTOMER_ID_NB_TX"):
-        return f"card made {value:.0f} transactions within {_days(feature)}"
+        return f"card made {_count(value, 'transaction')} within {_days(feature)}"
     if feature.startswith("CUSTOMER_ID_AVG_AMOUNT"):
         return f"card spent {value:.2f} on average within {_days(feature)}"
     if feature.startswith("CUSTOMER_MAX_TO_MEDIAN"):
@@ -75,11 +75,26 @@ def reason_text(feature: str, values: Mapping[str, float]) -> str:
 
 def _days(feature: str) -> str:
     days = next(part.removesuffix("DAY") for part in feature.split("_") if part.endswith("DAY"))
-    return "1 day" if days == "1" else f"{days} days"
+    return _count(int(days), "day")
+
+
+def _count(number: float, what: str) -> str:
+    """As "1 day", "2 days"."""
+    return f"{number:.0f} {what}{'' if round(number) == 1 else 's'}"
+
+
+def _ago(days: float) -> str:
+    return "less than a day ago" if days < 1 else f"{_count(days, 'day')} ago"
 
 
 def _since(what: str, value: float) -> str:
-    return f"no {what} at the terminal within the known month" if value >= NEVER_DAYS else f"{what} at the terminal {value:.0f} days ago"
+    return f"no {what} at the terminal within the known month" if value >= NEVER_DAYS else f"a {what} at the terminal {_ago(value)}"
+
+
+def _run(length: float) -> str:
+    if length < 1:
+        return "terminal's last known label is not fraud"
+    return "terminal's last known label is fraud" if length < 2 else f"terminal's last {length:.0f} known labels are all fraud"
 
 
 def _single(feature: str, value: float, values: Mapping[str, float]) -> str:
@@ -90,15 +105,13 @@ def _single(feature: str, value: float, values: Mapping[str, float]) -> str:
         "TX_DURING_NIGHT": "at night" if value else "by day",
         "AMOUNT_TO_MEDIAN": f"amount is {value:.1f} times the card's usual {usual:.2f}",
         "AMOUNT_TO_UPPER_QUARTILE": f"amount is {value:.1f} times what three quarters of the card's amounts stay below",
-        "TERMINAL_NB_ORDINARY_FRAUD": f"terminal had {value:.0f} known frauds of ordinary amounts within a month",
-        "TERMINAL_NB_HIGH_FRAUD": f"terminal had {value:.0f} known frauds of high amounts within a month",
-        "TERMINAL_DAYS_SINCE_FRAUD": _since("a known fraud", value),
-        "TERMINAL_DAYS_SINCE_GENUINE": _since("a transaction known as genuine", value),
-        "TERMINAL_FRAUD_RUN": f"terminal's last {value:.0f} known labels are all fraud"
-        if value
-        else "terminal's last known label is not fraud",
+        "TERMINAL_NB_ORDINARY_FRAUD": f"terminal had {_count(value, 'known fraud')} of ordinary amounts within a month",
+        "TERMINAL_NB_HIGH_FRAUD": f"terminal had {_count(value, 'known fraud')} of high amounts within a month",
+        "TERMINAL_DAYS_SINCE_FRAUD": _since("known fraud", value),
+        "TERMINAL_DAYS_SINCE_GENUINE": _since("transaction known as genuine", value),
+        "TERMINAL_FRAUD_RUN": _run(value),
         "TERMINAL_DAYS_SINCE_RUN_START": "terminal has no present run of frauds"
         if value >= NEVER_DAYS
-        else f"terminal's present run of frauds began {value:.0f} days ago",
+        else f"terminal's present run of frauds began {_ago(value)}",
     }
     return texts[feature]

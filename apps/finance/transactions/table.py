@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import gzip
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import polars as pl
 
 from apps.finance.errors import InputError
+from apps.finance.transactions import columns
 
 REQUIRED = ("TRANSACTION_ID", "TX_DATETIME", "CUSTOMER_ID", "TERMINAL_ID", "TX_AMOUNT")
+IDENTIFIERS = ("TRANSACTION_ID", "CUSTOMER_ID", "TERMINAL_ID")
 LABEL, SCENARIO = "TX_FRAUD", "TX_FRAUD_SCENARIO"
 LARGEST_MINOR = 1_000_000_000
 """An amount above ten million units is taken for a mistake."""
@@ -31,12 +34,18 @@ def read_transactions(path: Path, *, labelled: bool = False) -> pl.DataFrame:
     needed = [*REQUIRED, *([LABEL] if labelled else [])]
     if missing := [name for name in needed if name not in table.columns]:
         raise InputError(f"{path.name} lacks {_hints(missing, table.columns)}; expected {', '.join(needed)}")
-    kept = [*REQUIRED, *(name for name in (LABEL, SCENARIO) if name in table.columns)]
-    table = _typed(table.select(kept), path)
+    written = table.select(*REQUIRED, *(name for name in (LABEL, SCENARIO) if name in table.columns))
+    empty = written.select(pl.all_horizontal(pl.all().is_null()).reverse().arg_min()).item() if len(written) else 0
+    written = written.head(len(written) - empty)
+    if not len(written):
+        raise InputError(f"{path.name} holds no transactions; expected a row for each below the columns' names")
+    table = _typed(written, path)
     if bad := problems(table):
-        row, why = bad[0]
+        row, column, why = bad[0]
+        seen = "" if (value := written[row, column]) is None else f" ({str(value)[:60]!r})"
         raise InputError(
-            f"{path.name}: {len(bad)} of {len(table)} rows can't be used, the first is row {row + 1}: {why}; correct or remove them"
+            f"{path.name}: {len(bad)} of {len(table)} rows can't be used, the first is row {row + 1}: {column} {why}{seen};"
+            " correct or remove them"
         )
     return table.sort("TX_DATETIME", "TRANSACTION_ID", maintain_order=True)
 
@@ -49,8 +58,8 @@ def _read(path: Path) -> pl.DataFrame:
         if name.endswith(PARQUET_SUFFIXES):
             return pl.read_parquet(path)
         if name.endswith(CSV_SUFFIXES):
-            return pl.read_csv(path, separator=_separator(path), try_parse_dates=True, infer_schema_length=10_000)
-    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
+            return pl.read_csv(path, separator=_separator(path), infer_schema=False)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} can't be read: {' '.join(str(error).split())[:300]}; expected a CSV or parquet file") from error
     raise InputError(f"{path.name} has suffix {path.suffix!r}; expected {', '.join((*CSV_SUFFIXES, *PARQUET_SUFFIXES))}")
 
@@ -59,6 +68,8 @@ def _separator(path: Path) -> str:
     """What stands between the columns' names in a file's first line: spreadsheets write semicolons or tabs in some countries."""
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         head = file.readline(1 << 16)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path.name} is written in UTF-16; expected UTF-8 (in a spreadsheet: save as CSV UTF-8)")
     return max(SEPARATORS, key=lambda separator: head.count(separator.encode()))
 
 
@@ -72,43 +83,42 @@ def _hints(missing: list[str], present: list[str]) -> str:
 
 
 def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
-    when = table.schema["TX_DATETIME"]
-    if isinstance(when, pl.Datetime):
-        time = pl.col("TX_DATETIME").dt.convert_time_zone("UTC").dt.replace_time_zone(None) if when.time_zone else pl.col("TX_DATETIME")
-        time = time.cast(pl.Datetime("us"))
-    elif when == pl.String:
-        time = pl.col("TX_DATETIME").str.to_datetime(time_unit="us", strict=False)
-    elif when == pl.Date:
-        time = pl.col("TX_DATETIME").cast(pl.Datetime("us"))
-    else:
-        raise InputError(f"{path.name}: TX_DATETIME is {when}; expected dates with times, as 2018-04-01 00:00:31")
-    columns = [time.alias("TX_DATETIME"), pl.col("TX_AMOUNT").cast(pl.Float64, strict=False)]
-    columns += [pl.col(name).cast(pl.Int8, strict=False) for name in (LABEL, SCENARIO) if name in table.columns]
-    return table.with_columns(columns)
+    try:
+        return table.with_columns(
+            *(columns.identifiers(table[name]) for name in IDENTIFIERS),
+            columns.times(table["TX_DATETIME"]),
+            columns.amounts(table["TX_AMOUNT"]),
+            *(columns.flags(table[name]) for name in (LABEL,) if name in table.columns),
+            *(table[name].cast(pl.Int8, strict=False) for name in (SCENARIO,) if name in table.columns),
+        )
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
 
 
-def problems(table: pl.DataFrame) -> list[tuple[int, str]]:
-    """Row numbers, from 0, of what can't be a transaction, each with the reason."""
+def problems(table: pl.DataFrame) -> list[tuple[int, str, str]]:
+    """What can't be a transaction: row (from 0), column, and what is wrong with it there."""
     amount, time = pl.col("TX_AMOUNT"), pl.col("TX_DATETIME")
-    checks = {
-        "TRANSACTION_ID is missing": pl.col("TRANSACTION_ID").is_null(),
-        "CUSTOMER_ID is missing": pl.col("CUSTOMER_ID").is_null(),
-        "TERMINAL_ID is missing": pl.col("TERMINAL_ID").is_null(),
-        "TX_DATETIME is missing or no date with time": time.is_null(),
-        "TX_AMOUNT is missing or no finite number": amount.is_null() | ~amount.is_finite(),
-        "TX_AMOUNT is negative": amount < 0,
-        f"TX_AMOUNT is above {LARGEST_MINOR // 100:,}": amount * 100 > LARGEST_MINOR,
-        f"TX_DATETIME is outside {EARLIEST_YEAR}-{LATEST_YEAR}": ~time.dt.year().is_between(EARLIEST_YEAR, LATEST_YEAR),
-        "TRANSACTION_ID stands there before": pl.col("TRANSACTION_ID").is_not_null() & ~pl.col("TRANSACTION_ID").is_first_distinct(),
-    }
+    checks = [
+        *((name, "is missing", pl.col(name).is_null()) for name in IDENTIFIERS),
+        ("TX_DATETIME", "is missing or no date with time", time.is_null()),
+        ("TX_AMOUNT", "is missing or no finite number", amount.is_null() | ~amount.is_finite()),
+        ("TX_AMOUNT", "is negative", amount < 0),
+        ("TX_AMOUNT", f"is above {LARGEST_MINOR // 100:,}", amount * 100 > LARGEST_MINOR),
+        ("TX_DATETIME", f"is outside {EARLIEST_YEAR}-{LATEST_YEAR}", ~time.dt.year().is_between(EARLIEST_YEAR, LATEST_YEAR)),
+        (
+            "TRANSACTION_ID",
+            "stands there before",
+            pl.col("TRANSACTION_ID").is_not_null() & ~pl.col("TRANSACTION_ID").is_first_distinct(),
+        ),
+    ]
     if LABEL in table.columns:
-        checks["TX_FRAUD is neither 0 nor 1"] = ~pl.col(LABEL).is_in([0, 1]) & pl.col(LABEL).is_not_null()
+        checks.append((LABEL, "is neither 0 nor 1", ~pl.col(LABEL).is_in([0, 1]) & pl.col(LABEL).is_not_null()))
     numbered = table.with_row_index("row")
-    found: dict[int, str] = {}
-    for why, expression in checks.items():
+    found: dict[int, tuple[str, str]] = {}
+    for column, why, expression in checks:
         for row in numbered.filter(expression.fill_null(False))["row"].to_list():
-            found.setdefault(int(row), why)
-    return sorted(found.items())
+            found.setdefault(int(row), (column, why))
+    return [(row, column, why) for row, (column, why) in sorted(found.items())]
 
 
 def written_as_csv(path: Path) -> bool:
