@@ -154,7 +154,7 @@ def evaluate(
 ) -> None:
     """Teach from train/good (and labelled defects), judge test: AUROC of images and pixels, PRO, recall, ms."""
     from apps.industrial.bootstrap import open_session
-    from apps.industrial.evaluation.dataset import good_samples, labelled_samples
+    from apps.industrial.evaluation.dataset import digest, good_samples, labelled_samples
     from apps.industrial.evaluation.evaluate import judge, metrics
     from apps.industrial.inspection.inspector import Inspector
     from apps.industrial.teaching import teach as run_teach
@@ -162,12 +162,12 @@ def evaluate(
     settings = load_settings().settings
     tests = labelled_samples(dataset)
     bad = labelled_samples(defects, defects_only=True) if defects else []
-    seen = {sample.path.resolve() for sample in bad}
-    kept = [sample for sample in tests if sample.path.resolve() not in seen]
+    good = good_samples(dataset / "train" / "good")
+    seen = {digest(sample.path) for sample in (*good, *bad)}
+    kept = [sample for sample in tests if digest(sample.path) not in seen]
     if len(kept) < len(tests):
         console.print(f"{len(tests) - len(kept)} images that it learned from are left out of the test")
     with _bars() as report:
-        good = good_samples(dataset / "train" / "good")
         taught = run_teach(
             "evaluation", good, bad, lambda m: open_session(settings, m), seconds=seconds, device=learning_device(device), report=report
         )

@@ -104,6 +104,7 @@ def test_a_folder_is_fed_to_the_line(commands: Commands, parts: Path, settings: 
 
 def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, parts: Path, tmp_path: Path) -> None:
     (parts / "test" / "good" / "broken.png").write_bytes(b"broken")
+    (parts / "test" / "good" / "taught.png").write_bytes(next((parts / "train" / "good").iterdir()).read_bytes())
     hole = parts / "test" / "hole" / "unfit.png"
     hole.write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())
     (parts / "ground_truth" / "hole" / "unfit_mask.png").write_bytes(png(np.zeros((64, 64), np.uint8)))
@@ -112,7 +113,9 @@ def test_evaluate_states_metrics_that_anyone_can_recompute(commands: Commands, p
     result = json.loads(done.stdout)
     metrics = result["metrics"]
     assert [entry["path"] for entry in result["refused"]] == ["broken.png", "unfit.png"]
-    assert "left out broken.png" in " ".join(done.stderr.split())
+    said = " ".join(done.stderr.split())
+    assert "left out broken.png" in said
+    assert "1 images that it learned from are left out" in said
     with (tmp_path / "s.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 4 * 9

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from apps.common.settings import Settings
@@ -381,13 +382,37 @@ def test_a_template_shows_what_is_missing_and_what_is_extra() -> None:
         compare(board, np.zeros_like(board))
 
 
+def printed_board(random: np.random.Generator) -> Pixels:
+    board = np.zeros((480, 640), np.uint8)
+    for x, y, w, h in zip(*(random.integers(0, limit, 60) for limit in (640, 480)), *random.integers(10, 70, (2, 60)), strict=True):
+        board[y : y + h, x : x + w] = 255 - board[y, x]
+    return board
+
+
+@pytest.mark.parametrize(("dark", "bright", "slope"), [(0, 255, 0), (20, 100, 0), (140, 220, 0), (40, 160, 0.45)])
+def test_patterns_are_told_apart_in_any_light(dark: float, bright: float, slope: float) -> None:
+    """Nothing is a fixed level: with one at 128 both of two dim pictures were black, and so equal."""
+    random = np.random.default_rng(1)
+    board = printed_board(random)
+    broken = board.copy()
+    broken[200:214, 300:314] = 255 - broken[200:214, 300:314]
+    light = 1 + slope * np.linspace(-1, 1, 640)
+
+    def seen(printed: Pixels, light: NDArray[np.float64]) -> Pixels:
+        levels = (dark + (bright - dark) * printed.astype(float) / 255) * light + random.normal(0, 4, printed.shape)
+        return np.clip(levels, 0, 255).astype(np.uint8)
+
+    assert not compare(seen(board, np.ones(640)), seen(board, light)).boxes
+    found = compare(seen(board, np.ones(640)), seen(broken, light)).boxes
+    assert found
+    assert all(abs(box.x + box.width / 2 - 307) < 20 and abs(box.y + box.height / 2 - 207) < 20 for box in found)
+
+
 @pytest.mark.parametrize(("degrees", "scale", "shift"), [(0, 1, (14, -9)), (3, 1, (0, 0)), (-1.5, 1.01, (6, 8))])
 def test_a_board_that_lies_otherwise_differs_nowhere_but_in_its_defect(degrees: float, scale: float, shift: tuple[int, int]) -> None:
     """What comes into the picture at its edge is not in the template: nothing is known of it."""
     random = np.random.default_rng(0)
-    board = np.zeros((480, 640), np.uint8)
-    for x, y, w, h in zip(*(random.integers(0, limit, 60) for limit in (640, 480)), *random.integers(10, 70, (2, 60)), strict=True):
-        board[y : y + h, x : x + w] = 255 - board[y, x]
+    board = printed_board(random)
     matrix = cv2.getRotationMatrix2D((320, 240), degrees, scale)
     matrix[:, 2] += shift
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,15 @@ def labelled_samples(dataset: Path, *, defects_only: bool = False) -> list[Sampl
             f"{dataset / BOXES_FILE} names {len(astray)} files that are not below {root}, such as {astray[0]}; expected KIND/NAME"
         )
     return found
+
+
+def digest(path: Path) -> bytes:
+    """What a copy of the file under another name shares with it; its path where it can't be read: who reads the image says why."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return str(path).encode()
 
 
 def _masks(folder: Path, images: Sequence[Path]) -> dict[str, Path]:

@@ -13,6 +13,9 @@ from apps.industrial.errors import InputError
 from apps.industrial.images import unusable
 
 Grey = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+COARSE, LIGHT, FAR = 4, (33, 33), 0.01
+"""Light is taken to be even over LIGHT times COARSE pixels; the weight of the whole image's levels there."""
 EDGE = 2
 """Differences that lie within so many pixels of the other pattern's edge are jitter of the print."""
 SMALLEST = 20
@@ -26,7 +29,7 @@ MARGIN = 8
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A place that differs: "missing" where the template has material, "extra" where only the tested part has."""
+    """A place that differs: "missing" where the template has material (is bright), "extra" where only the tested part has."""
 
     x: int
     y: int
@@ -45,16 +48,19 @@ class Comparison:
 
 
 def compare(template: Grey, tested: Grey) -> Comparison:
-    """Compare two grey images of one size; the tested one may be moved, turned by some degrees and stretched a little. What lies beyond the
-    template's edge is not judged. Raises InputError where the sizes differ, or one of them shows nothing."""
+    """Compare two grey images of one size; the tested one may be moved, turned by some degrees, stretched a little and in other light.
+    What lies beyond the template's edge is not judged. Raises InputError where the sizes differ, or one of them shows nothing."""
     for name, image in (("template", template), ("tested image", tested)):
         if why := unusable(image):
             raise InputError(f"the {name} can't be compared: {why}")
     if template.shape != tested.shape:
         raise InputError(f"the template has shape {list(template.shape)}, the tested image {list(tested.shape)}; expected one size")
-    matrix = _alignment(template, tested)
-    moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
-    wanted, there = _settled(moved >= 128, tested >= 128), tested >= 128
+    pattern, seen = _material(template), _material(tested)
+    matrix = _alignment(pattern, seen)
+    moved = _warped(pattern, matrix)
+    there = _told_apart(tested, moved)
+    there = _told_apart(tested, moved, there)
+    wanted = _settled(moved, there)
     # Where the part lies beyond the template's edge nothing is known of it.
     known = cv2.warpAffine(np.full_like(template, 255), matrix, template.shape[::-1], borderMode=cv2.BORDER_CONSTANT) == 255
     kernel = np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1)), np.uint8)
@@ -67,11 +73,41 @@ def compare(template: Grey, tested: Grey) -> Comparison:
     return Comparison(tuple(sorted(boxes, key=lambda box: -box.area)), (float(dx), float(dy)))
 
 
-def _alignment(template: Grey, tested: Grey) -> NDArray[np.float64]:
+def _material(image: Grey) -> Mask:
+    """Where the image is bright: by Otsu's threshold, then by the levels of either side nearby, as light is seldom even."""
+    level, _ = cv2.threshold(image, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    bright = image > level
+    for _ in range(3):
+        before, bright = bright, _told_apart(image, bright)
+        if np.array_equal(before, bright):
+            break
+    return bright
+
+
+def _told_apart(image: Grey, *like: Mask) -> Mask:
+    """What is nearer to the bright than to the dark level nearby: means over what is bright, and dark, in all of `like`."""
+    values = image.astype(np.float32)
+    size = (max(1, image.shape[1] // COARSE), max(1, image.shape[0] // COARSE))
+    threshold = np.zeros(size[::-1], np.float32)
+    for side in (np.logical_and.reduce(like), ~np.logical_or.reduce(like)):
+        weight = side.astype(np.float32)
+        near, total = (cv2.blur(cv2.resize(part, size, interpolation=cv2.INTER_AREA), LIGHT) for part in (weight, weight * values))
+        mean = float(values[side].mean()) if side.any() else float(values.mean())
+        threshold += (total + FAR * mean) / (near + FAR) / 2
+    return np.asarray(values > cv2.resize(threshold, image.shape[::-1], interpolation=cv2.INTER_LINEAR))
+
+
+def _warped(pattern: Mask, matrix: NDArray[np.float64]) -> Mask:
+    grey = pattern.astype(np.uint8) * 255
+    return np.asarray(cv2.warpAffine(grey, matrix, grey.shape[::-1], borderMode=cv2.BORDER_REPLICATE) >= 128)
+
+
+def _alignment(pattern: Mask, seen: Mask) -> NDArray[np.float64]:
     """(2, 3) affine map from the template to the tested image: the best whole-pixel shift, refined where that fits better.
 
     Evangelidis and Psarakis, "Parametric Image Alignment Using Enhanced Correlation Coefficient Maximization", PAMI 2008.
     """
+    template, tested = pattern.astype(np.uint8) * 255, seen.astype(np.uint8) * 255
     dx, dy = _shift(template, tested)
     start = np.array([[1, 0, dx], [0, 1, dy]], np.float64)
     scale = min(1.0, REFINED_SIDE / max(template.shape))
@@ -84,10 +120,10 @@ def _alignment(template: Grey, tested: Grey) -> NDArray[np.float64]:
     except cv2.error:  # nothing to hold on to, or no convergence
         return start
     refined = np.linalg.inv(np.vstack([found.astype(np.float64) * [1, 1, 1 / scale], [0, 0, 1]]))[:2]
-    return min(start, refined, key=lambda matrix: _misfit(template, tested, matrix))
+    return min(start, refined, key=lambda matrix: float(np.mean(_warped(pattern, matrix) != seen)))
 
 
-def _settled(wanted: NDArray[np.bool_], there: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _settled(wanted: Mask, there: Mask) -> Mask:
     """`wanted` with each place moved by at most LOCAL pixels to where its neighbourhood fits best: prints stretch unevenly."""
     best, settled = np.full(wanted.shape, np.inf, np.float32), wanted
     padded = np.pad(wanted, LOCAL, mode="edge")
@@ -98,11 +134,6 @@ def _settled(wanted: NDArray[np.bool_], there: NDArray[np.bool_]) -> NDArray[np.
         closer = cost < best * 0.98
         best, settled = np.where(closer, cost, best), np.where(closer, moved, settled)
     return settled
-
-
-def _misfit(template: Grey, tested: Grey, matrix: NDArray[np.float64]) -> float:
-    moved = cv2.warpAffine(template, matrix, template.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
-    return float(np.mean((moved >= 128) != (tested >= 128)))
 
 
 def _shift(template: Grey, tested: Grey) -> tuple[float, float]:
@@ -116,11 +147,11 @@ def _shift(template: Grey, tested: Grey) -> tuple[float, float]:
     return float(column - reach), float(row - reach)
 
 
-def _grown(mask: NDArray[np.bool_], kernel: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _grown(mask: Mask, kernel: NDArray[np.uint8]) -> Mask:
     return cv2.dilate(mask.astype(np.uint8), kernel) > 0
 
 
-def _differences(sure: NDArray[np.bool_], whole: NDArray[np.bool_], kind: str) -> list[Difference]:
+def _differences(sure: Mask, whole: Mask, kind: str) -> list[Difference]:
     """Parts of `whole` that hold something `sure`: the difference with its edge, without the jitter elsewhere."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(whole.astype(np.uint8), connectivity=8)
     inside = np.bincount(labels[sure], minlength=count)
