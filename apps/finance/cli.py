@@ -65,6 +65,8 @@ def _evaluate(transactions: Path, start: date, folds: int, train_days: int) -> t
     from apps.finance.transactions.table import read_transactions
 
     table = read_transactions(transactions, labelled=True)
+    if without := table["TX_FRAUD"].null_count():
+        console.print(f"{without} of {len(table)} transactions have no label; they are neither learned from nor tested on")
     threads = load_settings().settings.model_threads or usable_cores()
     return run(table, start, number=folds, train_days=train_days, threads=threads, watch=lambda parts: progress(parts, "folds", folds))
 

@@ -22,31 +22,27 @@ from shared_runtime.host import host
 Evaluate = Callable[[Path, date, int, int], tuple[dict[str, Any], Any]]
 
 
-def last_start(table: pl.DataFrame, folds: int) -> date:
-    """The training week's first day of the first of the last `folds` folds that `table` has room for."""
-    last = table["TX_DATETIME"].dt.date().max()
-    assert isinstance(last, date)
-    return last - timedelta(days=TRAIN_DAYS + DELAY_DAYS + TEST_DAYS - 1 + STEP_DAYS * (folds - 1))
-
-
 def train_and_write(
     transactions: Path, out: Path, *, days: int, folds: int, about: dict[str, str], evaluate: Evaluate, cores: int
 ) -> dict[str, Any]:
-    """Evaluate on the last folds, train on the last `days` of `transactions`, write both model folders to `out`.
+    """Evaluate on the last folds, train on the last `days` of labels in `transactions`, write both model folders to `out`.
 
-    Raises InputError where the history is too short.
+    Raises InputError where the labelled history is too short.
     """
     table = read_transactions(transactions, labelled=True)
-    first, last = (table["TX_DATETIME"].dt.date().min(), table["TX_DATETIME"].dt.date().max()) if len(table) else (None, None)
-    if not isinstance(first, date) or not isinstance(last, date) or last_start(table, folds) < first:
-        need = TRAIN_DAYS + DELAY_DAYS + TEST_DAYS + STEP_DAYS * (folds - 1)
-        raise InputError(f"{transactions.name} holds {first!s} to {last!s}; {folds} folds need {need} days of history: take fewer --folds")
-    start = last_start(table, folds)
+    labelled = table.filter(pl.col("TX_FRAUD").is_not_null())["TX_DATETIME"].dt.date()
+    first, last = labelled.min(), labelled.max()
+    need = TRAIN_DAYS + DELAY_DAYS + TEST_DAYS + STEP_DAYS * (folds - 1)
+    if not isinstance(first, date) or not isinstance(last, date):
+        raise InputError(f"{transactions.name} holds no label (TX_FRAUD is 0 or 1); {folds} folds need {need} days of labelled history")
+    start = last - timedelta(days=need - 1)
+    if start < first:
+        raise InputError(f"{transactions.name} holds labels of {first} to {last}; {folds} folds need {need} days: take fewer --folds")
     room = (start - first).days + TRAIN_DAYS
     result, _ = evaluate(transactions, start, folds, min(days, room))
     data = Prepared(table)
-    newest = int(data.days.max())
-    chosen = np.flatnonzero(data.days > newest - days)
+    newest = int(data.days[data.labelled].max())
+    chosen = np.flatnonzero(data.labelled & (data.days > newest - days))
     recipe = Recipe()
     trained = train_models(data.features, data.rows[chosen], data.labels[chosen], data.customers[chosen], data.known[chosen], recipe, cores)
     period = f"{date.fromordinal(719163 + int(data.days[chosen[0]]))} to {last}"

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 
 import msgspec
@@ -136,7 +137,9 @@ class FinanceService:
                 consumer.seek(topic.name, partition, max(0, end - TAIL))
             found: set[str] = set()
             while any(consumer.behind().values()):
-                found |= {msgspec.json.decode(record.value, type=_Id).transaction_id for record in consumer.poll(1.0, 1000)}
+                for record in consumer.poll(1.0, 1000):
+                    with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # another's record, which is none of ours
+                        found.add(msgspec.json.decode(record.value, type=_Id).transaction_id)
             return found
         finally:
             consumer.close()

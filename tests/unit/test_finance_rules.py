@@ -117,8 +117,23 @@ def test_longer_training_ends_with_the_same_week_and_tests_the_same_rows() -> No
     assert long.train[-1] == short.train[-1]
 
 
+def test_what_has_no_label_is_neither_learned_from_nor_tested_on() -> None:
+    table = labelled()
+    gap = pl.int_range(pl.len()) % 7 == 3
+    gaps = table.with_columns(pl.when(gap).then(None).otherwise("TX_FRAUD").alias("TX_FRAUD"))
+    (whole,), (some,) = make_folds(table, date(2025, 1, 3), 1), make_folds(gaps, date(2025, 1, 3), 1)
+    assert some.train.tolist() == [row for row in whole.train if row % 7 != 3]
+    assert len(some.test)
+    assert not any(row % 7 == 3 for row in some.test)
+    recent = table.with_columns(pl.when(pl.col("TX_DATETIME") < datetime(2025, 2, 1)).then("TX_FRAUD").alias("TX_FRAUD"))
+    with pytest.raises(InputError, match="the table holds labels of 2025-01-01 to 2025-01-31"):
+        make_folds(recent, date(2025, 1, 20), 1)
+    with pytest.raises(InputError, match="no transactions with a label"):
+        make_folds(table.with_columns(pl.lit(None).alias("TX_FRAUD")), date(2025, 1, 3), 1)
+
+
 def test_folds_that_do_not_fit_say_what_is_there() -> None:
-    with pytest.raises(InputError, match="the table holds 2025-01-01 to 2025-02-09"):
+    with pytest.raises(InputError, match="the table holds labels of 2025-01-01 to 2025-02-09"):
         make_folds(labelled(), date(2025, 1, 20), 2)
     with pytest.raises(InputError, match="needs 2024-12-29"):
         make_folds(labelled(), date(2025, 1, 15), 1, 24)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from apps.finance.errors import InputError
 
+NO_DAY = -1_000_000
+"""What stands for the day of a transaction without a label, so that no week holds it."""
 TRAIN_DAYS = DELAY_DAYS = TEST_DAYS = STEP_DAYS = 7
 
 
@@ -33,16 +35,16 @@ def make_folds(table: pl.DataFrame, start: date, number: int, train_days: int = 
 
     With `train_days` other than 7 the training rows are those of the `train_days` that end with that week.
     Left out of the test are the customers with a fraud in the training week and, on test day k, those with
-    one up to seven days before it. `table`: TX_DATETIME, CUSTOMER_ID, TX_FRAUD.
-    Raises InputError where the table does not reach as far as the folds.
+    one up to seven days before it; transactions without a label are in neither. `table`: TX_DATETIME, CUSTOMER_ID, TX_FRAUD.
+    Raises InputError where the table's labels do not reach as far as the folds.
     """
-    day = table["TX_DATETIME"].dt.date()
-    if not len(table):
-        raise InputError("the table has no transactions; expected the weeks of the folds")
-    first, last = day.min(), day.max()
+    day, labelled = table["TX_DATETIME"].dt.date(), table["TX_FRAUD"].is_not_null()
+    if not labelled.any():
+        raise InputError("the table has no transactions with a label (TX_FRAUD); expected the weeks of the folds")
+    first, last = day.filter(labelled).min(), day.filter(labelled).max()
     assert isinstance(first, date)
     assert isinstance(last, date)
-    numbers = day.cast(pl.Int32).to_numpy().astype(np.int64)
+    numbers = np.where(labelled.to_numpy(), day.cast(pl.Int32).to_numpy().astype(np.int64), NO_DAY)
     customers, fraud = table["CUSTOMER_ID"].to_numpy(), table["TX_FRAUD"].to_numpy() == 1
     folds = []
     for index in range(number):
@@ -50,7 +52,7 @@ def make_folds(table: pl.DataFrame, start: date, number: int, train_days: int = 
         begin, end = week + timedelta(days=TRAIN_DAYS - train_days), week + timedelta(days=TRAIN_DAYS + DELAY_DAYS + TEST_DAYS - 1)
         if begin < first or end > last:
             raise InputError(
-                f"fold {index + 1} needs {begin} to {end}, the table holds {first} to {last}; "
+                f"fold {index + 1} needs {begin} to {end}, the table holds labels of {first} to {last}; "
                 "choose another --train-start, fewer --folds or fewer --train-days"
             )
         folds.append(_fold(index + 1, week, train_days, numbers, customers, fraud))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import deque
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from apps.finance.features.schema import (
-    CUSTOMER,
     CUSTOMER_SPAN,
     DAY,
     FEATURES,
@@ -19,7 +21,6 @@ from apps.finance.features.schema import (
     WINDOWS_DAYS,
 )
 
-CHUNK = 40_000
 Ints = NDArray[np.int64]
 Columns = dict[str, NDArray[np.float64]]
 
@@ -86,41 +87,55 @@ def _customer(table: pl.DataFrame) -> Columns:
     grouped = _Grouped(table, "CUSTOMER_ID")
     amount: Ints = table["amount"].to_numpy()[grouped.rows]
     total = np.concatenate([[0], np.cumsum(amount)])
-    end, time = grouped.position, grouped.time
+    end = grouped.position
     columns: Columns = {}
     for days in WINDOWS_DAYS:
         start = grouped.start(days * DAY)
         number = end - start + 1
         columns[f"CUSTOMER_ID_NB_TX_{days}DAY_WINDOW"] = number.astype(np.float64)
         columns[f"CUSTOMER_ID_AVG_AMOUNT_{days}DAY_WINDOW"] = (total[end + 1] - total[start]) / number / 100
-    start = grouped.start(CUSTOMER_SPAN)
-    columns |= {name: np.empty(len(end)) for name in CUSTOMER}
-    for low in range(0, len(end), CHUNK):
-        part = slice(low, low + CHUNK)
-        for name, values in _habits(amount, time, start[part], end[part]).items():
-            columns[name][part] = values
+    median, upper = _quartiles(amount, grouped.start(CUSTOMER_SPAN), end)
+    floor = np.maximum(median, FLOOR_MINOR)
+    columns |= {"AMOUNT_TO_MEDIAN": amount / floor, "AMOUNT_TO_UPPER_QUARTILE": amount / np.maximum(upper, FLOOR_MINOR)}
+    for days in (1, 7, 14):
+        columns[f"CUSTOMER_MAX_TO_MEDIAN_{days}DAY"] = _largest(amount, grouped.start(days * DAY), end) / floor
     return grouped.scatter(columns)
 
 
-def _habits(amount: Ints, time: Ints, start: Ints, end: Ints) -> Columns:
-    """The customer's own features of rows `end` whose windows are [start, end)."""
-    number = end - start
-    width = max(1, int(number.max()))
-    at = end[:, None] - 1 - np.arange(width)  # newest first
-    valid = np.arange(width) < number[:, None]
-    at = np.maximum(at, 0)
-    values = np.where(valid, amount[at], 0)
-    age = time[end][:, None] - time[at]
-    ordered = np.sort(np.where(valid, values, np.iinfo(np.int64).max), axis=1)
-    rows, last, some = np.arange(len(end)), np.maximum(number - 1, 0), number > 0
-    now = amount[end]
-    median = np.where(some, ordered[rows, last // 2], now)
-    upper = np.where(some, ordered[rows, last * 3 // 4], now)
-    floor = np.maximum(median, FLOOR_MINOR)
-    columns: Columns = {"AMOUNT_TO_MEDIAN": now / floor, "AMOUNT_TO_UPPER_QUARTILE": now / np.maximum(upper, FLOOR_MINOR)}
-    for days in (1, 7, 14):
-        columns[f"CUSTOMER_MAX_TO_MEDIAN_{days}DAY"] = np.where(valid & (age < days * DAY), values, 0).max(axis=1) / floor
-    return columns
+def _quartiles(amount: Ints, start: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Lower median and upper quartile of `amount` in each of the windows [start, end), which move on; the row's own where one is empty."""
+    amounts = amount.tolist()
+    median, upper, window = amount.copy(), amount.copy(), list[int]()
+    first = last = 0
+    for row, (low, high) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        if low >= last:
+            window, first, last = [], low, low
+        for at in range(first, low):
+            del window[bisect_left(window, amounts[at])]
+        for at in range(last, high):
+            insort(window, amounts[at])
+        first, last = low, high
+        if window:
+            median[row], upper[row] = window[(high - low - 1) // 2], window[(high - low - 1) * 3 // 4]
+    return median, upper
+
+
+def _largest(amount: Ints, start: Ints, end: Ints) -> Ints:
+    """The largest of `amount` in each of the windows [start, end), which move on; 0 where one is empty."""
+    amounts = amount.tolist()
+    found, falling = np.zeros_like(amount), deque[int]()
+    last = 0
+    for row, (low, high) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        for at in range(max(last, low), high):
+            while falling and amounts[falling[-1]] <= amounts[at]:
+                falling.pop()
+            falling.append(at)
+        last = high
+        while falling and falling[0] < low:
+            falling.popleft()
+        if falling:
+            found[row] = amounts[falling[0]]
+    return found
 
 
 def _terminal(table: pl.DataFrame, high: NDArray[np.bool_]) -> Columns:
