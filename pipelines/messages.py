@@ -6,6 +6,7 @@ nothing of it may send a bare value: the headers then take defaults.
 
 from __future__ import annotations
 
+import re
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -14,10 +15,13 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from pipelines.errors import PermanentError
 from pipelines.transport.base import Record
 
 TRACEPARENT: ContextVar[str] = ContextVar("traceparent", default="")
 """The W3C trace context of the work at hand; logs and produced messages carry it."""
+
+TRACE = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def new_traceparent() -> str:
@@ -27,21 +31,28 @@ def new_traceparent() -> str:
 
 def child_traceparent(parent: str) -> str:
     """The same trace, a new span; a fresh trace where `parent` is not a valid context."""
-    parts = parent.split("-")
-    if len(parts) != 4 or len(parts[1]) != 32 or len(parts[2]) != 16:
+    if not TRACE.fullmatch(parent):
         return new_traceparent()
-    return f"{parts[0]}-{parts[1]}-{secrets.token_hex(8)}-{parts[3]}"
+    version, trace, _, flags = parent.split("-")
+    return f"{version}-{trace}-{secrets.token_hex(8)}-{flags}"
 
 
 def trace_id(traceparent: str) -> str:
     """The 32 digits that a whole trace shares, or an empty string."""
-    parts = traceparent.split("-")
-    return parts[1] if len(parts) == 4 else ""
+    return traceparent.split("-")[1] if TRACE.fullmatch(traceparent) else ""
 
 
 def now_rfc3339() -> str:
     """The present in UTC, to the microsecond."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def check_text(name: str, value: str, *, least: int = 0, most: int = 200) -> None:
+    """Raise PermanentError where a message's text is shorter or longer than a database keeps, or holds what none keeps."""
+    if not least <= len(value) <= most:
+        raise PermanentError(f"{name} has {len(value)} characters; expected {least} to {most}")
+    if "\0" in value:
+        raise PermanentError(f"{name} is {value[:40]!r}; expected text without the character NUL")
 
 
 class Envelope(msgspec.Struct, frozen=True):

@@ -82,6 +82,11 @@ def _migrate(engine: sa.Engine) -> None:
         connection.commit()
 
 
+def kept_text(text: str, most: int = 200) -> str:
+    """The text as far as a column of `most` characters holds it: PostgreSQL takes no NUL, no database half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "")[:most]
+
+
 def write_audit(connection: sa.Connection, actor: str, action: str, subject: str, **detail: Any) -> None:
     """Record who did what to what, in the caller's transaction."""
     connection.execute(

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from prometheus_client import Counter, Histogram
 
+from apps.common.database import kept_text
 from apps.finance.alerts.budget import ALERT, COMPROMISED_DAYS
 from apps.finance.engine import Decided, Engine, Event
 from apps.finance.errors import InputError
@@ -35,7 +36,7 @@ from apps.finance.store import FinanceStore, Transaction, storable
 from apps.finance.transactions.event_time import rfc3339
 from apps.finance.transactions.table import EARLIEST_YEAR, LARGEST_MINOR
 from pipelines import Log, Message, Outgoing, PermanentError, PipelineError, Topic
-from pipelines.messages import child_traceparent, now_rfc3339
+from pipelines.messages import check_text, child_traceparent, now_rfc3339
 
 logger = logging.getLogger(__name__)
 SOURCE = "triscope/finance"
@@ -150,8 +151,7 @@ class FinanceService:
         if not isinstance(m, TransactionMessage):
             raise PermanentError(f"expected a transaction, got {type(m).__name__}")
         for name in ("transaction_id", "customer_id", "terminal_id"):
-            if not 0 < len(getattr(m, name)) <= 200:
-                raise PermanentError(f"{name} has {len(getattr(m, name))} characters; expected 1 to 200")
+            check_text(name, getattr(m, name), least=1)
         if not 0 <= m.amount_minor <= LARGEST_MINOR:
             raise PermanentError(f"amount_minor is {m.amount_minor}; expected 0 to {LARGEST_MINOR} minor units")
         if m.currency not in self._currencies:
@@ -288,10 +288,11 @@ class FinanceService:
         for message in messages:
             label = message.payload
             try:
-                if not isinstance(label, LabelMessage) or not 0 < len(label.transaction_id) <= 200:
-                    raise PermanentError("expected a label with a transaction_id of 1 to 200 characters")
+                if not isinstance(label, LabelMessage):
+                    raise PermanentError(f"expected a label, got {type(label).__name__}")
+                check_text("transaction_id", label.transaction_id, least=1)
                 when = parse_time(label.event_time)
-                rows.append((label.transaction_id, label.fraud, when, label.source[:200]))
+                rows.append((label.transaction_id, label.fraud, when, kept_text(label.source)))
             except PermanentError as error:
                 rejected.append((message, str(error)))
         changed = set(self.store.put_labels(rows))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from prometheus_client import Counter, Histogram
@@ -25,7 +27,7 @@ from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage,
 from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
 from apps.industrial.teaching import Taught, advice, teach
 from pipelines import Log, PermanentError
-from pipelines.messages import now_rfc3339
+from pipelines.messages import check_text, now_rfc3339
 from pipelines.patience import patiently
 
 logger = logging.getLogger(__name__)
@@ -125,8 +127,8 @@ class IndustrialService:
     def process(self, frame: FrameMessage, traceparent: str = "") -> Part | None:
         """Judge a frame once: store and `industrial.verdicts`. Raises PermanentError for what no retry mends."""
         for field in ("frame_id", "station", "serial", "lot"):
-            if len(getattr(frame, field)) > 200 or (field == "frame_id" and not frame.frame_id):
-                raise PermanentError(f"{field} has {len(getattr(frame, field))} characters; expected at most 200, and a frame_id")
+            check_text(field, getattr(frame, field), least=field == "frame_id")
+        _check_time(frame.event_time)
         known = self.store.find(frame.frame_id)
         if known is None:
             begin = time.perf_counter()
@@ -155,10 +157,10 @@ class IndustrialService:
         """Good and defective parts that the operator decided on, written to `folder` as samples for teaching."""
         good, bad = [], []
         white = self.recipes.facts(recipe).white if recipe in self.recipes.names() else None
-        for part in self.store.judged(recipe):
+        for number, part in enumerate(self.store.judged(recipe)):
             if not part.verdict.blob:
                 continue
-            path = folder / f"{part.verdict.frame_id}.png"
+            path = folder / f"{number:06d}-{re.sub(r'[^0-9A-Za-z-]', '_', part.verdict.frame_id)[:60]}.png"
             try:
                 path.write_bytes(png(decode_image(self.blobs.get(part.verdict.blob), white=white)))
             except BlobsUnavailableError:
@@ -185,6 +187,15 @@ class IndustrialService:
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
+
+
+def _check_time(text: str) -> None:
+    try:
+        known = datetime.fromisoformat(text).tzinfo is not None and len(text) <= 40
+    except ValueError:
+        known = False
+    if not known:
+        raise PermanentError(f"event_time is {text[:40]!r}; expected RFC 3339, as 2025-04-01T00:00:31Z")
 
 
 def _message(frame: FrameMessage, result: Inspection, drawn: str, model: str, milliseconds: float) -> VerdictMessage:

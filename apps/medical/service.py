@@ -32,6 +32,7 @@ from apps.medical.segmentation.hippocampus import Segmentation, segment_hippocam
 from apps.medical.store import DONE, REFUSED, SETTLED, MedicalStore, Study
 from apps.medical.volume import Volume, read_nifti, write_nifti
 from pipelines import Log, PermanentError
+from pipelines.messages import check_text
 
 logger = logging.getLogger(__name__)
 studies_total = Counter("triscope_medical_studies", "Studies by what became of them.", ("status",))
@@ -191,6 +192,8 @@ class MedicalService:
         One that has an outcome is not done again, but its outcome is sent again: a worker may have ended between storing and
         sending it. Raises PermanentError for input that no retry mends.
         """
+        check_text("study_id", message.study_id, least=1, most=64)
+        check_text("blob", message.blob, least=1, most=80)
         known = self.store.find(message.study_id)
         if known is None:
             self.store.add(message.study_id, source=message.source, blob=message.blob)

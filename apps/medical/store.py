@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from apps.common.database import metadata, write_audit
+from apps.common.database import kept_text, metadata, write_audit
 from apps.medical.errors import StudyNotFoundError
 from pipelines.messages import TRACEPARENT, now_rfc3339, trace_id
 
@@ -28,6 +28,7 @@ studies = sa.Table(
     sa.Column("files", sa.JSON, nullable=False),
     sa.Column("trace_id", sa.String(32), nullable=False),
 )
+LONGEST_REASON = 4000
 RECEIVED, DONE, REFUSED = "received", "done", "refused"
 SETTLED = (DONE, REFUSED)
 
@@ -63,10 +64,10 @@ class MedicalStore:
             "status": RECEIVED,
             "received": now,
             "updated": now,
-            "source": source[:200],
+            "source": kept_text(source),
             "blob": blob,
-            "patient": patient[:200],
-            "description": description[:200],
+            "patient": kept_text(patient),
+            "description": kept_text(description),
             "reason": "",
             "report": {},
             "files": {},
@@ -95,12 +96,12 @@ class MedicalStore:
         values: dict[str, Any] = {
             "status": status,
             "updated": now_rfc3339(),
-            "reason": reason,
+            "reason": kept_text(reason, LONGEST_REASON),
             "report": dict(report or {}),
             "files": dict(files or {}),
             "trace_id": trace_id(TRACEPARENT.get()),
         }
-        values |= {k: v[:200] for k, v in (("patient", patient), ("description", description)) if v is not None}
+        values |= {k: kept_text(v) for k, v in (("patient", patient), ("description", description)) if v is not None}
         with self._engine.begin() as connection:
             changed = connection.execute(studies.update().where(studies.c.study_id == study_id).values(**values))
             if changed.rowcount != 1:

@@ -139,6 +139,7 @@ def test_reasons_add_up_to_the_boostings_log_odds(embedded: tuple[FinanceService
 
 
 BAD = [
+    ({"terminal_id": "t\0"}, "without the character NUL"),
     ({"amount_minor": -5}, "amount_minor is -5"),
     ({"amount_minor": 10**12}, "amount_minor is 1000000000000"),
     ({"amount_minor": 12.5}, "amount_minor"),

@@ -157,7 +157,11 @@ def test_the_store_on_postgresql(postgres: str, monkeypatch: pytest.MonkeyPatch)
     study = service.store.get("s1")
     assert (study.status, study.report, study.files, study.patient) == ("done", {"volumes_ml": {"x": 1.5}}, {"a": "b"}, "A^B")
     assert service.store.counts() == {"done": 1}
+    assert service.store.add("s2", source="\udcff" * 300, blob="sha256:0", patient="A\0^B")
+    service.store.settle("s2", "refused", reason="tag \0 " + "x" * 5000, description="\0")
+    odd = service.store.get("s2")
+    assert (odd.patient, odd.description, len(odd.source), odd.reason[:6]) == ("A^B", "", 200, "tag  x")
     again, other = open_medical(load_settings().settings)
-    assert [s.study_id for s in again.store.latest()] == ["s1"]
+    assert {s.study_id for s in again.store.latest()} == {"s1", "s2"}
     other.close()
     log.close()

@@ -94,7 +94,9 @@ def test_the_trace_goes_on_in_the_handler(log: MemoryLog) -> None:
     run(log, lambda message: seen.append(TRACEPARENT.get()))
     assert trace_id(seen[0]) == trace_id(sent.traceparent)
     assert seen[0] != sent.traceparent
-    assert trace_id(child_traceparent("nonsense")) != ""
+    for odd in ("nonsense", f"{'0' * 90}-{'a' * 32}-{'b' * 16}-01", f"00-{'g' * 32}-{'b' * 16}-01", f"00-{'a' * 31}\0-{'b' * 16}-01"):
+        assert len(trace_id(child_traceparent(odd))) == 32
+        assert trace_id(odd) == ""
     assert len(new_traceparent().split("-")) == 4
 
 

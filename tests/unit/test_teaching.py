@@ -25,6 +25,7 @@ from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.synthesis.textures import good_part
 from apps.industrial.teaching import advice, learned_weight
 from apps.industrial.worker import run_worker
+from pipelines import PermanentError
 
 
 def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Path) -> None:
@@ -131,6 +132,8 @@ def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_
     assert taught.skipped == [("12.png", "the same picture as 00.png")]
     noise = generator.integers(0, 60, parts[0].shape).astype(np.uint16)
     sent = [service.submit(cv2.imencode(".png", image)[1].tobytes(), "cast") for image in (parts[12], noise)]
+    other = service.blobs.put(cv2.imencode(".png", parts[11])[1].tobytes())
+    FRAMES.send(log, FrameMessage("../../line 7", "2026-01-01T00:00:00Z", "s", "cast", other), "a sender with numbers of its own")
     run_worker(service, log, threading.Event(), until_idle=True)
     usual, dark = (service.store.find(frame) for frame in sent)
     assert usual is not None
@@ -139,9 +142,31 @@ def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_
     assert "black" in dark.verdict.reasons[0]
     assert not [reason for reason in usual.verdict.reasons if "frame" in reason]
     service.judge(sent[0], "good", "tester", "")
+    service.judge("../../line 7", "good", "tester", "")
     (tmp_path / "line").mkdir()
     good, _ = service.learned_from_line("cast", tmp_path / "line")
     np.testing.assert_array_equal(good[0].read(), decode_image(cv2.imencode(".png", parts[12])[1].tobytes(), white=4095))
+    assert {sample.path.parent for sample in good} == {tmp_path / "line"}
+    assert len(good) == 2
+    service.close()
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"event_time": "yesterday"}, "event_time is 'yesterday'; expected RFC 3339"),
+        ({"event_time": "2026-01-01T00:00:00"}, "expected RFC 3339"),
+        ({"frame_id": ""}, "frame_id has 0 characters"),
+        ({"serial": "x" * 201}, "serial has 201 characters"),
+        ({"lot": "L\0"}, "without the character NUL"),
+    ],
+)
+def test_a_frame_that_no_database_keeps_is_a_dead_letter_at_once(settings: Settings, change: dict[str, str], words: str) -> None:
+    service, log = open_industrial(settings)
+    frame = FrameMessage("f1", "2026-01-01T00:00:00Z", "s", "cast", "sha256:" + "0" * 64)
+    with pytest.raises(PermanentError, match=words):
+        service.process(msgspec.structs.replace(frame, **change))
     service.close()
     log.close()
 
