@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import subprocess
 import sys
@@ -129,6 +130,8 @@ def pipeline_lag(group: str, topic: str, json: Json = None) -> None:
 
 def main() -> None:
     """Run the command; errors of input and usage become one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a file's name may be no UTF-8
     try:
         app()
     except (TriscopeError, MedicalError, FinanceError, IndustrialError, PipelineError, SharedRuntimeError) as error:

@@ -47,6 +47,11 @@ def now_rfc3339() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be encoded: bytes of it that are no UTF-8 (Python keeps them as surrogates) as \\udcff."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def check_text(name: str, value: str, *, least: int = 0, most: int = 200) -> None:
     """Raise PermanentError where a message's text is shorter or longer than a database keeps, or holds what none keeps."""
     if not least <= len(value) <= most:

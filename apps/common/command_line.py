@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from apps.common.errors import UsageError
+from pipelines.messages import printable
 from pipelines.processor import Interrupted
 
 T = TypeVar("T")
@@ -35,12 +36,21 @@ def write_json(value: Any, destination: str | None) -> None:
     """Write `value` as JSON to a file, or to standard output for `-`; nothing for None."""
     if destination is None:
         return
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+    text = msgspec.json.format(msgspec.json.encode(_encodable(value)), indent=2).decode() + "\n"
     if destination == "-":
         sys.stdout.write(text)
     else:
         Path(destination).parent.mkdir(parents=True, exist_ok=True)
-        Path(destination).write_text(text)
+        Path(destination).write_text(text, encoding="utf-8")
+
+
+def _encodable(value: Any) -> Any:
+    """`value` with the names of files in it as `printable`."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+    return [_encodable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def learning_device(name: str) -> str:

@@ -186,7 +186,7 @@ def evaluate(
         answers(json).print(f"{name:20} {result[name]}")
     if scores is not None:
         scores.parent.mkdir(parents=True, exist_ok=True)
-        with scores.open("w", newline="") as stream:
+        with scores.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream)
             writer.writerow(("path", "score", "verdict"))
             writer.writerows((str(j.sample.path.relative_to(dataset)), f"{j.score:.6f}", j.verdict) for j in judged)

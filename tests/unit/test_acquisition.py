@@ -90,6 +90,12 @@ def test_a_file_that_is_written_over_is_a_new_picture(tmp_path: Path) -> None:
     assert [int(decode_image(frame.content).max()) for frame in seen.frames] == [10, 20, 30]
 
 
+def test_a_name_that_is_no_utf8_gives_a_serial_number_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"teil-\xe4.png")).write_bytes(picture())
+    (frame,) = FolderSource(tmp_path, follow=False).frames(threading.Event())
+    assert frame.serial == "teil-\\udce4"
+
+
 def test_a_folder_that_goes_away_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     share, elsewhere = tmp_path / "share", tmp_path / "elsewhere"
     share.mkdir()

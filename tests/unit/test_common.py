@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from apps.common.blobs import BlobStore
+from apps.common.command_line import write_json
 from apps.common.database import audit, open_database, write_audit
 from apps.common.errors import BlobError, SettingsError
 from apps.common.logs import JsonFormatter, TextFormatter, private, redact
@@ -121,3 +123,12 @@ def test_the_database_is_migrated_once_and_audits(tmp_path: Path) -> None:
         row = connection.execute(audit.select()).mappings().one()
     assert (row["actor"], row["action"], row["subject"], row["detail"]) == ("me", "look", "s1", {"why": "because"})
     engine.dispose()
+
+
+def test_names_that_are_no_utf8_come_out_as_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"teil-\xe4.png")
+    write_json({"images": [{"path": name}], "refused": (name,)}, str(tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {
+        "images": [{"path": "teil-\\udce4.png"}],
+        "refused": ["teil-\\udce4.png"],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_a_damaged_parquet_file_is_refused_whatever_its_reader_does(tmp_path: Pa
         except InputError:
             refused += 1
     assert refused > 30
+
+
+def test_a_name_that_is_no_utf8_is_one_all_the_same(tmp_path: Path) -> None:
+    """As a share has it that another system writes with names in Latin-1."""
+    for suffix in ("csv", "parquet"):
+        file = tmp_path / os.fsdecode(b"j\xe4nner." + suffix.encode())
+        write_table(pl.DataFrame(GOOD), file)
+        assert len(read_transactions(file)) == 2
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

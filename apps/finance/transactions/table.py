@@ -56,9 +56,12 @@ def _read(path: Path) -> pl.DataFrame:
         raise InputError(f"no file at {path}; expected a CSV or parquet file of transactions")
     try:
         if name.endswith(PARQUET_SUFFIXES):
-            return pl.read_parquet(path)
+            with path.open("rb") as file:  # Polars takes no name that is not UTF-8
+                return pl.read_parquet(file)
         if name.endswith(CSV_SUFFIXES):
-            return pl.read_csv(path, separator=_separator(path), infer_schema=False)
+            separator = _separator(path)
+            with path.open("rb") as file:
+                return pl.read_csv(file, separator=separator, infer_schema=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path.name} can't be read: {' '.join(str(error).split())[:300]}; expected a CSV or parquet file") from error
     raise InputError(f"{path.name} has suffix {path.suffix!r}; expected {', '.join((*CSV_SUFFIXES, *PARQUET_SUFFIXES))}")
@@ -141,4 +144,5 @@ def write_table(table: pl.DataFrame, path: Path) -> None:
     """Write a table as CSV or parquet, as `written_as_csv`."""
     write = table.write_csv if written_as_csv(path) else table.write_parquet
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path)
+    with path.open("wb") as file:
+        write(file)

@@ -14,6 +14,7 @@ from stat import S_ISREG
 from apps.industrial.acquisition.base import Frame
 from apps.industrial.errors import SourceError
 from apps.industrial.images import MAX_BYTES, SUFFIXES
+from pipelines.messages import printable
 
 logger = logging.getLogger(__name__)
 MOST_GONE = 100_000
@@ -96,4 +97,4 @@ class FolderSource:
         if not content:
             logger.warning("%s has %d bytes; images of up to %d are read, it is passed over", path, size, MAX_BYTES)
             return None
-        return Frame(content, datetime.fromtimestamp(modified / 1e9, UTC).isoformat().replace("+00:00", "Z"), path.stem)
+        return Frame(content, datetime.fromtimestamp(modified / 1e9, UTC).isoformat().replace("+00:00", "Z"), printable(path.stem))

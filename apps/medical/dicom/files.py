@@ -15,6 +15,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from apps.medical.errors import InputError
+from pipelines.messages import printable
 
 logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 * 2**30
@@ -60,7 +61,7 @@ def file_contents(path: Path) -> Iterator[tuple[str, bytes]]:
         if zipfile.is_zipfile(file):
             yield from _zip_members(file)
         else:
-            yield str(file.relative_to(path) if path.is_dir() else file.name), file.read_bytes()
+            yield printable(str(file.relative_to(path) if path.is_dir() else file.name)), file.read_bytes()
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
