@@ -117,8 +117,8 @@ def _from_file(env: Mapping[str, str]) -> list[tuple[str, Any, str]]:
     if path is None:
         return []
     try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"the settings file {path} can't be read: {error}; correct it or unset {CONFIG_VARIABLE}") from error
     return [(key, value, f"file {path}") for key, value in content.items()]
 
@@ -133,11 +133,16 @@ def _with_defaults(settings: Settings) -> Settings:
     return msgspec.structs.replace(
         settings,
         home=str(home),
-        log_url=settings.log_url or f"embedded://{home}/log",
-        database_url=settings.database_url or f"sqlite:///{home}/triscope.sqlite",
+        log_url=settings.log_url or f"embedded://{_in_address(home)}/log",
+        database_url=settings.database_url or f"sqlite:///{_in_address(home)}/triscope.sqlite",
         blob_url=settings.blob_url or f"file://{home}/blobs",
-        state_url=settings.state_url or f"embedded://{home}/state",
+        state_url=settings.state_url or f"embedded://{_in_address(home)}/state",
     )
+
+
+def _in_address(folder: Path) -> str:
+    """A folder as it stands in an address, where `%`, `?` and `#` have meanings of their own."""
+    return re.sub("[%?#]", lambda found: f"%{ord(found[0]):02X}", str(folder))
 
 
 def masked(name: str, value: object) -> str:

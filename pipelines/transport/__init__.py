@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipelines.errors import LogUnavailableError
 from pipelines.transport.base import Log
 
 
 def open_log(url: str) -> Log:
-    """Open the log at `embedded:///DIR[?fsync=always|os]`, `kafka://HOST:PORT[,...]` or `memory://`.
+    """Open the log at `embedded:///DIR[?fsync=always|os]` (`%`, `?` and `#` in DIR as %25, %3F and %23), `kafka://HOST:PORT[,...]` or `memory://`.
 
     Raises LogUnavailableError for another address, or where nothing answers.
     """
@@ -21,7 +21,7 @@ def open_log(url: str) -> Log:
         fsync = parse_qs(parts.query).get("fsync", ["always"])[0]
         if not parts.path or fsync not in ("always", "os"):
             raise LogUnavailableError(f"log address {url!r}; expected embedded:///DIR with fsync=always or fsync=os")
-        return EmbeddedLog(Path(parts.path), fsync=fsync)
+        return EmbeddedLog(Path(unquote(parts.path)), fsync=fsync)
     if parts.scheme == "kafka" and parts.netloc:
         from pipelines.transport.kafka import KafkaLog
 

@@ -215,6 +215,10 @@ def structure_hash(path: Path) -> str:
 
 def check_graph(path: Path) -> None:
     """Raise UnsupportedModelError for an operator that no engine can know, or a graph that is not well formed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedModelError(f"the path {str(path)!r} is no UTF-8, and no engine opens it; rename the file or its folder") from error
     proto = read_graph(path)
     if (broken := next(_broken_text(proto), None)) is not None:
         raise UnsupportedModelError(f"{path.name} holds {broken!r} where a name is expected; the file is damaged: export or copy it again")

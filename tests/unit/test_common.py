@@ -16,6 +16,7 @@ from apps.common.database import audit, open_database, write_audit
 from apps.common.errors import BlobError, SettingsError
 from apps.common.logs import JsonFormatter, TextFormatter, private, redact
 from apps.common.settings import load_settings, masked
+from pipelines import open_log
 from pipelines.messages import TRACEPARENT, new_traceparent, trace_id
 
 
@@ -132,3 +133,22 @@ def test_names_that_are_no_utf8_come_out_as_json(tmp_path: Path) -> None:
         "images": [{"path": "teil-\\udce4.png"}],
         "refused": ["teil-\\udce4.png"],
     }
+
+
+def test_a_home_of_any_name_holds_everything(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    home = root / "my #1 50%25?x=y" / "home"
+    settings = load_settings({"TRISCOPE_HOME": str(home)}).settings
+    open_database(settings.database_url).dispose()
+    log = open_log(settings.log_url)
+    log.create_topic("t", 1)
+    log.close()
+    BlobStore(settings.blob_url).put(b"x")
+    assert {path.name for path in home.iterdir()} >= {"triscope.sqlite", "log", "blobs"}
+    assert [path.name for path in root.iterdir()] == ["my #1 50%25?x=y"]
+
+
+def test_a_settings_file_that_is_no_utf8_says_so(tmp_path: Path) -> None:
+    (tmp_path / "triscope.toml").write_bytes(b'dicom_ae_title = "Z\xfcrich"')
+    with pytest.raises(SettingsError, match="can't be read: 'utf-8' codec"):
+        load_settings({"TRISCOPE_HOME": str(tmp_path)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -393,3 +395,10 @@ def test_names_that_are_no_text_are_damage(tmp_path: Path, place: bytes) -> None
     path.write_bytes(path.read_bytes().replace(place, place[:2] + b"\xd8" + place[3:]))
     with pytest.raises(rt.UnsupportedModelError, match="where a name is expected; the file is damaged"):
         rt.load(path)
+
+
+def test_a_path_that_no_engine_opens_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"m\xe4.onnx")
+    shutil.copy(rt.load("texture-features").graph, file)
+    with pytest.raises(rt.UnsupportedModelError, match="is no UTF-8, and no engine opens it; rename"):
+        rt.load(file)
