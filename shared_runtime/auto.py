@@ -83,7 +83,7 @@ def auto_optimize(
     budget_s: float = 600.0,
     device: str = "auto",
     threads: int | None = None,
-    plans: Path | None = None,
+    plans: Path | str | None = None,
     store: VariantStore | None = None,
     report: Report | None = None,
 ) -> Search:
@@ -132,7 +132,7 @@ def auto_optimize(
     thorough = end - time.monotonic() > 60
     first = backends()["onnxruntime"].compile(loaded, "cpu", cores) if device != "cuda" else _runner(loaded, device, cores, probe)
     plan, ladder = plan_and_compile(
-        found, device, cores, plans, budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
+        found, device, cores, None if plans is None else Path(plans), budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
     )
     ratio, interval = compare(first, ladder, probe)
     gains.append(Gain("plan", ratio, interval, f"against the engine as installed: {plan.describe()}"))

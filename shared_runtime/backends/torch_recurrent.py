@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from shared_runtime.backends.torch_windows import Attributes
 from shared_runtime.errors import UnsupportedModelError
 
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")  # cuDNN lays them out as it likes
 ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
 ORDER = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
 """Torch's gates among ONNX's: i, o, f, c to i, f, g, o; z, r, h to r, z, n."""
