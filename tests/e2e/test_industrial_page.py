@@ -95,7 +95,7 @@ def test_the_operator_overrules_and_the_next_teaching_takes_it(line: tuple[Indus
     assert not app.exception
     assert any("good, says" in success.value and "only oil" in success.value for success in app.success)
     good, bad = service.learned_from_line(RECIPE, tmp_path)
-    assert ([sample.path.stem for sample in good], bad) == ([frame], [])
+    assert ([sample.path.stem.partition("-")[2] for sample in good], bad) == ([frame], [])
     queue = service.store.to_review()
     assert frame not in [waiting.verdict.frame_id for waiting in queue]
     app.button(key=f"defect_queue_{queue[0].verdict.frame_id}").click().run()

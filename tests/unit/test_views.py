@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from apps.common.ui.text import plain
 from apps.medical.segmentation.views import merged, views
 
 
@@ -21,3 +22,9 @@ def test_a_view_that_differs_counts_an_eighth() -> None:
     seen = views(window)
     seen[3] = 1
     assert np.allclose(merged(seen)[0, 8:-8, 8:-8, 8:-8], 1 / 8)
+
+
+def test_data_is_no_markdown() -> None:
+    assert plain("t1_mpr <MPR Range>") == r"t1\_mpr \<MPR Range\>"
+    assert plain("![x](http://host/a.png) $5 and $7\n# b") == r"\!\[x\](http\://host/a.png) \$5 and \$7 \# b"
+    assert plain("Müller-Lüdenscheidt, 12.5 %") == "Müller-Lüdenscheidt, 12.5 %"

@@ -9,6 +9,7 @@ from typing import ParamSpec
 
 import streamlit as st
 
+from apps.common.ui.text import plain
 from pipelines import UnavailableError
 
 P = ParamSpec("P")
@@ -23,7 +24,7 @@ def outage_said(draw: Callable[P, None]) -> Callable[P, None]:
         try:
             draw(*args, **kwargs)
         except UnavailableError as error:
-            st.error(f"Waiting: {error}")
+            st.error(f"Waiting: {plain(error)}")
 
     return drawn
 
@@ -40,7 +41,7 @@ def page_of(draw: Callable[[], None]) -> Callable[[], None]:
         try:
             draw()
         except UnavailableError as error:
-            st.error(f"Waiting: {error}")
+            st.error(f"Waiting: {plain(error)}")
             _again(time.monotonic())
 
     return drawn

@@ -9,6 +9,7 @@ import streamlit as st
 
 from apps.common.settings import load_settings
 from apps.common.ui.outage import outage_said, page_of
+from apps.common.ui.text import plain
 from apps.common.ui.worklist import Row, worklist
 from apps.finance.bootstrap import open_finance
 from apps.finance.errors import FinanceError
@@ -102,7 +103,7 @@ def detail(case: Case) -> None:
     """The chosen alert."""
     t = case.transaction
     decision = t.message
-    st.subheader(f"Transaction {t.transaction_id}")
+    st.subheader(f"Transaction {plain(t.transaction_id)}")
     when, trace = f"{moment(t.event_us):%Y-%m-%d %H:%M:%S} UTC", t.traceparent[3:11]
     st.caption(f"{when} · {decision.model} · features v{decision.feature_version} · trace {trace}")
     service, _ = finance()
@@ -124,9 +125,9 @@ def detail(case: Case) -> None:
         if decision.reasons:
             st.altair_chart(reasons_chart(decision.reasons), width="stretch")
         st.caption(attention(decision.attention))
-        st.markdown(f"**Card {t.customer_id}**")
+        st.markdown(f"**Card {plain(t.customer_id)}**")
         st.altair_chart(timeline_chart(history, t.transaction_id, usual), width="stretch")
-        st.markdown(f"**Terminal {t.terminal_id}**")
+        st.markdown(f"**Terminal {plain(t.terminal_id)}**")
         terminal = service.store.timeline(terminal=t.terminal_id, until_us=t.event_us + DAY)
         st.altair_chart(timeline_chart(terminal, t.transaction_id), width="stretch")
     with right:
@@ -147,7 +148,7 @@ def verdict_form(case: Case) -> None:
     t = case.transaction
     st.markdown("**Verdict**")
     if case.verdict:
-        st.success(f"{case.verdict}: {case.verdict_reason}" + (f" - {case.note}" if case.note else ""))
+        st.success(f"{case.verdict}: {case.verdict_reason}" + (f" - {plain(case.note)}" if case.note else ""))
     if case.fraud is not None:
         st.caption(f"label: {'fraud' if case.fraud else 'genuine'}")
     verdict = st.radio("Verdict", VERDICTS, horizontal=True, key=f"verdict_{t.transaction_id}", label_visibility="collapsed")
@@ -188,7 +189,7 @@ def chosen_alert() -> None:
         try:
             detail(finance()[0].store.get(chosen))
         except FinanceError as error:
-            st.error(str(error))
+            st.error(plain(error))
 
 
 @page_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import html
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import streamlit as st
 from apps.common.errors import BlobError
 from apps.common.settings import load_settings
 from apps.common.ui.outage import outage_said, page_of
+from apps.common.ui.text import plain
 from apps.common.ui.workers import database, workers_of
 from apps.common.ui.worklist import Row, worklist
 from apps.common.workers import known_workers
@@ -97,11 +97,11 @@ def lamp(part: Part, silence: float, behind: int | None) -> None:
     if silence >= SILENT_SECONDS:
         what = "The log does not answer" if behind is None else f"{behind} frames wait"
         st.error(f"{what}, and none was judged for {silence:.0f} s. Is `triscope industrial station` running? The last part it judged:")
-    st.markdown(f"**Part {html.escape(v.serial or v.frame_id[:8])}** · score {v.score:.2f} · {v.ms:.0f} ms")
+    st.markdown(f"**Part {plain(v.serial or v.frame_id[:8])}** · score {v.score:.2f} · {v.ms:.0f} ms")
     for reason in v.reasons:
-        st.caption(reason)
+        st.caption(plain(reason))
     if v.kind:
-        st.caption(f"looks like: {v.kind}")
+        st.caption(f"looks like: {plain(v.kind)}")
 
 
 @st.fragment(run_every=1.0)
@@ -133,7 +133,7 @@ def live(recipe: str) -> None:
         }
         for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
             column.metric(label, value)
-        st.caption(f"lot {newest.verdict.lot}" if newest.verdict.lot else "all parts of this recipe")
+        st.caption(f"lot {plain(newest.verdict.lot)}" if newest.verdict.lot else "all parts of this recipe")
         if last.recipe != recipe:
             st.warning(f"The newest part on the line is of recipe {last.recipe}.")
         workers_of(GROUP, known_workers(database()))
@@ -153,19 +153,19 @@ def show(part: Part, *, small: bool = False) -> None:
     width: Literal["stretch"] | int = "stretch" if small else LARGE
     reference = part.verdict.overlay or part.verdict.blob
     try:
-        caption = f"{part.verdict.verdict} {part.verdict.serial}" if small else None
+        caption = f"{part.verdict.verdict} {plain(part.verdict.serial)}" if small else None
         st.image(picture(part.verdict.frame_id, reference), caption=caption, width=width)
     except BlobError as error:
-        st.error(str(error))
+        st.error(plain(error))
 
 
 def decision(part: Part, key: str) -> None:
     """The operator confirms or overrules."""
     v = part.verdict
     show(part)
-    st.markdown(f"**{v.verdict.upper()}**, score {v.score:.2f}: {'; '.join(v.reasons) or 'nothing stands out'}")
+    st.markdown(f"**{v.verdict.upper()}**, score {v.score:.2f}: {plain('; '.join(v.reasons)) or 'nothing stands out'}")
     if part.judged:
-        st.success(f"{part.judged}, says {part.judged_by}" + (f": {part.note}" if part.note else ""))
+        st.success(f"{part.judged}, says {part.judged_by}" + (f": {plain(part.note)}" if part.note else ""))
     note = st.text_input("Note", key=f"note_{key}_{v.frame_id}", max_chars=500)
     good, bad = st.columns(2)
     for column, word, label in ((good, GOOD, "The part is good"), (bad, DEFECT, "It has a defect")):
@@ -188,7 +188,7 @@ def review() -> None:
     st.caption(
         f"{store.undecided()} parts wait. What you decide joins the recipe's next teaching (`triscope industrial teach --from-line`)."
     )
-    st.markdown(f"Part **{html.escape(shown.verdict.serial or shown.verdict.frame_id[:8])}** · recipe {shown.verdict.recipe}")
+    st.markdown(f"Part **{plain(shown.verdict.serial or shown.verdict.frame_id[:8])}** · recipe {shown.verdict.recipe}")
     decision(shown, "queue")
 
 
@@ -242,7 +242,7 @@ def teaching(recipe: str | None) -> None:
     try:
         jobs().start(Teaching(name, names), folder, work)
     except InputError as error:
-        st.error(str(error))
+        st.error(plain(error))
 
 
 @st.fragment(run_every=1.0)
@@ -256,15 +256,15 @@ def taught() -> None:
         st.progress(job.share, f"Recipe {job.recipe}: {job.step} {job.share:.0%}. The page stays live; you may leave it.")
         return
     if job.taught is None:
-        st.error(f"Recipe {job.recipe} was not taught: {job.error}")
+        st.error(f"Recipe {job.recipe} was not taught: {plain(job.error)}")
         return
     facts = job.taught.recipe.facts
     expected = f"{100 * facts.calibration.fail.expected:.1f} % of good parts are expected to fail"
     st.success(f"Recipe {job.recipe}: {facts.good} good parts, {facts.defects} defects; {expected}. {advice(facts.good, facts.defects)}.")
     for outlier in job.taught.outliers:
-        st.warning(f"stands apart: {job.names.get(outlier, outlier)}")
+        st.warning(f"stands apart: {plain(job.names.get(outlier, outlier))}")
     for left_out, why in job.taught.skipped:
-        st.warning(f"left out: {job.names.get(left_out, left_out)}: {why}")
+        st.warning(f"left out: {plain(job.names.get(left_out, left_out))}: {plain(why)}")
     for warning in facts.warnings:
         st.warning(warning)
     if st.session_state.get("industrial_taught") is not job:  # once: the list of recipes has a new one

@@ -14,6 +14,7 @@ from apps.common.blobs import BlobsUnavailableError
 from apps.common.errors import BlobError
 from apps.common.settings import load_settings
 from apps.common.ui.outage import outage_said, page_of
+from apps.common.ui.text import plain
 from apps.common.ui.worklist import Row, worklist
 from apps.medical.bootstrap import open_medical
 from apps.medical.errors import MedicalError
@@ -99,16 +100,16 @@ def picture(study_id: str, updated: str) -> bytes:
 
 def detail(study: Study) -> None:
     """The chosen study."""
-    st.subheader(study.description or "Study")
-    st.caption(f"{study.patient or 'no patient name'} · {study.study_id} · from {study.source} · trace {study.trace_id[:8]}")
+    st.subheader(plain(study.description) or "Study")
+    st.caption(f"{plain(study.patient) or 'no patient name'} · {study.study_id} · from {plain(study.source)} · trace {study.trace_id[:8]}")
     if study.status == REFUSED:
-        st.error(f"Refused: {study.reason}")
+        st.error(f"Refused: {plain(study.reason)}")
         return
     if study.status != DONE:
         st.info("Received; a worker will segment it.")
         return
     for flag in study.report["flags"]:
-        st.warning(flag)
+        st.warning(plain(flag))
     shown = [name for name in study.report["volumes_ml"] if name.endswith("hippocampus")]
     whole = [name for name in ("left hippocampus", "right hippocampus", "hippocampus") if name in shown]
     for column, name in zip(st.columns(len(whole)), whole, strict=True):
@@ -141,7 +142,7 @@ def chosen_study() -> None:
         except BlobsUnavailableError:
             raise
         except (MedicalError, BlobError) as error:
-            st.error(str(error))
+            st.error(plain(error))
 
 
 @page_of
