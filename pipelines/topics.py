@@ -67,6 +67,6 @@ class Topic:
             )
         try:
             payload = msgspec.json.decode(record.value, type=self.schema)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise SchemaError(f"{place}: the value is not a {self.type}: {error}") from error
         return Message(envelope, payload, record)

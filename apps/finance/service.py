@@ -139,7 +139,7 @@ class FinanceService:
             found: set[str] = set()
             while any(consumer.behind().values()):
                 for record in consumer.poll(1.0, 1000):
-                    with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # another's record, which is none of ours
+                    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # another's record, which is none of ours
                         found.add(msgspec.json.decode(record.value, type=_Id).transaction_id)
             return found
         finally:

@@ -38,7 +38,7 @@ def event_time(record: Record) -> float:
     """Event time of a transaction [us]; minus infinity for a record that has none, so that it is refused at once."""
     try:
         return parse_time(msgspec.json.decode(record.value, type=_Time).event_time)
-    except (msgspec.MsgspecError, PermanentError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, PermanentError, UnicodeDecodeError, RecursionError):
         return -math.inf
 
 

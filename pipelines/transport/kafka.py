@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -23,6 +23,7 @@ DELIVERY: dict[str, Any] = {"acks": "all", "retry_backoff_ms": 20, "batch_size":
 """A record that is not acknowledged within REQUEST_MS is given up by the client, too: it does not come later, beside a second one."""
 PATIENCE: dict[str, Any] = {"reconnect_backoff_max_ms": 1000}
 """A broker that comes back is found within a second (kafka-python's own: up to 30)."""
+FENCED = (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError)
 REFUSED = (kafka_errors.AuthorizationError, kafka_errors.SaslAuthenticationFailedError, kafka_errors.InvalidTopicError)
 
 
@@ -177,10 +178,16 @@ class KafkaGroupConsumer:
 
     def __init__(self, client: Any, group: str) -> None:
         self._client, self._group = client, group
+        self._handed: dict[TopicPartition, int] = {}
+        self._done: dict[TopicPartition, int] = {}
+        """The offsets after the last record that was handed out, and after the last that was committed."""
 
     def poll(self, timeout: float = 1.0, max_records: int = 100) -> list[Record]:
         with _answering("poll"):
             batches = self._client.poll(timeout_ms=int(timeout * 1e3), max_records=max_records)
+            self._handed |= {part: batch[-1].offset + 1 for part, batch in batches.items() if batch}
+            if not batches:
+                self._commit_markers()
         return [
             Record(
                 item.topic,
@@ -195,12 +202,29 @@ class KafkaGroupConsumer:
             for item in batch
         ]
 
+    def _commit_markers(self) -> None:
+        """Commit what is no record: a producer's transactions leave markers, and what they took back, behind the last record, which would
+        count as waiting for ever."""
+        owned = self._client.assignment()
+        for known in (self._handed, self._done):
+            for part in known.keys() - owned:
+                del known[part]
+        for part in owned:
+            if part not in self._done:
+                self._done[part] = self._client.committed(part) or 0
+            position = self._client.position(part)
+            if position > self._done[part] >= self._handed.get(part, 0):
+                with suppress(*FENCED):
+                    self._client.commit({part: OffsetAndMetadata(position, "", -1)})
+                    self._done[part] = position
+
     def commit(self, record: Record) -> None:
         part = TopicPartition(record.topic, record.partition)
         with _answering("commit"):
             try:
                 self._client.commit({part: OffsetAndMetadata(record.offset + 1, "", -1)})
-            except (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError) as error:
+                self._done[part] = record.offset + 1
+            except FENCED as error:
                 raise ConsumerFencedError(
                     f"{record.topic}-{record.partition} belongs to another member of {self._group!r}; its records come again there"
                 ) from error
@@ -210,6 +234,7 @@ class KafkaGroupConsumer:
         if part not in self._client.assignment():
             raise ConsumerFencedError(f"{topic}-{partition} is not owned by this member of {self._group!r}; poll until it is")
         self._client.seek(part, offset)
+        self._handed[part] = offset
 
     def behind(self) -> Mapping[tuple[str, int], int]:
         parts = list(self._client.assignment())

@@ -221,3 +221,34 @@ def test_a_record_that_the_brokers_do_not_take_is_no_outage(kafka: str) -> None:
         log.produce(name, b"x" * 3_000_000)
     log.produce(name, b"x")
     log.close()
+
+
+def test_markers_and_records_that_a_transaction_took_back_do_not_wait_for_ever(kafka: str) -> None:
+    """Behind a transaction stands its marker, which is no record: a station would say for ever that a frame waits."""
+    from kafka import KafkaProducer
+
+    log, topic = open_log(f"kafka://{kafka}"), f"t-{uuid.uuid4().hex[:8]}"
+    log.create_topic(topic, 1)
+    producer = KafkaProducer(bootstrap_servers=kafka, transactional_id=topic)
+    producer.init_transactions()
+    for settle, word in ((producer.commit_transaction, b"kept"), (producer.abort_transaction, b"gone")):
+        producer.begin_transaction()
+        for _ in range(3):
+            producer.send(topic, word)
+        producer.flush()
+        settle()
+    consumer = log.consumer("g1", [topic])
+    records = take(consumer, 3)
+    assert drain(consumer) == []
+    assert [record.value for record in records] == [b"kept"] * 3
+    assert log.lag("g1", topic)[0] == 8, "nothing is committed before its record is"
+    consumer.commit(records[1])
+    assert drain(consumer) == []
+    assert log.lag("g1", topic)[0] == 6
+    consumer.commit(records[2])
+    assert drain(consumer) == []
+    assert log.lag("g1", topic)[0] == 0
+    log.produce(topic, b"next")
+    assert [record.value for record in take(consumer, 1)] == [b"next"]
+    for client in (consumer, producer, log):
+        client.close()

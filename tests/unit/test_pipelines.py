@@ -246,7 +246,8 @@ def test_one_waits_for_the_log_until_told_to_stop(monkeypatch: pytest.MonkeyPatc
 
 
 def test_bad_input_is_not_retried_and_the_rest_goes_on(log: MemoryLog) -> None:
-    log.produce("orders", b"not json", key="a")
+    for odd in (b"not json", b"", '{"order_id": "Müller", "amount": 1}'.encode("latin-1"), b'{"more": ' + b"[" * 100_000):
+        log.produce("orders", odd, key="a")
     ORDERS.send(log, Order("2", 2), source="shop")
     ORDERS.send(log, Order("3", 3), source="shop")
     seen: list[int] = []
@@ -259,7 +260,7 @@ def test_bad_input_is_not_retried_and_the_rest_goes_on(log: MemoryLog) -> None:
 
     processor = run(log, handle, retries=5)
     assert seen == [3]
-    assert (processor.counts.retried, processor.counts.dead) == (0, 2)
+    assert (processor.counts.retried, processor.counts.dead) == (0, 5)
     assert {r.headers[ATTEMPTS] for r in read(log, "orders.dlq")} == {b"1"}
 
 
