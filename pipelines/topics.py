@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import msgspec
@@ -61,7 +62,7 @@ class Topic:
         place = f"{record.topic}-{record.partition}-{record.offset}"
         envelope = Envelope.from_headers(record.headers, type=self.type, fallback_id=place)
         name, _, version = envelope.type.rpartition(".v")
-        if name == self.name and version.isdigit() and int(version) > self.version:
+        if name == self.name and re.fullmatch("[0-9]{1,9}", version) and int(version) > self.version:
             raise SchemaError(
                 f"{place}: schema {envelope.type}, this consumer knows up to v{self.version}; upgrade it or send the older version"
             )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import ConsumerFencedError, Log, LogUnavailableError, PermanentError, UnknownTopicError, open_log
+from pipelines import ConsumerFencedError, Envelope, Log, LogUnavailableError, PermanentError, Topic, UnknownTopicError, open_log
+from pipelines.dead_letter import send_to_dead_letters
 from pipelines.transport.base import Consumer, Outgoing, Record
 
 KINDS = ["memory", "embedded", "kafka"]
@@ -221,6 +222,22 @@ def test_a_record_that_the_brokers_do_not_take_is_no_outage(kafka: str) -> None:
         log.produce(name, b"x" * 3_000_000)
     log.produce(name, b"x")
     log.close()
+
+
+def test_a_record_that_is_too_large_with_its_reason_is_a_dead_letter_without_its_bytes(kafka: str) -> None:
+    log, orders = open_log(f"kafka://{kafka}"), Topic(f"t-{uuid.uuid4().hex[:8]}", Envelope, "id", partitions=1)
+    orders.create(log)
+    log.produce(orders.name, b"x" * 1_048_000, key="a", headers={"ce_id": b"7"})
+    consumer = log.consumer("g1", [orders.name])
+    (record,) = take(consumer, 1)
+    send_to_dead_letters(log, orders, record, "why " * 400, 1)
+    letters = log.consumer("g2", [orders.dead_letters])
+    (letter,) = take(letters, 1)
+    assert letter.value == b""
+    assert letter.headers["dlq_error"].startswith(b"why")
+    assert letter.headers["dlq_left_out"].startswith(f"1048000 bytes, which stand at {orders.name}/0/0".encode())
+    for client in (consumer, letters, log):
+        client.close()
 
 
 def test_markers_and_records_that_a_transaction_took_back_do_not_wait_for_ever(kafka: str) -> None:

@@ -86,6 +86,9 @@ def test_a_newer_schema_is_refused(log: MemoryLog) -> None:
     log.produce("orders", b'{"order_id": "1", "amount": 2}', headers=headers)
     with pytest.raises(SchemaError, match=r"orders\.v2.*up to v1"):
         ORDERS.decode(read(log, "orders")[0])
+    for odd in ("orders.v²", "orders.v" + "9" * 5000):  # numbers that Python's int() does not take
+        log.produce("orders", b'{"order_id": "1", "amount": 2}', headers=headers | {"ce_type": odd.encode()})
+        assert ORDERS.decode(read(log, "orders")[-1]).payload == Order("1", 2)
 
 
 def test_the_trace_goes_on_in_the_handler(log: MemoryLog) -> None:
