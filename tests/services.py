@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from moto.server import ThreadedMotoServer
@@ -24,9 +25,10 @@ def free_port() -> int:
 
 
 class KafkaBroker:
-    """One KRaft node from an unpacked Apache Kafka distribution."""
+    """One KRaft node from an unpacked Apache Kafka distribution. With `users` (passwords by name) clients come through SASL PLAIN over TLS,
+    and `folder / "ca.pem"` says who signed its certificate."""
 
-    def __init__(self, home: Path, folder: Path) -> None:
+    def __init__(self, home: Path, folder: Path, users: Mapping[str, str] | None = None) -> None:
         self._home, self._folder = home, folder
         broker, controller = free_port(), free_port()
         self.address = f"127.0.0.1:{broker}"
@@ -39,6 +41,8 @@ class KafkaBroker:
             "group.initial.rebalance.delay.ms": "0",
             "offsets.topic.num.partitions": "4",
         }
+        if users is not None:
+            own |= _secured(folder, own["listeners"], users)
         kept = [line for line in lines if line.split("=")[0].strip() not in own]
         self._config = folder / "server.properties"
         self._config.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in own.items())]) + "\n")
@@ -110,6 +114,37 @@ class ObjectStore:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _secured(folder: Path, listeners: str, users: Mapping[str, str]) -> dict[str, str]:
+    """Settings of a broker that takes `users` over TLS, with a certificate of an authority of its own in `folder`."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=folder)
+
+    new = ("-newkey", "rsa:2048", "-nodes")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=authority of a test")
+    openssl("req", *new, "-keyout", "broker.key", "-out", "broker.csr", "-subj", "/CN=broker")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
+    signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+    openssl("x509", "-req", "-in", "broker.csr", *signed, "-out", "broker.pem")
+    (folder / "store.pem").write_text((folder / "broker.key").read_text() + (folder / "broker.pem").read_text())
+    module, known = "org.apache.kafka.common.security.plain.PlainLoginModule", {"broker": "between brokers", **users}
+    accounts = " ".join(f'user_{name}="{password}"' for name, password in known.items())
+    named = listeners.replace("PLAINTEXT://", "CLIENTS://")
+    return {
+        "listeners": named,
+        "advertised.listeners": named,
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,CLIENTS:SASL_SSL",
+        "inter.broker.listener.name": "CLIENTS",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "sasl.mechanism.inter.broker.protocol": "PLAIN",
+        "listener.name.clients.plain.sasl.jaas.config": f'{module} required username="broker" password="{known["broker"]}" {accounts};',
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(folder / "store.pem"),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(folder / "ca.pem"),
+    }
 
 
 class Postgres:

@@ -10,7 +10,8 @@ from pipelines.transport.base import Log
 
 
 def open_log(url: str) -> Log:
-    """Open the log at `embedded:///DIR[?fsync=always|os]` (`%`, `?` and `#` in DIR as %25, %3F and %23), `kafka://HOST:PORT[,...]` or `memory://`.
+    """Open the log at `embedded:///DIR[?fsync=always|os]` (`%`, `?` and `#` in DIR as %25, %3F and %23), `kafka://HOST:PORT[,...]`
+    (users and TLS as in `kafka_access`) or `memory://`.
 
     Raises LogUnavailableError for another address, or where nothing answers.
     """
@@ -22,10 +23,11 @@ def open_log(url: str) -> Log:
         if not parts.path or fsync not in ("always", "os"):
             raise LogUnavailableError(f"log address {url!r}; expected embedded:///DIR with fsync=always or fsync=os")
         return EmbeddedLog(Path(unquote(parts.path)), fsync=fsync)
-    if parts.scheme == "kafka" and parts.netloc:
+    if parts.scheme == "kafka":
         from pipelines.transport.kafka import KafkaLog
+        from pipelines.transport.kafka_access import access_of
 
-        return KafkaLog(parts.netloc.split(","))
+        return KafkaLog(*access_of(url))
     if parts.scheme == "memory":
         from pipelines.transport.memory import MemoryLog
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,15 @@ def _answering(doing: str) -> Iterator[None]:
         raise PipelineError(f"the brokers refuse ({doing}): {error!r}") from error
 
 
+def _listens(server: str) -> bool:
+    host, _, port = server.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), 2):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def _closed(client: Any, **options: Any) -> None:
     """Close a client of brokers that may be gone."""
     try:
@@ -47,19 +57,27 @@ def _closed(client: Any, **options: Any) -> None:
 
 
 class KafkaLog:
-    """A log on the brokers at `servers` ("HOST:PORT"). Appends are idempotent and acknowledged by all replicas."""
+    """A log on the brokers at `servers` ("HOST:PORT"). Appends are idempotent and acknowledged by all replicas.
 
-    def __init__(self, servers: Sequence[str]) -> None:
+    `options`: kafka-python's for TLS and SASL, as `access_of` gives them.
+    """
+
+    def __init__(self, servers: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
         self._servers = list(servers)
+        self._access = {"bootstrap_servers": self._servers, **(options or {}), **PATIENCE}
         self._lock = threading.Lock()
         self._producer: KafkaProducer | None = None
         self._partitions: dict[str, int] = {}
         try:
-            self._admin = KafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS, **PATIENCE)
+            self._admin = KafkaAdminClient(request_timeout_ms=REQUEST_MS, **self._access)
         except kafka_errors.KafkaError as error:
-            raise LogUnavailableError(
-                f"no Kafka broker answers at {', '.join(self._servers)}: {error!r}; start it or correct the address"
-            ) from error
+            where = ", ".join(self._servers)
+            if any(_listens(server) for server in self._servers):
+                raise LogUnavailableError(
+                    f"something listens at {where} and takes no client: {error!r}; check the address's user, password, security, mechanism"
+                    " and certificates"
+                ) from error
+            raise LogUnavailableError(f"no Kafka broker answers at {where}: {error!r}; start it or correct the address") from error
 
     def create_topic(self, name: str, partitions: int) -> None:
         if name in self.topics():
@@ -107,9 +125,7 @@ class KafkaLog:
         with self._lock:
             if self._producer is None:
                 with _answering("producer"):
-                    self._producer = KafkaProducer(
-                        bootstrap_servers=self._servers, request_timeout_ms=REQUEST_MS // 3, **DELIVERY, **PATIENCE
-                    )
+                    self._producer = KafkaProducer(request_timeout_ms=REQUEST_MS // 3, **DELIVERY, **self._access)
             return self._producer
 
     def _failed(self, topic: str, error: kafka_errors.KafkaError, producer: KafkaProducer) -> PipelineError:
@@ -134,19 +150,18 @@ class KafkaLog:
     def _consumer(self, group: str, topics: Sequence[str]) -> Any:
         return KafkaConsumer(
             *topics,
-            bootstrap_servers=self._servers,
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
             session_timeout_ms=10_000,
             heartbeat_interval_ms=2_000,
-            **PATIENCE,
+            **self._access,
         )
 
     def lag(self, group: str, topic: str) -> Mapping[int, int]:
         with _answering("lag"):
-            client = KafkaConsumer(bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False, **PATIENCE)
+            client = KafkaConsumer(group_id=group, enable_auto_commit=False, **self._access)
             try:
                 parts = [TopicPartition(topic, p) for p in range(self._known(topic))]
                 ends = client.end_offsets(parts)
