@@ -129,10 +129,10 @@ def auto_optimize(
         ratio, interval = compare(before, after, probe)
         gains.append(Gain("variants", ratio, interval, ", ".join(made.variants) or "; ".join(made.refused.values())))
         found = made
-    thorough = end - time.monotonic() > 60
+    thorough, cache = end - time.monotonic() > 60, None if plans is None else Path(plans)
     first = backends()["onnxruntime"].compile(loaded, "cpu", cores) if device != "cuda" else _runner(loaded, device, cores, probe)
     plan, ladder = plan_and_compile(
-        found, device, cores, None if plans is None else Path(plans), budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
+        found, device, cores, cache, budget_s=max(3.0, (end - time.monotonic()) / 4), thorough=thorough, probe=probe
     )
     ratio, interval = compare(first, ladder, probe)
     gains.append(Gain("plan", ratio, interval, f"against the engine as installed: {plan.describe()}"))

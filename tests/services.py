@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 class KafkaBroker:
-    """One KRaft node from an unpacked Apache Kafka distribution. With `users` (passwords by name) clients come through SASL PLAIN over TLS,
-    and `folder / "ca.pem"` says who signed its certificate."""
+    """One KRaft node from an unpacked Apache Kafka distribution. With `users` (passwords by name) clients come through SASL (PLAIN or
+    SCRAM-SHA-512) over TLS, and `folder / "ca.pem"` says who signed its certificate."""
 
     def __init__(self, home: Path, folder: Path, users: Mapping[str, str] | None = None) -> None:
         self._home, self._folder = home, folder
@@ -44,12 +44,15 @@ class KafkaBroker:
         if users is not None:
             own |= _secured(folder, own["listeners"], users)
         kept = [line for line in lines if line.split("=")[0].strip() not in own]
+        self._scram = [
+            part for name, password in (users or {}).items() for part in ("--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]")
+        ]
         self._config = folder / "server.properties"
         self._config.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in own.items())]) + "\n")
 
     def __enter__(self) -> KafkaBroker:
         storage = self._home / "bin" / "kafka-storage.sh"
-        command = [storage, "format", "--standalone", "-t", str(uuid.uuid4()), "-c", self._config]
+        command = [storage, "format", "--standalone", "-t", str(uuid.uuid4()), "-c", self._config, *self._scram]
         subprocess.run(command, check=True, capture_output=True, env=self._environment())
         self.start()
         return self
@@ -129,7 +132,7 @@ def _secured(folder: Path, listeners: str, users: Mapping[str, str]) -> dict[str
     signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
     openssl("x509", "-req", "-in", "broker.csr", *signed, "-out", "broker.pem")
     (folder / "store.pem").write_text((folder / "broker.key").read_text() + (folder / "broker.pem").read_text())
-    module, known = "org.apache.kafka.common.security.plain.PlainLoginModule", {"broker": "between brokers", **users}
+    modules, known = "org.apache.kafka.common.security", {"broker": "between brokers", **users}
     accounts = " ".join(f'user_{name}="{password}"' for name, password in known.items())
     named = listeners.replace("PLAINTEXT://", "CLIENTS://")
     return {
@@ -137,9 +140,12 @@ def _secured(folder: Path, listeners: str, users: Mapping[str, str]) -> dict[str
         "advertised.listeners": named,
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,CLIENTS:SASL_SSL",
         "inter.broker.listener.name": "CLIENTS",
-        "sasl.enabled.mechanisms": "PLAIN",
+        "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
         "sasl.mechanism.inter.broker.protocol": "PLAIN",
-        "listener.name.clients.plain.sasl.jaas.config": f'{module} required username="broker" password="{known["broker"]}" {accounts};',
+        "listener.name.clients.plain.sasl.jaas.config": (
+            f'{modules}.plain.PlainLoginModule required username="broker" password="{known["broker"]}" {accounts};'
+        ),
+        "listener.name.clients.scram-sha-512.sasl.jaas.config": f"{modules}.scram.ScramLoginModule required;",
         "ssl.keystore.type": "PEM",
         "ssl.keystore.location": str(folder / "store.pem"),
         "ssl.truststore.type": "PEM",

@@ -71,6 +71,9 @@ def test_a_broker_that_asks_for_a_user_over_tls(secured: tuple[str, Path], monke
     assert (found[0].value, log.lag("g", "t")) == (b"x", {0: 0})
     consumer.close()
     log.close()
+    scram = open_log(f"kafka://bank:{quote(PASSWORD, '')}@{address}?mechanism=SCRAM-SHA-512&cafile={ca}")
+    assert "t" in scram.topics()
+    scram.close()
     monkeypatch.setitem(transport.PATIENCE, "bootstrap_timeout_ms", 3000)
     for other in (f"bank:wrong@{address}?cafile={ca}", f"bank:{quote(PASSWORD, '')}@{address}", address):
         with pytest.raises(LogUnavailableError, match=r"takes no client.*check the address's user, password") as error:
