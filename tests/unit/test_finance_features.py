@@ -231,3 +231,21 @@ def test_the_generator_is_reproducible_and_a_day_does_not_depend_on_how_many_fol
     assert table["TX_DATETIME"].is_sorted()
     assert 0.9 * 4000 < number < 1.1 * 4000
     assert (table["TX_DATETIME"].max() - table["TX_DATETIME"].min()).total_seconds() < 20 * DAY / SECOND
+
+
+def test_a_feature_that_never_changed_in_training_says_next_to_nothing() -> None:
+    """In a history of some days no terminal has a known fraud; the first one later was a thousand deviations off."""
+    torch = pytest.importorskip("torch")
+    from apps.finance.training.sequence import SequenceNetwork, SequenceRecipe
+
+    torch.manual_seed(0)
+    sample = torch.rand(200, len(FEATURES)) * 50
+    sample[:, 3] = 60.0
+    network = SequenceNetwork(sample, SequenceRecipe()).eval()
+    sequence, mask = sample[:8, None].repeat(1, LENGTH, 1), torch.ones(8, LENGTH)
+    changed, other = sequence.clone(), sequence.clone()
+    changed[:, :, 3], other[:, :, 4] = 12.0, 12.0
+    with torch.no_grad():
+        usual, _ = network(sequence, mask)
+        assert (network(changed, mask)[0] - usual).abs().max() < 1e-3
+        assert (network(other, mask)[0] - usual).abs().max() > 1e-3

@@ -34,6 +34,11 @@ LEVELS = (0.0, 0.125, 0.25, *(1 - 0.5**k for k in range(1, 12)), 1.0)
 """Quantiles at which the present transaction's features are cut, finer towards the top: what is rare lies there."""
 
 
+NOTHING_KNOWN = 1e6
+"""What stands for the spread of a feature that never changed in training (a terminal's frauds, in a history of a week): when it does change
+nothing is known of what that means, and it says next to nothing."""
+
+
 class SequenceNetwork(nn.Module):  # type: ignore[misc]
     """LSTM, then dot-product attention whose query is the last state; logit from context, state and the present.
 
@@ -47,7 +52,8 @@ class SequenceNetwork(nn.Module):  # type: ignore[misc]
         super().__init__()
         squeezed = compress(sample)
         self.register_buffer("mean", squeezed.mean(0))
-        self.register_buffer("scale", squeezed.std(0).clamp(min=1e-3))
+        spread = squeezed.std(0)
+        self.register_buffer("scale", torch.where(spread < 1e-3, NOTHING_KNOWN, spread))
         edges = torch.from_numpy(np.quantile(sample.numpy(), LEVELS, axis=0).T.astype(np.float32))  # (F, B + 1)
         width = edges[:, 1:] - edges[:, :-1]
         self.register_buffer("low", edges[:, :-1].clone())
