@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from apps.common.files import visible
 from apps.industrial.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -246,10 +247,10 @@ def unusable(pixels: Pixels, usual_sharpness: float | None = None) -> str | None
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted by name. Raises InputError where it is no folder."""
+    """Image files directly in `folder` that are not hidden, sorted by name. Raises InputError where it is no folder."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one with images ({', '.join(SUFFIXES)})")
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    return visible(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
 def png(pixels: Pixels) -> bytes:

@@ -11,6 +11,7 @@ from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import labelled_samples
 from apps.industrial.features import MAP
 from apps.industrial.images import png
+from apps.medical.evaluation.evaluate import case_files
 
 HEADER = "file,x,y,width,height\n"
 
@@ -87,3 +88,15 @@ def test_outlines_of_no_image_are_said(dataset: Path) -> None:
     (folder / "a_gt.png").write_bytes(png(np.zeros((64, 128), np.uint8)))
     with pytest.raises(InputError, match=r"1 outlines, such as a_gt\.png, and none .* expected a_mask\.png"):
         labelled_samples(dataset)
+
+
+def test_what_systems_leave_beside_images_is_no_image_and_no_kind(dataset: Path) -> None:
+    before = [sample.path for sample in labelled_samples(dataset)]
+    kind = before[0].parent
+    (kind / f"._{before[0].name}").write_bytes(b"\x00\x05\x16\x07 a Mac's notes")
+    (kind.parent / ".ipynb_checkpoints").mkdir()
+    (kind.parent / ".ipynb_checkpoints" / "a.png").write_bytes(before[0].read_bytes())
+    assert [sample.path for sample in labelled_samples(dataset)] == before
+    (kind / "._b.nii.gz").touch()
+    (kind / "b.nii.gz").touch()
+    assert [image.name for image, _ in case_files(kind, kind)] == ["b.nii.gz"]

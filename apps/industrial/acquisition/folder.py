@@ -77,10 +77,10 @@ class FolderSource:
             stop.wait(self._every)
 
     def _look(self) -> dict[str, tuple[int, int]]:
-        """Time [ns] and size of each image in the folder."""
+        """Time [ns] and size of each image in the folder that is not hidden."""
         states = {}
         for path in self._folder.iterdir():
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                 with contextlib.suppress(OSError):  # moved away meanwhile
                     state = path.stat()
                     if S_ISREG(state.st_mode):

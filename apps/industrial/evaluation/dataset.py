@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.common.files import visible
 from apps.industrial.errors import InputError
 from apps.industrial.features import MAP
 from apps.industrial.images import Pixels, image_files, read_image
@@ -84,7 +85,7 @@ def labelled_samples(dataset: Path, *, defects_only: bool = False) -> list[Sampl
         raise InputError(f"{dataset} has no folder 'test'; expected test/KIND with images, ground_truth/KIND with masks")
     boxes = _boxes(dataset / BOXES_FILE)
     found = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+    for folder in visible(p for p in root.iterdir() if p.is_dir()):
         if defects_only and folder.name == GOOD:
             continue
         images = image_files(folder)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import shared_runtime as rt
+from apps.common.files import visible
 from apps.medical.errors import InputError
 from apps.medical.evaluation.metrics import bootstrap_interval, dice, hd95_mm, volume_error_percent
 from apps.medical.segmentation.hippocampus import CROP_STRUCTURES, segment_hippocampi
@@ -25,9 +26,9 @@ def case_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"no folder at {folder}; expected NIfTI files with equal names in both folders")
-    pairs = [(path, labels / path.name) for path in sorted(images.glob("*.nii*")) if (labels / path.name).is_file()]
+    pairs = [(path, labels / path.name) for path in visible(images.glob("*.nii*")) if (labels / path.name).is_file()]
     if not pairs:
-        counts = [len(list(folder.glob("*.nii*"))) for folder in (images, labels)]
+        counts = [len(visible(folder.glob("*.nii*"))) for folder in (images, labels)]
         raise InputError(
             f"no NIfTI file name stands in both {images} ({counts[0]} files) and {labels} ({counts[1]} files); expected pairs of equal name"
         )

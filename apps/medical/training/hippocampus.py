@@ -17,6 +17,7 @@ from monai.losses import DiceCELoss
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from apps.common.files import visible
 from apps.medical.errors import InputError
 from apps.medical.evaluation.evaluate import NAMES
 from apps.medical.evaluation.metrics import dice, hd95_mm, volume_error_percent
@@ -61,7 +62,7 @@ def read_cases(data: Path) -> list[Case]:
     Raises InputError where there are none, and for a pair that can't be learned from.
     """
     cases = []
-    for path in sorted((data / "images").glob("*.nii*")):
+    for path in visible((data / "images").glob("*.nii*")):
         if not (data / "labels" / path.name).is_file():
             raise InputError(f"{path} has no label map {data / 'labels' / path.name}; expected pairs of equal name")
         volume = read_nifti(path)
