@@ -158,11 +158,7 @@ class FinanceService:
             raise PermanentError(
                 f"currency is {m.currency[:10]!r}; expected {', '.join(sorted(self._currencies))} (TRISCOPE_FINANCE_CURRENCIES)"
             )
-        when = parse_time(m.event_time)
-        if when > time.time() * SECOND + AHEAD_DAYS * DAY:
-            raise PermanentError(
-                f"event_time {m.event_time} lies in the future; expected at most {AHEAD_DAYS} day ahead of now: check the sender's clock"
-            )
+        when = _not_ahead(m.event_time)
         clock = self.engine().clock.now
         if clock is not None and when < clock - LATEST_DAYS * DAY:
             raise PermanentError(
@@ -291,7 +287,7 @@ class FinanceService:
                 if not isinstance(label, LabelMessage):
                     raise PermanentError(f"expected a label, got {type(label).__name__}")
                 check_text("transaction_id", label.transaction_id, least=1)
-                when = parse_time(label.event_time)
+                when = _not_ahead(label.event_time)  # a later one could never correct it
                 rows.append((label.transaction_id, label.fraud, when, kept_text(label.source)))
             except PermanentError as error:
                 rejected.append((message, str(error)))
@@ -369,6 +365,16 @@ def parse_time(text: str) -> int:
     if when.year < EARLIEST_YEAR:
         raise PermanentError(f"event_time {text[:40]!r} lies before {EARLIEST_YEAR}; check the sender's clock")
     return round(when.timestamp() * SECOND)
+
+
+def _not_ahead(text: str) -> int:
+    """As `parse_time`, of an event that has happened by this machine's clock."""
+    when = parse_time(text)
+    if when > time.time() * SECOND + AHEAD_DAYS * DAY:
+        raise PermanentError(
+            f"event_time {text[:40]} lies in the future; expected at most {AHEAD_DAYS} day ahead of now: check the sender's clock"
+        )
+    return when
 
 
 def _alert(row: Transaction) -> AlertMessage:
