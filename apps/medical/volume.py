@@ -118,12 +118,17 @@ def _doubts(image: Any) -> tuple[str, ...]:
     """Where the file does not say, or says twice and differently, which way its axes point."""
     if not isinstance(image, nib.Nifti1Image):
         return ()
-    (by_sform, sform), (by_qform, qform) = image.get_sform(coded=True), image.get_qform(coded=True)
+    sform, qform = int(image.header["sform_code"]) > 0, int(image.header["qform_code"]) > 0
     if not sform and not qform:
         return ("the file states no orientation (sform and qform are unset): left and right are a guess",)
-    if sform and qform and nib.aff2axcodes(by_sform) != nib.aff2axcodes(by_qform):
-        codes = ("".join(map(str, nib.aff2axcodes(affine))) for affine in (by_sform, by_qform))
-        return ("the file states two orientations (sform {}, qform {}): sform was followed".format(*codes),)
+    if not (sform and qform):
+        return ()
+    try:
+        by_sform, by_qform = ("".join(map(str, nib.aff2axcodes(affine))) for affine in (image.get_sform(), image.get_qform()))
+    except (ValueError, np.linalg.LinAlgError):  # a quaternion that is none
+        return ("the file's qform can't be read: sform was followed",)
+    if by_sform != by_qform:
+        return (f"the file states two orientations (sform {by_sform}, qform {by_qform}): sform was followed",)
     return ()
 
 

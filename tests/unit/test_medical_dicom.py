@@ -257,6 +257,18 @@ def test_an_orientation_that_is_not_stated_is_a_doubt(tmp_path: Path) -> None:
     assert not read_nifti(tmp_path / "same.nii.gz").doubts
 
 
+@pytest.mark.parametrize("value", [4e20, np.nan, np.inf])
+def test_a_qform_that_is_none_beside_a_good_sform_is_a_doubt(tmp_path: Path, value: float) -> None:
+    image = nib.Nifti1Image(np.random.default_rng(0).random((10, 10, 10)).astype(np.float32), np.eye(4))
+    image.set_sform(np.eye(4), 1)
+    image.set_qform(np.eye(4), 1)
+    nib.save(image, tmp_path / "x.nii")
+    content = bytearray((tmp_path / "x.nii").read_bytes())
+    content[256:260] = np.float32(value).tobytes()  # quatern_b
+    (tmp_path / "x.nii").write_bytes(content)
+    assert read_nifti(tmp_path / "x.nii").doubts == ("the file's qform can't be read: sform was followed",)
+
+
 def test_an_image_larger_than_a_body_is_refused_at_once() -> None:
     image = Volume(np.random.default_rng(0).random((40, 40, 40)).astype(np.float32), np.diag([50.0, 50.0, 50.0, 1.0]))
     with pytest.raises(InputError, match="measures 2000 x 2000 x 2000 mm, with voxels of 50 x 50 x 50"):
