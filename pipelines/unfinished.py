@@ -33,7 +33,7 @@ class Unfinished:
             return 0
         file = self._file(record)
         times = 0
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
             note = msgspec.json.decode(file.read_bytes(), type=_Note)
             times = note.times if note.offset == record.offset else 0
         with contextlib.suppress(OSError):

@@ -121,5 +121,5 @@ def read_certificate(folder: Path) -> Certificate | None:
     """The certificate in `folder`, or None where there is none that can be read."""
     try:
         return msgspec.json.decode((folder / CERTIFICATE_FILE).read_bytes(), type=Certificate)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None

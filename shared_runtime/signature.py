@@ -53,7 +53,7 @@ class Signature(msgspec.Struct, frozen=True):
         """Read `signature.json`."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ModelError(f"the signature {path} can't be read: {error}; restore the model folder") from error
 
     def write(self, path: Path) -> None:

@@ -120,7 +120,7 @@ def replace_folder(part: Path, target: Path) -> None:
 def _read(file: Path, sha256: str) -> Variant:
     try:
         facts = msgspec.json.decode(file.read_bytes(), type=VariantFacts)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         unknown = VariantFacts(file.parent.name, "unknown", "unknown", "cpu")
         return Variant(unknown, file.parent, None, f"its {VARIANT_FILE} can't be read: {error}")
     certificate = read_certificate(file.parent)

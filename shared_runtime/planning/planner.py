@@ -178,7 +178,7 @@ def _key(
 def _cached(file: Path, model: Model) -> Plan | None:
     try:
         plan = msgspec.json.decode(file.read_bytes(), type=Plan)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     named = [plan.candidates[rung.candidate] for rung in plan.ladder]
     known = all(c.backend in backends() and (c.variant == FLOAT or c.variant in model.variants) for c in named)
@@ -201,7 +201,7 @@ def _of_same_graph(file: Path, structure: str) -> Plan | None:
     for other in sorted(file.parent.glob(f"*-{key}.json")):
         try:
             plan = msgspec.json.decode(other.read_bytes(), type=Plan)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             continue
         chosen = [plan.candidates[rung.candidate] for rung in plan.ladder]
         if plan.structure == structure and chosen and all(c.backend in backends() and c.variant == FLOAT for c in chosen):

@@ -17,6 +17,8 @@ from shared_runtime.backends import base
 from shared_runtime.host import peak_resident_mib
 from shared_runtime.planning import contenders, planner
 from shared_runtime.repository.store import ModelRepository
+from shared_runtime.signature import Signature
+from shared_runtime.variants import VariantStore
 from tests.engines import Engine, plan_with
 
 
@@ -288,3 +290,24 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it() -> 
     child = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 10 < child < 300 < peak_resident_mib()
     assert block[-1] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"name": "\xe4"}', b"[" * 100], ids=["empty", "another encoding", "another shape"])
+def test_files_of_the_runtime_that_a_disk_damaged_are_no_plan_no_variant_and_a_clear_error(
+    linear: Path, tmp_path: Path, content: bytes
+) -> None:
+    store = VariantStore(tmp_path / "variants")
+    folder = store.folder("0" * 64) / "int8-openvino"
+    folder.mkdir(parents=True)
+    (folder / "variant.json").write_bytes(content)
+    assert "can't be read" in store.read("0" * 64)["int8-openvino"].why_void
+    one = {"x": np.ones((1, 3), np.float32)}
+    for damage in (False, True):
+        with rt.Session(rt.load(linear), "cpu", plans=tmp_path / "plans", budget_s=1) as session:
+            assert session.run(one)
+        (plan,) = (tmp_path / "plans").iterdir()
+        if not damage:
+            plan.write_bytes(content)
+    (tmp_path / "signature.json").write_bytes(content)
+    with pytest.raises(rt.ModelError, match=r"signature .* can't be read"):
+        Signature.read(tmp_path / "signature.json")

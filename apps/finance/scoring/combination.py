@@ -43,7 +43,7 @@ class Combination(msgspec.Struct, frozen=True):
         """Read `combination.json` of a model folder. Raises ModelMismatchError."""
         try:
             return msgspec.json.decode((folder / FILE).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ModelMismatchError(
                 f"the combination {folder / FILE} can't be read: {error}; train or install the models again"
             ) from error

@@ -107,7 +107,7 @@ class RecipeBook:
         """What a recipe was made of, without loading it."""
         try:
             return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InputError(f"recipe {name!r} can't be read: {error}; teach it again") from error
 
     def load(self, name: str) -> Recipe:
