@@ -17,7 +17,7 @@ from prometheus_client import Counter, Histogram
 import shared_runtime as rt
 from apps.common.blobs import BlobStore, BlobsUnavailableError
 from apps.common.errors import BlobError
-from apps.industrial.errors import IndustrialError
+from apps.industrial.errors import IndustrialError, InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import PASS, Inspection, Inspector, overlay
@@ -62,17 +62,29 @@ class IndustrialService:
             if name in self._inspectors and self._inspectors[name][0] == taught:
                 self._inspectors.move_to_end(name)
                 return self._inspectors[name][1]
-            recipe = self.recipes.load(name)
-            if recipe.model is None and self._shared is None:
-                self._shared = self._open_session(None)
-            session = self._shared if recipe.model is None else self._open_session(recipe.model)
-            assert session is not None
-            made = Inspector(recipe, session)
+            try:
+                made = self._opened(name)
+            except InputError:
+                if self.recipes.facts(name).taught == taught:
+                    raise
+                made = self._opened(name)  # it was taught anew while it was read
             self._let_go(self._inspectors.pop(name, None))
             self._inspectors[name] = (taught, made)
             while len(self._inspectors) > LOADED_RECIPES:
                 self._let_go(self._inspectors.popitem(last=False)[1])
             return made
+
+    def _opened(self, name: str) -> Inspector:
+        recipe = self.recipes.load(name)
+        if recipe.model is None:
+            self._shared = self._shared or self._open_session(None)
+            return Inspector(recipe, self._shared)
+        session = self._open_session(recipe.model)
+        try:
+            return Inspector(recipe, session)
+        except InputError:
+            session.close()
+            raise
 
     def _let_go(self, entry: tuple[str, Inspector] | None) -> None:
         """Free the session of a recipe that has one of its own."""

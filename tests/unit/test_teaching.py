@@ -13,6 +13,7 @@ import pytest
 
 from apps.common.settings import Settings
 from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
@@ -148,6 +149,48 @@ def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_
     np.testing.assert_array_equal(good[0].read(), decode_image(cv2.imencode(".png", parts[12])[1].tobytes(), white=4095))
     assert {sample.path.parent for sample in good} == {tmp_path / "line"}
     assert len(good) == 2
+    service.close()
+    log.close()
+
+
+def test_a_recipe_that_is_taught_anew_while_the_line_runs_is_always_there(settings: Settings, tmp_path: Path) -> None:
+    """Between its two folders it has none for a moment, and what is read may be of either: no frame may be refused for that."""
+    write_dataset(tmp_path, "cast", good=10, each=1)
+    service, log = open_industrial(settings)
+    recipe = service.teach("cast", good_samples(tmp_path / "train" / "good")).recipe
+    stop, saved = threading.Event(), [0]
+
+    def save() -> None:
+        while not stop.is_set():
+            good = GoodParts.from_arrays({key: value + 0.0 for key, value in recipe.good.arrays().items()})
+            saved[0] += 1
+            facts = msgspec.structs.replace(recipe.facts, taught=f"2026-01-01T00:00:00.{saved[0]:06d}Z", sharpness=float(saved[0]))
+            service.recipes.save(Recipe(facts, good, None, recipe.probe, recipe.kinds, None))
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        seen = {service.recipes.load("cast").facts.sharpness for _ in range(300)}
+    finally:
+        stop.set()
+        thread.join()
+    assert saved[0] > 20
+    assert len(seen) > 5
+    service.close()
+    log.close()
+
+
+def test_what_is_no_number_is_never_a_pass(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=10, each=1)
+    service, log = open_industrial(settings)
+    recipe = service.teach("cast", good_samples(tmp_path / "train" / "good")).recipe
+    broken = GoodParts.from_arrays({key: np.full_like(value, np.nan) for key, value in recipe.good.arrays().items()})
+    inspector = Inspector(Recipe(recipe.facts, broken, None, None, None, None), service.inspector("cast").session)
+    result = inspector.inspect(labelled_samples(tmp_path)[0].read())
+    assert result.verdict == "review"
+    assert "gave no number" in result.reasons[0]
+    assert np.isfinite(result.score)
+    assert np.isfinite(result.map).all()
     service.close()
     log.close()
 

@@ -120,6 +120,9 @@ class Inspector:
         scaled = np.asarray(raw / facts.map_threshold, np.float32)
         if doubt := unusable(image, facts.sharpness) or self._misfit(image):
             return Inspection(REVIEW, score, (doubt,), scaled, ())
+        if not (np.isfinite(score) and np.isfinite(scaled).all()):  # no comparison holds for it, and it would pass
+            doubt = "the network gave no number for this frame: look at it, and teach the recipe again where it goes on"
+            return Inspection(REVIEW, facts.calibration.fail.value, (doubt,), np.nan_to_num(scaled), ())
         calibration = facts.calibration
         if score > calibration.fail.value:
             verdict, reason = FAIL, f"score {score:.2f} is above the fail threshold {calibration.fail.value:.2f}"

@@ -9,8 +9,11 @@ import io
 import math
 import re
 import shutil
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -20,9 +23,12 @@ from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.classification.probe import Probe
-from apps.industrial.errors import InputError, RecipeNotFoundError
+from apps.industrial.errors import IndustrialError, InputError, RecipeNotFoundError
 
+Read = TypeVar("Read")
 RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"
+REPLACED = 5
+"""So often a recipe that was replaced while it was read is read again."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
@@ -105,15 +111,47 @@ class RecipeBook:
 
     def facts(self, name: str) -> Facts:
         """What a recipe was made of, without loading it."""
+        return self._settled(name, self._facts)
+
+    def load(self, name: str) -> Recipe:
+        """A recipe, its statistics verified against their hash."""
+        return self._settled(name, self._load)
+
+    def _settled(self, name: str, read: Callable[[str], Read]) -> Read:
+        """What `read` gives; again where the recipe was being replaced meanwhile: for a moment it has no folder, and what was read of it
+        may be of either."""
+        before = self._state(name)
+        for _ in range(REPLACED):
+            try:
+                return read(name)
+            except IndustrialError:
+                state = self._state(name)
+                if state is not None and state == before:
+                    raise
+                before = state
+                time.sleep(0.02)
+        return read(name)
+
+    def _state(self, name: str) -> tuple[int, int] | None:
+        """Tells one folder of a recipe from the next; None where there is none now."""
+        try:
+            found = (self.root / checked_name(name)).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _facts(self, name: str) -> Facts:
         try:
             return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InputError(f"recipe {name!r} can't be read: {error}; teach it again") from error
 
-    def load(self, name: str) -> Recipe:
-        """A recipe, its statistics verified against their hash."""
-        facts, folder = self.facts(name), self.folder(name)
-        content = (folder / STATISTICS_FILE).read_bytes()
+    def _load(self, name: str) -> Recipe:
+        facts, folder = self._facts(name), self.folder(name)
+        try:
+            content = (folder / STATISTICS_FILE).read_bytes()
+        except OSError as error:
+            raise InputError(f"the statistics of recipe {name!r} can't be read: {error.strerror}; teach it again") from error
         if hashlib.sha256(content).hexdigest() != facts.statistics_sha256:
             raise InputError(f"the statistics of recipe {name!r} were changed or damaged; teach it again")
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
