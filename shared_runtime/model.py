@@ -13,6 +13,7 @@ from typing import Any
 
 from shared_runtime.certificate import Certificate
 from shared_runtime.errors import InputError, ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
+from shared_runtime.folders import settled
 from shared_runtime.graph.check import OLDEST, check_graph, graph_hash, opset, read_graph
 from shared_runtime.graph.versions import too_new
 from shared_runtime.repository.store import ModelRepository
@@ -120,7 +121,7 @@ def _load(
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir() and (path / CARD_FILE).is_file():
-            return _from_folder(path, sha256, store)
+            return settled([path], lambda: _from_folder(path, sha256, store))
         if path.suffix == ".onnx" and path.is_file():
             actual, sha256 = _verified(path, sha256), None
             proto = read_graph(path)
@@ -129,7 +130,8 @@ def _load(
         if not path.exists():
             if path.suffix or len(path.parts) > 1:
                 raise ModelNotFoundError(f"no model at {path}; expected an ONNX file, a model folder or a repository name")
-            return _from_folder((repository or ModelRepository.default()).folder(str(source)), sha256, store)
+            known = repository or ModelRepository.default()
+            return settled(known.places(str(source)), lambda: _from_folder(known.folder(str(source)), sha256, store))
     from shared_runtime.importers import import_to_folder
 
     folder = Path(tempfile.mkdtemp(prefix="triscope-model-"))

@@ -12,6 +12,7 @@ import onnx
 
 from shared_runtime.certificate import hash_file
 from shared_runtime.errors import ModelError
+from shared_runtime.folders import replace_folder
 from shared_runtime.graph.check import read_whole
 from shared_runtime.graph.passes.base import PassResult, passes, run_pass
 from shared_runtime.importers.base import NAME, card_text
@@ -19,7 +20,6 @@ from shared_runtime.model import Model, load
 from shared_runtime.repository.store import ModelRepository
 from shared_runtime.rewritten import valid_inputs
 from shared_runtime.signature import Signature
-from shared_runtime.variants import replace_folder
 
 
 def rewrite(

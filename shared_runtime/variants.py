@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from shared_runtime.certificate import Certificate, hash_file, numerics, read_certificate
+from shared_runtime.folders import replace_folder
 from shared_runtime.home import home
 
 logger = logging.getLogger(__name__)
@@ -97,24 +96,6 @@ class VariantStore:
     def remove(self, sha256: str, name: str) -> None:
         """Forget a variant."""
         shutil.rmtree(self.folder(sha256) / name, ignore_errors=True)
-
-
-def replace_folder(part: Path, target: Path) -> None:
-    """Move the finished folder `part` to `target`, in place of what is there; safe beside another process that does the same."""
-    for _ in range(100):
-        try:
-            os.rename(part, target)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
-            try:
-                os.rename(target, old)
-            except OSError:
-                logger.debug("another process moved %s", target)
-            shutil.rmtree(old, ignore_errors=True)
-    raise OSError(f"can't replace the folder {target}: other processes keep writing it")
 
 
 def _read(file: Path, sha256: str) -> Variant:

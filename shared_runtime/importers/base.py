@@ -19,12 +19,12 @@ import onnx
 
 from shared_runtime.certificate import hash_file
 from shared_runtime.errors import ImportMismatchError, ModelError, UnsupportedModelError
+from shared_runtime.folders import replace_folder
 from shared_runtime.graph.check import check_graph
 from shared_runtime.graph.passes.base import plain_session
 from shared_runtime.graph.rounding import movement
 from shared_runtime.numeric import difference, disagreeing, relative_difference
 from shared_runtime.signature import Signature, Tensors, TensorSpec
-from shared_runtime.variants import replace_folder
 
 TOLERANCE = 1e-4
 """Largest relative difference of an output from its origin: norm of the difference over the norm."""

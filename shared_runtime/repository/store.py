@@ -30,12 +30,19 @@ class ModelRepository:
 
     def names(self) -> list[str]:
         """The names that can be loaded, sorted."""
-        return sorted({folder.parent.name for root in self.roots for folder in root.glob("*/card.toml")})
+        found = {card.parent.name for root in self.roots for card in root.glob("*/card.toml")}
+        return sorted(name for name in found if not name.startswith("."))  # those are being written, or were left by who was killed
+
+    def places(self, name: str) -> list[Path]:
+        """Where model `name` may lie, in the order in which it is looked for."""
+        return [root / name for root in self.roots]
 
     def folder(self, name: str) -> Path:
         """The folder of model `name`. Raises ModelNotFoundError, naming the nearest known name."""
         if name in self.names():
-            return next(root / name for root in self.roots if (root / name / "card.toml").is_file())
+            for folder in self.places(name):
+                if (folder / "card.toml").is_file():
+                    return folder
         near = difflib.get_close_matches(name, self.names(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known models: {', '.join(self.names()) or 'none'}"
         raise ModelNotFoundError(f"no model named {name!r}; {hint}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from onnx import TensorProto, helper
 
 import shared_runtime as rt
 from shared_runtime.backends import base
+from shared_runtime.folders import replace_folder
 from shared_runtime.host import peak_resident_mib
 from shared_runtime.planning import contenders, planner
 from shared_runtime.repository.store import ModelRepository
@@ -311,3 +314,30 @@ def test_files_of_the_runtime_that_a_disk_damaged_are_no_plan_no_variant_and_a_c
     (tmp_path / "signature.json").write_bytes(content)
     with pytest.raises(rt.ModelError, match=r"signature .* can't be read"):
         Signature.read(tmp_path / "signature.json")
+
+
+def test_a_model_that_is_imported_anew_is_always_there_to_load(linear: Path, tmp_path: Path) -> None:
+    repository = ModelRepository((tmp_path / "models",))
+    made = rt.import_model(linear, "m", repository=repository)
+    shutil.copytree(made, tmp_path / "models" / ".m-left-by-a-kill")
+    assert repository.names() == ["m"]
+    stop, replaced = threading.Event(), [0]
+
+    def replace() -> None:
+        while not stop.is_set():
+            part = tmp_path / "models" / f".m-{replaced[0]}"
+            shutil.copytree(made, part)
+            replace_folder(part, made)
+            replaced[0] += 1
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(400):
+            assert rt.load("m", repository=repository).name == "m"
+    finally:
+        stop.set()
+        thread.join()
+    assert replaced[0] > 20
+    with pytest.raises(rt.ModelNotFoundError, match="did you mean 'm'"):
+        rt.load("mm", repository=repository)

@@ -9,11 +9,8 @@ import io
 import math
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -23,12 +20,10 @@ from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.classification.probe import Probe
-from apps.industrial.errors import IndustrialError, InputError, RecipeNotFoundError
+from apps.industrial.errors import InputError, RecipeNotFoundError
+from shared_runtime.folders import replace_folder, settled
 
-Read = TypeVar("Read")
 RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"
-REPLACED = 5
-"""So often a recipe that was replaced while it was read is read again."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
@@ -111,34 +106,11 @@ class RecipeBook:
 
     def facts(self, name: str) -> Facts:
         """What a recipe was made of, without loading it."""
-        return self._settled(name, self._facts)
+        return settled([self.root / checked_name(name)], lambda: self._facts(name))
 
     def load(self, name: str) -> Recipe:
         """A recipe, its statistics verified against their hash."""
-        return self._settled(name, self._load)
-
-    def _settled(self, name: str, read: Callable[[str], Read]) -> Read:
-        """What `read` gives; again where the recipe was being replaced meanwhile: for a moment it has no folder, and what was read of it
-        may be of either."""
-        before = self._state(name)
-        for _ in range(REPLACED):
-            try:
-                return read(name)
-            except IndustrialError:
-                state = self._state(name)
-                if state is not None and state == before:
-                    raise
-                before = state
-                time.sleep(0.02)
-        return read(name)
-
-    def _state(self, name: str) -> tuple[int, int] | None:
-        """Tells one folder of a recipe from the next; None where there is none now."""
-        try:
-            found = (self.root / checked_name(name)).stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+        return settled([self.root / checked_name(name)], lambda: self._load(name))
 
     def _facts(self, name: str) -> Facts:
         try:
@@ -176,9 +148,5 @@ class RecipeBook:
         (part / RECIPE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
         if recipe.model is not None:
             shutil.copytree(recipe.model, part / MODEL_FOLDER)
-        old = self.root / f".{name}.{uuid.uuid4().hex}.old"
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(part, target)
         return target
