@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -359,6 +360,21 @@ def test_who_goes_away_and_who_sends_a_form_leave_no_frame(caplog: pytest.LogCap
         assert b"503" in waiting.recv(1000)
     assert len(seen.frames) == 1
     assert "Traceback" not in caplog.text
+
+
+def test_uploads_listen_where_they_are_told_to(free_port: int) -> None:
+    for named, reached in ((f"http:{free_port}", ["127.0.0.1"]), (f"http:0.0.0.0:{free_port}", ["127.0.0.1", "127.0.0.2"])):
+        source = source_named(named)
+        frames = source.frames(stop := threading.Event())
+        puller = threading.Thread(target=lambda frames=frames: list(frames))
+        puller.start()
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with contextlib.closing(socket.socket()) as probe:
+                assert (probe.connect_ex((address, free_port)) == 0) is (address in reached)
+        stop.set()
+        puller.join(20)
+    with pytest.raises(SourceError, match=r"can't listen on 203\.0\.113\.7"):
+        source_named(f"http:203.0.113.7:{free_port}")
 
 
 def test_uploads_beyond_the_queue_are_asked_to_come_again() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from apps.industrial.acquisition.base import Source
 from apps.industrial.acquisition.folder import FolderSource
 from apps.industrial.acquisition.generated import GeneratedSource
 from apps.industrial.acquisition.genicam import GenicamSource
-from apps.industrial.acquisition.upload import UploadSource
+from apps.industrial.acquisition.upload import LOOPBACK, UploadSource
 from apps.industrial.acquisition.video import VideoSource
 from apps.industrial.errors import SourceError
 
-KNOWN = "folder:DIR, video:FILE, camera:0, rtsp://..., http:PORT, genicam:FILE.cti (#SERIAL names one of several cameras) or texture:NAME"
+KNOWN = (
+    "folder:DIR, video:FILE, camera:0, rtsp://..., http:[ADDRESS:]PORT, genicam:FILE.cti (#SERIAL names one of several cameras) "
+    "or texture:NAME"
+)
 
 
 def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> Source:
@@ -25,9 +29,10 @@ def source_named(text: str, *, follow: bool = True, per_second: float = 0.0) -> 
     if kind in ("rtsp", "rtsps"):
         return VideoSource(text)
     if kind == "http":
-        if not where.isdigit() or not 0 < int(where) < 65536:
-            raise SourceError(f"source {text[:80]!r}: {where[:40]!r} is no port; expected http:PORT with a number from 1 to 65535")
-        return UploadSource(int(where))
+        address, _, port = where.rpartition(":")
+        if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+            raise SourceError(f"source {text[:80]!r}: {port[:40]!r} is no port; expected http:[ADDRESS:]PORT, a number from 1 to 65535")
+        return UploadSource(int(port), address or LOOPBACK)
     if kind == "genicam":
         producer, _, serial = where.partition("#")
         return GenicamSource(Path(producer), serial)

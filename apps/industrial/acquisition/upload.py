@@ -23,6 +23,7 @@ from pipelines.messages import now_rfc3339
 logger = logging.getLogger(__name__)
 MAX_UPLOAD_BYTES = 64 * 2**20
 WAITING = 8
+LOOPBACK = "127.0.0.1"
 LONGEST_SERIAL = 200
 
 
@@ -34,7 +35,7 @@ class UploadSource:
     was taken.
     """
 
-    def __init__(self, port: int, address: str = "127.0.0.1") -> None:
+    def __init__(self, port: int, address: str = LOOPBACK) -> None:
         self._waiting: queue.Queue[Frame] = queue.Queue(WAITING)
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -43,7 +44,7 @@ class UploadSource:
             self._socket.listen()  # who comes before the server runs waits, and is not refused
         except OSError as error:
             self._socket.close()
-            raise SourceError(f"can't listen on {address}:{port}: {error}; choose another port: http:PORT") from error
+            raise SourceError(f"can't listen on {address}:{port}: {error}; choose another: http:[ADDRESS:]PORT") from error
         self.port = int(self._socket.getsockname()[1])
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
