@@ -52,22 +52,22 @@ def settled(folders: Sequence[Path], read: Callable[[], Read]) -> Read:
     While `replace_folder` is at work there is no folder for a moment, and what is read of it may be of either. What `read` raises of a
     folder that stays is raised.
     """
-    before, begun = [_state(folder) for folder in folders], time.monotonic()
+    before, begun = [state_of(folder) for folder in folders], time.monotonic()
     while True:
         try:
             return read()
         except Exception:
             time.sleep(MOMENT_SECONDS)
-            now, passed = [_state(folder) for folder in folders], time.monotonic() - begun
+            now, passed = [state_of(folder) for folder in folders], time.monotonic() - begun
             if passed > (MOST_SECONDS if any(now) else ABSENT_SECONDS) or (any(now) and now == before):
                 raise
             before = now
 
 
-def _state(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from the one that takes its place."""
+def state_of(path: Path) -> tuple[int, int] | None:
+    """Tells a folder, or a file, from the one that takes its place; None where there is none."""
     try:
-        found = folder.stat()
+        found = path.stat()
     except OSError:
         return None
     return found.st_ino, found.st_ctime_ns

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared_runtime.certificate import Certificate
 from shared_runtime.errors import InputError, ModelIntegrityError, ModelNotFoundError, UnsupportedModelError
-from shared_runtime.folders import settled
+from shared_runtime.folders import settled, state_of
 from shared_runtime.graph.check import OLDEST, check_graph, graph_hash, opset, read_graph
 from shared_runtime.graph.versions import too_new
 from shared_runtime.repository.store import ModelRepository
@@ -21,6 +21,10 @@ from shared_runtime.signature import Signature, Tensors
 from shared_runtime.variants import Variant, VariantStore
 
 GRAPH_FILE, SIGNATURE_FILE, CARD_FILE = "model.onnx", "signature.json", "card.toml"
+
+
+_LOADED: dict[Path, tuple[object, str]] = {}
+"""The graphs that were loaded: what tells each file from the one that takes its place, and its hash."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,18 @@ def _from_folder(folder: Path, sha256: str | None, store: VariantStore) -> Model
     return Model(str(card.get("name", folder.name)), graph, Signature.read(folder / SIGNATURE_FILE), actual, card, known)
 
 
+def refuse_replaced(model: Model) -> None:
+    """Raise ModelIntegrityError where the graph's file is no longer the one that was loaded: it is hashed again where it was touched."""
+    state, known = _LOADED.get(model.graph, (None, ""))
+    if known != model.sha256 or state_of(model.graph) == state:
+        return
+    if not model.graph.is_file() or graph_hash(model.graph) != known:
+        raise ModelIntegrityError(f"{model.graph} was replaced since {model.name!r} was loaded; load it again")
+
+
 def _verified(path: Path, expected: str | None) -> str:
-    actual = graph_hash(path)
+    state, actual = state_of(path), graph_hash(path)
+    _LOADED[path] = (state, actual)
     if expected is not None and actual != expected.lower():
         raise ModelIntegrityError(
             f"{path} has SHA-256 {actual}, expected {expected}; the file was changed or damaged: install or import the model again"

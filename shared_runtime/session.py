@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from shared_runtime.backends.base import refuse_unknown_device
-from shared_runtime.errors import BackendUnavailableError, UnsupportedModelError
+from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.memory import within_budget
 from shared_runtime.home import home
 from shared_runtime.host import asked_cores
-from shared_runtime.model import Model, load
+from shared_runtime.model import Model, load, refuse_replaced
 from shared_runtime.planning.objective import LATENCY, Objective
 from shared_runtime.planning.plan import Plan
 from shared_runtime.planning.planner import BUDGET_SECONDS, LADDER, Ladder, plan_and_compile
@@ -137,7 +137,14 @@ class Session:
             if self._closed:
                 raise self._is_closed()
             if self._ready is None:
-                self._ready = self._planned(request)
+                refuse_replaced(self.model)
+                ready = self._planned(request)
+                try:
+                    refuse_replaced(self.model)
+                except ModelIntegrityError:
+                    ready[1].close()
+                    raise
+                self._ready = ready
                 metrics.planned(self._ready[0], self.model.version)
                 self._observe = metrics.observer(self._ready[0], self.model.version)
                 self._run = self._ready[1].run

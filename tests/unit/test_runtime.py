@@ -341,3 +341,20 @@ def test_a_model_that_is_imported_anew_is_always_there_to_load(linear: Path, tmp
     assert replaced[0] > 20
     with pytest.raises(rt.ModelNotFoundError, match="did you mean 'm'"):
         rt.load("mm", repository=repository)
+
+
+def test_a_file_that_was_replaced_since_it_was_loaded_is_not_served_under_its_name(linear: Path, tmp_path: Path) -> None:
+    model, same, gone = (rt.load(shutil.copy(linear, tmp_path / f"{name}.onnx")) for name in ("other", "same", "gone"))
+    proto = onnx.load(linear)
+    proto.graph.initializer[0].CopyFrom(helper.make_tensor("two", TensorProto.FLOAT, [1], [3.0]))
+    onnx.save(proto, model.graph)
+    same.graph.write_bytes(linear.read_bytes())
+    gone.graph.unlink()
+    one = {"x": np.ones((1, 3), np.float32)}
+    for changed in (model, gone):
+        with rt.Session(changed, "cpu") as session, pytest.raises(rt.ModelIntegrityError, match=r"was replaced since .* load it again"):
+            session.run(one)
+    with rt.Session(same, "cpu") as session:
+        assert session.run(one)["y"].tolist() == [[3.0] * 3]
+    with rt.Session(rt.load(model.graph), "cpu") as session:
+        assert session.run(one)["y"].tolist() == [[4.0] * 3]
