@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
-from datetime import datetime
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,9 @@ def test_a_table_is_read_in_order_of_time(tmp_path: Path, suffix: str) -> None:
         ({"CUSTOMER_ID": [None, 2]}, "row 1: CUSTOMER_ID is missing"),
         ({"CUSTOMER_ID": [[1], [2]]}, "CUSTOMER_ID is List"),
         ({"TX_AMOUNT": [[1.0], [2.0]]}, "TX_AMOUNT is List"),
+        ({"TX_DATETIME": [timedelta(1), timedelta(2)]}, "TX_DATETIME"),
+        ({"TX_DATETIME": [time(10), time(11)]}, "row 1: TX_DATETIME is missing or no date with time ('10:00:00')"),
+        ({"TX_DATETIME": [None, None]}, "row 1: TX_DATETIME is missing"),
         ({"TX_DATETIME": [1522540831, 1522540832]}, "TX_DATETIME is Int64; expected dates"),
         ({"TX_DATETIME": ["04/01/2018 10:00", "03/02/2018 11:00"]}, "day and month can't be told apart (no number is above 12)"),
         ({"TX_DATETIME": ["14/01/2018 10:00", "03/22/2018 11:00"]}, "day and month can't be told apart (both orders occur)"),

@@ -52,7 +52,7 @@ def times(column: pl.Series) -> pl.Series:
     """Times in UTC, to the microsecond; one without an offset is in UTC. Raises InputError where day and month can't be told apart."""
     if isinstance(column.dtype, pl.Datetime) and column.dtype.time_zone:
         column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-    if column.dtype.is_temporal() and column.dtype != pl.Time:
+    if isinstance(column.dtype, pl.Datetime) or column.dtype == pl.Date:
         return column.cast(pl.Datetime("us"))
     if column.dtype.is_numeric():
         raise InputError(f"{column.name} is {column.dtype}; {EXPECTED_TIME}")
@@ -62,13 +62,10 @@ def times(column: pl.Series) -> pl.Series:
 
 
 def _written_times(text: pl.Series) -> pl.Series:
-    text = (
-        text.str.replace(r"^([\d/.-]{8,10})T", "${1} ").str.replace(r"\s*(?:Z|UTC)$", "+0000").str.replace(r"(:\d{2}),(\d+)", "${1}.${2}")
-    )
+    text = text.str.replace(r"^([\d/.-]{8,10})T", "${1} ").str.replace(r"\s*(?:Z|UTC)$", "+0000")
+    text = text.str.replace(r"(:\d{2}),(\d+)", "${1}.${2}").str.replace(r"^(\d{1,2})-(\d{1,2})-(\d{4})", "${1}/${2}/${3}")
     offset = text.str.extract(r":\d{2}(?:\.\d+)?\s*([+-]\d{2}:?\d{2})$").str.replace(":", "", literal=True)
-    local = text.str.replace(r"(:\d{2}(?:\.\d+)?)\s*[+-]\d{2}:?\d{2}$", "${1}").str.replace(
-        r"^(\d{1,2})-(\d{1,2})-(\d{4})", "${1}/${2}/${3}"
-    )
+    local = text.str.replace(r"(:\d{2}(?:\.\d+)?)\s*[+-]\d{2}:?\d{2}$", "${1}")
     found = pl.Series(text.name, [None] * len(text), pl.Datetime("us"))
     for date in (*UNAMBIGUOUS, *_order(local)):
         for clock in CLOCKS:
@@ -97,5 +94,8 @@ def _text(column: pl.Series) -> pl.Series:
     """Any scalar column as text without blanks at its ends, null where nothing is left. Raises InputError for lists and the like."""
     if column.dtype.is_nested() or column.dtype == pl.Object:
         raise InputError(f"{column.name} is {column.dtype}; expected a number or text in each row")
-    text = column.cast(pl.String, strict=False).str.strip_chars()
+    try:
+        text = column.cast(pl.String, strict=False).str.strip_chars()
+    except pl.exceptions.PolarsError as error:  # durations, say
+        raise InputError(f"{column.name} is {column.dtype}; expected a number or text in each row") from error
     return text.set(text == "", None)
