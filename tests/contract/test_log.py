@@ -202,7 +202,7 @@ def test_an_empty_topic_gives_nothing(log: Log, topic: str) -> None:
     consumer.close()
 
 
-@pytest.mark.parametrize("url", ["embedded://", "http://x", "kafka://", "embedded:///x?fsync=never"])
+@pytest.mark.parametrize("url", ["embedded://", "http://x", "embedded:///x?fsync=never"])
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(LogUnavailableError, match="expected embedded:///DIR"):
         open_log(url)
