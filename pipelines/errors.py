@@ -11,6 +11,11 @@ PipelineError
 
 from __future__ import annotations
 
+import msgspec
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises of bytes that are no JSON of the wanted shape."""
+
 
 class PipelineError(Exception):
     """Root of the pipelines' errors."""

@@ -60,6 +60,17 @@ def check_text(name: str, value: str, *, least: int = 0, most: int = 200) -> Non
         raise PermanentError(f"{name} is {value[:40]!r}; expected text without the character NUL")
 
 
+def parse_rfc3339(text: str) -> datetime:
+    """The event time of a message. Raises PermanentError for what is none, or has no offset from UTC."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise PermanentError(f"event_time is {text[:40]!r}; expected RFC 3339, as 2018-04-01T00:00:31Z") from error
+    if when.tzinfo is None:
+        raise PermanentError(f"event_time {text[:40]!r} has no offset from UTC; expected RFC 3339, as 2018-04-01T00:00:31Z")
+    return when
+
+
 class Envelope(msgspec.Struct, frozen=True):
     """CloudEvents attributes. `type` is the schema's name and version, as `medical.studies.v1`."""
 

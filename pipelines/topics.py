@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pipelines.errors import SchemaError
+from pipelines.errors import NOT_JSON, SchemaError
 from pipelines.messages import Envelope, Message
 from pipelines.transport.base import Log, Outgoing, Record
 
@@ -68,6 +68,6 @@ class Topic:
             )
         try:
             payload = msgspec.json.decode(record.value, type=self.schema)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except NOT_JSON as error:
             raise SchemaError(f"{place}: the value is not a {self.type}: {error}") from error
         return Message(envelope, payload, record)

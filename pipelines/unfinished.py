@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from pipelines.errors import NOT_JSON
 from pipelines.transport.base import Record
 
 
@@ -33,7 +34,7 @@ class Unfinished:
             return 0
         file = self._file(record)
         times = 0
-        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, *NOT_JSON):
             note = msgspec.json.decode(file.read_bytes(), type=_Note)
             times = note.times if note.offset == record.offset else 0
         with contextlib.suppress(OSError):

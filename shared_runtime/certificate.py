@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from shared_runtime.errors import NOT_JSON
 from shared_runtime.host import host
 
 CERTIFICATE_FILE = "certificate.json"
@@ -121,5 +122,5 @@ def read_certificate(folder: Path) -> Certificate | None:
     """The certificate in `folder`, or None where there is none that can be read."""
     try:
         return msgspec.json.decode((folder / CERTIFICATE_FILE).read_bytes(), type=Certificate)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *NOT_JSON):
         return None

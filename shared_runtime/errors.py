@@ -20,6 +20,11 @@ SharedRuntimeError
 
 from __future__ import annotations
 
+import msgspec
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises of bytes that are no JSON of the wanted shape."""
+
 
 class SharedRuntimeError(Exception):
     """Root of the runtime's errors."""

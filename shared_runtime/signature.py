@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from shared_runtime.errors import InputError, ModelError, UnsupportedModelError
+from shared_runtime.errors import NOT_JSON, InputError, ModelError, UnsupportedModelError
 from shared_runtime.graph.check import read_graph
 
 Tensors = dict[str, NDArray[Any]]
@@ -53,7 +53,7 @@ class Signature(msgspec.Struct, frozen=True):
         """Read `signature.json`."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *NOT_JSON) as error:
             raise ModelError(f"the signature {path} can't be read: {error}; restore the model folder") from error
 
     def write(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from shared_runtime.certificate import Certificate, hash_file, numerics, read_certificate
+from shared_runtime.errors import NOT_JSON
 from shared_runtime.folders import replace_folder
 from shared_runtime.home import home
 
@@ -101,7 +102,7 @@ class VariantStore:
 def _read(file: Path, sha256: str) -> Variant:
     try:
         facts = msgspec.json.decode(file.read_bytes(), type=VariantFacts)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         unknown = VariantFacts(file.parent.name, "unknown", "unknown", "cpu")
         return Variant(unknown, file.parent, None, f"its {VARIANT_FILE} can't be read: {error}")
     certificate = read_certificate(file.parent)

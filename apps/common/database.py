@@ -12,7 +12,7 @@ from alembic.config import Config
 from sqlalchemy import event
 
 from pipelines import UnavailableError
-from pipelines.messages import TRACEPARENT, now_rfc3339, trace_id
+from pipelines.messages import TRACEPARENT, now_rfc3339, printable, trace_id
 from pipelines.patience import away
 
 metadata = sa.MetaData()
@@ -84,7 +84,7 @@ def _migrate(engine: sa.Engine) -> None:
 
 def kept_text(text: str, most: int = 200) -> str:
     """The text as far as a column of `most` characters holds it: PostgreSQL takes no NUL, no database half of a surrogate pair."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "")[:most]
+    return printable(text).replace("\0", "")[:most]
 
 
 def write_audit(connection: sa.Connection, actor: str, action: str, subject: str, **detail: Any) -> None:

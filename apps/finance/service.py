@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
 
 import msgspec
 import numpy as np
@@ -36,7 +35,8 @@ from apps.finance.store import FinanceStore, Transaction, storable
 from apps.finance.transactions.event_time import rfc3339
 from apps.finance.transactions.table import EARLIEST_YEAR, LARGEST_MINOR
 from pipelines import Log, Message, Outgoing, PermanentError, PipelineError, Topic
-from pipelines.messages import check_text, child_traceparent, now_rfc3339
+from pipelines.errors import NOT_JSON
+from pipelines.messages import check_text, child_traceparent, now_rfc3339, parse_rfc3339
 
 logger = logging.getLogger(__name__)
 SOURCE = "triscope/finance"
@@ -139,7 +139,7 @@ class FinanceService:
             found: set[str] = set()
             while any(consumer.behind().values()):
                 for record in consumer.poll(1.0, 1000):
-                    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # another's record, which is none of ours
+                    with suppress(*NOT_JSON):  # another's record, which is none of ours
                         found.add(msgspec.json.decode(record.value, type=_Id).transaction_id)
             return found
         finally:
@@ -356,12 +356,7 @@ def score_table(
 
 def parse_time(text: str) -> int:
     """RFC 3339 -> microseconds since the epoch. Raises PermanentError."""
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise PermanentError(f"event_time is {text[:40]!r}; expected RFC 3339, as 2018-04-01T00:00:31Z") from error
-    if when.tzinfo is None:
-        raise PermanentError(f"event_time {text[:40]!r} has no offset from UTC; expected RFC 3339, as 2018-04-01T00:00:31Z")
+    when = parse_rfc3339(text)
     if when.year < EARLIEST_YEAR:
         raise PermanentError(f"event_time {text[:40]!r} lies before {EARLIEST_YEAR}; check the sender's clock")
     return round(when.timestamp() * SECOND)

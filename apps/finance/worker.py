@@ -19,6 +19,7 @@ import msgspec
 from apps.finance.messages import LABELS, TRANSACTIONS
 from apps.finance.service import FinanceService, parse_time
 from pipelines import BatchProcessor, Log, PermanentError, Record, UnavailableError
+from pipelines.errors import NOT_JSON
 from pipelines.patience import patiently
 from pipelines.processor import Interrupted
 
@@ -38,7 +39,7 @@ def event_time(record: Record) -> float:
     """Event time of a transaction [us]; minus infinity for a record that has none, so that it is refused at once."""
     try:
         return parse_time(msgspec.json.decode(record.value, type=_Time).event_time)
-    except (msgspec.MsgspecError, PermanentError, UnicodeDecodeError, RecursionError):
+    except (PermanentError, *NOT_JSON):
         return -math.inf
 
 

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from prometheus_client import Counter, Histogram
@@ -27,7 +26,7 @@ from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage,
 from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
 from apps.industrial.teaching import Taught, advice, teach
 from pipelines import Log, PermanentError
-from pipelines.messages import check_text, now_rfc3339
+from pipelines.messages import check_text, now_rfc3339, parse_rfc3339
 from pipelines.patience import patiently
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,8 @@ class IndustrialService:
         """Judge a frame once: store and `industrial.verdicts`. Raises PermanentError for what no retry mends."""
         for field in ("frame_id", "station", "serial", "lot"):
             check_text(field, getattr(frame, field), least=field == "frame_id")
-        _check_time(frame.event_time)
+        check_text("event_time", frame.event_time, most=40)
+        parse_rfc3339(frame.event_time)
         known = self.store.find(frame.frame_id)
         if known is None:
             begin = time.perf_counter()
@@ -199,15 +199,6 @@ class IndustrialService:
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
-
-
-def _check_time(text: str) -> None:
-    try:
-        known = datetime.fromisoformat(text).tzinfo is not None and len(text) <= 40
-    except ValueError:
-        known = False
-    if not known:
-        raise PermanentError(f"event_time is {text[:40]!r}; expected RFC 3339, as 2025-04-01T00:00:31Z")
 
 
 def _message(frame: FrameMessage, result: Inspection, drawn: str, model: str, milliseconds: float) -> VerdictMessage:

@@ -24,7 +24,7 @@ import msgspec
 import onnx
 
 from shared_runtime.backends.base import Executable, backends, fewest_rows, nodes_by_device, prepare_any, specialise
-from shared_runtime.errors import BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
+from shared_runtime.errors import NOT_JSON, BackendUnavailableError, ModelIntegrityError, UnsupportedModelError
 from shared_runtime.graph.check import precision as graph_precision
 from shared_runtime.graph.check import structure_hash
 from shared_runtime.graph.cost import GraphCost, graph_cost
@@ -178,7 +178,7 @@ def _key(
 def _cached(file: Path, model: Model) -> Plan | None:
     try:
         plan = msgspec.json.decode(file.read_bytes(), type=Plan)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *NOT_JSON):
         return None
     named = [plan.candidates[rung.candidate] for rung in plan.ladder]
     known = all(c.backend in backends() and (c.variant == FLOAT or c.variant in model.variants) for c in named)
@@ -201,7 +201,7 @@ def _of_same_graph(file: Path, structure: str) -> Plan | None:
     for other in sorted(file.parent.glob(f"*-{key}.json")):
         try:
             plan = msgspec.json.decode(other.read_bytes(), type=Plan)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (OSError, *NOT_JSON):
             continue
         chosen = [plan.candidates[rung.candidate] for rung in plan.ladder]
         if plan.structure == structure and chosen and all(c.backend in backends() and c.variant == FLOAT for c in chosen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,6 +24,7 @@ from apps.industrial.inspection.inspector import Inspector
 from apps.industrial.inspection.recipe import Recipe
 from apps.industrial.learning import held_back
 from apps.industrial.messages import FRAMES, FrameMessage
+from apps.industrial.service import IndustrialService
 from apps.industrial.synthesis.textures import good_part
 from apps.industrial.teaching import advice, learned_weight
 from apps.industrial.worker import run_worker
@@ -153,11 +155,19 @@ def test_a_recipe_of_a_deep_camera_judges_what_it_sends(settings: Settings, tmp_
     log.close()
 
 
-def test_a_recipe_that_is_taught_anew_while_the_line_runs_is_always_there(settings: Settings, tmp_path: Path) -> None:
-    """Between its two folders it has none for a moment, and what is read may be of either: no frame may be refused for that."""
+@pytest.fixture
+def cast(settings: Settings, tmp_path: Path) -> Iterator[tuple[IndustrialService, Recipe]]:
+    """A service with the recipe `cast`, taught from the few parts of a data set in `tmp_path`."""
     write_dataset(tmp_path, "cast", good=10, each=1)
     service, log = open_industrial(settings)
-    recipe = service.teach("cast", good_samples(tmp_path / "train" / "good")).recipe
+    yield service, service.teach("cast", good_samples(tmp_path / "train" / "good")).recipe
+    service.close()
+    log.close()
+
+
+def test_a_recipe_that_is_taught_anew_while_the_line_runs_is_always_there(cast: tuple[IndustrialService, Recipe]) -> None:
+    """Between its two folders it has none for a moment, and what is read may be of either: no frame may be refused for that."""
+    service, recipe = cast
     stop, saved = threading.Event(), [0]
 
     def save() -> None:
@@ -176,14 +186,10 @@ def test_a_recipe_that_is_taught_anew_while_the_line_runs_is_always_there(settin
         thread.join()
     assert saved[0] > 20
     assert len(seen) > 5
-    service.close()
-    log.close()
 
 
-def test_what_is_no_number_is_never_a_pass(settings: Settings, tmp_path: Path) -> None:
-    write_dataset(tmp_path, "cast", good=10, each=1)
-    service, log = open_industrial(settings)
-    recipe = service.teach("cast", good_samples(tmp_path / "train" / "good")).recipe
+def test_what_is_no_number_is_never_a_pass(cast: tuple[IndustrialService, Recipe], tmp_path: Path) -> None:
+    service, recipe = cast
     broken = GoodParts.from_arrays({key: np.full_like(value, np.nan) for key, value in recipe.good.arrays().items()})
     inspector = Inspector(Recipe(recipe.facts, broken, None, None, None, None), service.inspector("cast").session)
     result = inspector.inspect(labelled_samples(tmp_path)[0].read())
@@ -191,8 +197,6 @@ def test_what_is_no_number_is_never_a_pass(settings: Settings, tmp_path: Path) -
     assert "gave no number" in result.reasons[0]
     assert np.isfinite(result.score)
     assert np.isfinite(result.map).all()
-    service.close()
-    log.close()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.finance.errors import ModelMismatchError
+from shared_runtime.errors import NOT_JSON
 
 FILE = "combination.json"
 Logits = NDArray[np.float64]
@@ -43,7 +44,7 @@ class Combination(msgspec.Struct, frozen=True):
         """Read `combination.json` of a model folder. Raises ModelMismatchError."""
         try:
             return msgspec.json.decode((folder / FILE).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *NOT_JSON) as error:
             raise ModelMismatchError(
                 f"the combination {folder / FILE} can't be read: {error}; train or install the models again"
             ) from error

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
 
+from apps.common.files import hidden
 from apps.industrial.acquisition.base import Frame
 from apps.industrial.errors import SourceError
 from apps.industrial.images import MAX_BYTES, SUFFIXES
@@ -80,7 +81,7 @@ class FolderSource:
         """Time [ns] and size of each image in the folder that is not hidden."""
         states = {}
         for path in self._folder.iterdir():
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.suffix.lower() in SUFFIXES and not hidden(path):
                 with contextlib.suppress(OSError):  # moved away meanwhile
                     state = path.stat()
                     if S_ISREG(state.st_mode):

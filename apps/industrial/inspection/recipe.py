@@ -21,6 +21,7 @@ from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
+from shared_runtime.errors import NOT_JSON
 from shared_runtime.folders import replace_folder, settled
 
 RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"
@@ -115,7 +116,7 @@ class RecipeBook:
     def _facts(self, name: str) -> Facts:
         try:
             return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *NOT_JSON) as error:
             raise InputError(f"recipe {name!r} can't be read: {error}; teach it again") from error
 
     def _load(self, name: str) -> Recipe:
