@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import shared_runtime as rt
 from apps.industrial.acquisition.generated import write_dataset
 from apps.industrial.anomaly.regions import Regions
-from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.anomaly.statistics import GoodParts, highest, pooled
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.evaluation.evaluate import judge, metrics
@@ -138,8 +138,8 @@ def methods() -> dict[str, Any]:
             cells = [sample.cells(image.shape) for sample, image in zip(tests, images, strict=True)]
             parts, _, _ = GoodParts.fit(good["fine"], good["whole"])
             regions, _ = Regions.fit(good_images, good, lambda some: features(session, some))
-            scores, places, inside = parts.scores(seen["fine"], seen["whole"]), parts.maps(seen["fine"]), regions.maps(seen)
-            raw = parts._raw(seen["fine"], seen["whole"])
+            (scores, places), inside = parts.judged(seen["fine"], seen["whole"]), regions.maps(seen)
+            raw = highest(parts.distances(pooled(seen["fine"]), seen["whole"]))
             bank, bank_maps = _memory_bank(good, seen)
             rows: dict[str, tuple[Array, Array | None]] = {
                 "memory bank of patches, coreset (as PatchCore)": (bank, bank_maps),
@@ -207,8 +207,8 @@ def steps() -> dict[str, Any]:
         whole = np.concatenate([coarse.mean(axis=(2, 3)), coarse.std(axis=(2, 3))], axis=1)
         n = len(good)
         fitted, _, _ = GoodParts.fit(fine[:n], whole[:n])
-        raw = fitted._raw(fine[n:], whole[n:])
-        scores = {"whole image": raw[:, 0], "places": raw[:, 1], "together": fitted.scores(fine[n:], whole[n:])}
+        raw, (together, _) = highest(fitted.distances(pooled(fine[n:]), whole[n:])), fitted.judged(fine[n:], whole[n:])
+        scores = {"whole image": raw[:, 0], "places": raw[:, 1], "together": together}
         kinds_of = np.array([s.kind for s in tests])
         shading = [auroc(kinds_of[keep] == "uneven", s[keep]) for keep in [np.isin(kinds_of, ("good", "uneven"))] for s in scores.values()]
         found[name] = {row: {"image": auroc(truth, s), "uneven": u} for (row, s), u in zip(scores.items(), shading, strict=True)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from pipelines.unfinished import Unfinished
 logger = logging.getLogger(__name__)
 MOST_ENDS = 3
 """Processes that may end while they handle a record before it is given up."""
+AT_ONCE, SLOW = 8, 5.0
+"""Records that are read at once, and the seconds of handling after which the rest of them goes back, for any member to take."""
 
 
 class Interrupted(BaseException):
@@ -103,7 +106,7 @@ class Processor:
         try:
             joined = False
             while not stop.is_set():
-                records = consumer.poll(timeout=0.5, max_records=8)
+                records = consumer.poll(timeout=0.5, max_records=AT_ONCE)
                 if not joined and (joined := bool(consumer.assignment())):
                     ready()
                 if until_idle and joined and not records and not any(self._log.lag(self._group, self._topic.name).values()):
@@ -113,17 +116,19 @@ class Processor:
             consumer.close()
 
     def _work(self, consumer: Consumer, records: list[Record], stop: threading.Event) -> None:
-        lost: set[tuple[str, int]] = set()
-        for record in records:
-            if (record.topic, record.partition) in lost:
-                continue
+        begin, waiting = time.monotonic(), _oldest_first(records)
+        while waiting:
+            record = waiting.pop(0)
             if stop.is_set() or not self._settle(record, stop):
                 return
             try:
                 consumer.commit(record)
             except ConsumerFencedError as error:
                 logger.warning("%s", error)
-                lost.add((record.topic, record.partition))
+                waiting = [r for r in waiting if (r.topic, r.partition) != (record.topic, record.partition)]
+            if time.monotonic() - begin > SLOW:
+                _give_back(consumer, waiting)
+                return
 
     def _settle(self, record: Record, stop: threading.Event) -> bool:
         """Handle one record or bury it; False where `stop` came first."""
@@ -178,6 +183,25 @@ class Processor:
         self.counts.add(metrics.DEAD)
         logger.error("to %s: %s", self._topic.dead_letters, reason, extra=_place(record))
         return True
+
+
+def _oldest_first(records: Sequence[Record]) -> list[Record]:
+    """By the time at which they came, as far as the order within partitions allows."""
+    latest: dict[tuple[str, int], float] = {}
+    times = []
+    for record in records:
+        part = (record.topic, record.partition)
+        latest[part] = max(record.timestamp, latest.get(part, record.timestamp))
+        times.append(latest[part])
+    return [records[i] for i in sorted(range(len(records)), key=times.__getitem__)]
+
+
+def _give_back(consumer: Consumer, records: Sequence[Record]) -> None:
+    """Let the next poll begin with `records`, or leave them to the member that owns their partition by then."""
+    first = {(r.topic, r.partition): r.offset for r in reversed(records)}
+    for (topic, partition), offset in first.items():
+        with suppress(ConsumerFencedError):
+            consumer.seek(topic, partition, offset)
 
 
 Rejection = tuple[Message, str]

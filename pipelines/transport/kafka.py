@@ -24,6 +24,9 @@ DELIVERY: dict[str, Any] = {"acks": "all", "retry_backoff_ms": 20, "batch_size":
 """A record that is not acknowledged within REQUEST_MS is given up by the client, too: it does not come later, beside a second one."""
 PATIENCE: dict[str, Any] = {"reconnect_backoff_max_ms": 1000}
 """A broker that comes back is found within a second (kafka-python's own: up to 30)."""
+LONGEST_MS = 3_600_000
+"""A record may be handled for so long: a member that does not poll within it loses its partitions, and the record comes again elsewhere
+(kafka-python's own: five minutes, which a large study on few cores takes). A process that has ended is missed after ten seconds."""
 FENCED = (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError)
 REFUSED = (kafka_errors.AuthorizationError, kafka_errors.SaslAuthenticationFailedError, kafka_errors.InvalidTopicError)
 
@@ -156,6 +159,7 @@ class KafkaLog:
             isolation_level="read_committed",
             session_timeout_ms=10_000,
             heartbeat_interval_ms=2_000,
+            max_poll_interval_ms=LONGEST_MS,
             **self._access,
         )
 

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pipelines import ConsumerFencedError, Envelope, Log, LogUnavailableError, PermanentError, Topic, UnknownTopicError, open_log
+from pipelines import (
+    ConsumerFencedError,
+    Envelope,
+    Log,
+    LogUnavailableError,
+    Message,
+    PermanentError,
+    Processor,
+    Topic,
+    UnknownTopicError,
+    open_log,
+)
 from pipelines.dead_letter import send_to_dead_letters
+from pipelines.processor import AT_ONCE
 from pipelines.transport.base import Consumer, Outgoing, Record
+
+
+class Order(msgspec.Struct, frozen=True):
+    name: str
+    number: int
+
 
 KINDS = ["memory", "embedded", "kafka"]
 
@@ -182,6 +202,40 @@ def test_a_partition_that_is_not_owned_can_not_be_sought(log: Log, topic: str) -
     with pytest.raises(ConsumerFencedError):
         consumer.seek("other-topic", 0, 0)
     consumer.close()
+
+
+def test_what_waits_behind_a_slow_record_goes_to_a_member_that_joins(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member reads several records at once; while each takes long, the others are anybody's, the oldest first."""
+    monkeypatch.setattr("pipelines.processor.SLOW", 0.5)
+    orders = Topic(f"t-{uuid.uuid4().hex[:8]}", Order, "name", partitions=2)
+    orders.create(log)
+    for number in range(AT_ONCE):
+        orders.send(log, Order(f"k{number}", number), "test")
+    handled: list[tuple[str, int]] = []
+    stop = threading.Event()
+
+    def member(name: str) -> threading.Thread:
+        def handle(message: Message) -> None:
+            assert isinstance(message.payload, Order)
+            if name == "first" and other.ident is None:
+                other.start()
+            time.sleep(1.0)
+            handled.append((name, message.payload.number))
+            if {number for _, number in handled} == set(range(AT_ONCE)):
+                stop.set()
+
+        return threading.Thread(target=Processor(log, orders, "g1", handle).run, args=(stop,))
+
+    first, other = member("first"), member("second")
+    first.start()
+    stop.wait(120)
+    stop.set()
+    for thread in (first, other):
+        thread.join(60)
+    numbers = [number for _, number in handled]
+    assert set(numbers) == set(range(AT_ONCE))
+    assert len(numbers) <= AT_ONCE + 1, "at most the one at work when its partition moved comes twice"
+    assert {name for name, _ in handled} == {"first", "second"}
 
 
 def test_unknown_topics_are_named(log: Log) -> None:

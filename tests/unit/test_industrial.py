@@ -20,7 +20,7 @@ from apps.industrial import learning
 from apps.industrial.acquisition.base import Frame, FrameBuffer
 from apps.industrial.anomaly.calibration import calibrate
 from apps.industrial.anomaly.regions import GRID, LAYERS, Regions
-from apps.industrial.anomaly.statistics import GoodParts
+from apps.industrial.anomaly.statistics import BLOCKS, GoodParts, pooled
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.evaluation.metrics import auroc, per_region_overlap, recall_at
@@ -223,11 +223,21 @@ def test_good_parts_are_near_and_others_far() -> None:
     parts, _, _ = GoodParts.fit(fine, whole)
     strange = fine[:1].copy()
     strange[0, :, 8:24, 16:32] += 1.5
-    assert parts.scores(strange, whole[:1] + 0.5)[0] > 3
-    hot = parts.maps(strange)[0]
+    scores, maps = parts.judged(strange, whole[:1] + 0.5)
+    assert scores[0] > 3
+    hot = maps[0]
     assert hot[16:48, 32:].mean() > hot[:, :16].mean() + 1
     again = GoodParts.from_arrays(parts.arrays())
-    np.testing.assert_array_equal(again.scores(fine, whole), parts.scores(fine, whole))
+    for one, other in zip(again.judged(fine, whole), parts.judged(fine, whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_places_are_pooled_as_means_over_blocks() -> None:
+    fine = np.random.default_rng(1).normal(0, 1, (2, 5, 32, 32)).astype(np.float32)
+    for side, blocks in zip(BLOCKS, pooled(fine), strict=True):
+        starts = range(0, 32 - side + 1, side // 2)
+        wanted = [[fine[:, :, r : r + side, c : c + side].mean(axis=(2, 3)) for c in starts] for r in starts]
+        np.testing.assert_allclose(blocks.transpose(1, 2, 0, 3), np.array(wanted), atol=1e-6)
 
 
 @pytest.mark.parametrize("colour", [False, True])

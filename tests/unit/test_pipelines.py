@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def test_each_message_is_handled_and_committed(log: MemoryLog) -> None:
     assert sorted(seen) == list(range(20))
     assert processor.counts.handled == 20
     assert sum(log.lag("g", "orders").values()) == 0
+
+
+@pytest.mark.parametrize("slow", [5.0, 0.0])
+def test_records_are_handled_in_the_order_in_which_they_came(slow: float, log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their partition is, and also where those behind a slow one go back."""
+    monkeypatch.setattr("pipelines.processor.SLOW", slow)
+    for number in range(8):
+        ORDERS.send(log, Order(str(number), number), "test")
+        time.sleep(0.002)
+    assert len({record.partition for record in read(log, "orders")}) == 2
+    handled: list[int] = []
+    run(log, lambda message: handled.append(message.payload.amount))
+    assert handled == list(range(8))
 
 
 def test_a_passing_fault_is_retried(log: MemoryLog) -> None:

@@ -23,15 +23,22 @@ BLOCKS = (16, 8, 4)
 """Sides of the averaged blocks of the fine features; they overlap by half. The largest judge the image, all draw the map."""
 
 
-def pooled(features: Array, side: int) -> Array:
-    """Means over blocks of `side`, half a side apart: (N, C, H, W) -> (N, H', W', C)."""
-    n, c, h, w = features.shape
-    total = np.zeros((n, c, h + 1, w + 1), np.float64)
-    total[:, :, 1:, 1:] = features.cumsum(2, dtype=np.float64).cumsum(3)
-    rows, columns = np.arange(0, h - side + 1, side // 2), np.arange(0, w - side + 1, side // 2)
-    r, q = rows[:, None], columns[None, :]
-    sums = total[:, :, r + side, q + side] - total[:, :, r, q + side] - total[:, :, r + side, q] + total[:, :, r, q]
-    return (sums / side**2).transpose(0, 2, 3, 1).astype(np.float32)
+def pooled(features: Array) -> tuple[Array, ...]:
+    """Means over blocks of each of BLOCKS, half a side apart: (N, C, H, W) -> (N, H', W', C) each."""
+    cells, side, found = np.ascontiguousarray(features.transpose(0, 2, 3, 1)), 1, {}
+    while side < max(BLOCKS) // 2:
+        cells, side = _of_four(cells, 2), side * 2
+        found[side * 2] = _of_four(cells, 1)
+    return tuple(found[side] for side in BLOCKS)
+
+
+def _of_four(cells: Array, step: int) -> Array:
+    """Means of 2 x 2 cells, `step` apart: (N, H, W, C) -> (N, H', W', C)."""
+    height, width = cells.shape[1] // 2 * 2, cells.shape[2] // 2 * 2
+    if step == 1:
+        height, width = cells.shape[1:3]
+    rows = cells[:, : height - 1 : step] + cells[:, 1:height:step]
+    return np.asarray((rows[:, :, : width - 1 : step] + rows[:, :, 1:width:step]) / 4, np.float32)
 
 
 @dataclass(frozen=True)
@@ -89,46 +96,41 @@ class GoodParts:
         (N, MAP, MAP). Neighbours in order stay together, so that several images of one part fall on one side.
         """
         n = len(fine)
+        blocks = pooled(fine)
         parts = np.array_split(np.arange(n), min(5, n // 2))
-        without = []
+        found = []
         for part in parts:
             rest = np.setdiff1d(np.arange(n), part)
-            without.append(cls._fit(fine[rest], whole[rest]))
-        distances = np.concatenate([some._raw(fine[part], whole[part]) for some, part in zip(without, parts, strict=True)])
-        usual = np.stack([np.median(distances, axis=0), distances.std(axis=0) + 1e-3], axis=1).astype(np.float32)
-        others = [cls(some.image, some.places, usual) for some in without]
-        scores = np.concatenate([some.scores(fine[part], whole[part]) for some, part in zip(others, parts, strict=True)])
-        maps = np.concatenate([some.maps(fine[part]) for some, part in zip(others, parts, strict=True)])
-        fitted = cls._fit(fine, whole)
-        return cls(fitted.image, fitted.places, usual), scores, maps
+            others = cls._fit([some[rest] for some in blocks], whole[rest])
+            found.append(others.distances([some[part] for some in blocks], whole[part]))
+        distances = [np.concatenate(level) for level in zip(*found, strict=True)]
+        fitted = cls._fit(blocks, whole)
+        peaks = highest(distances)
+        usual = np.stack([np.median(peaks, axis=0), peaks.std(axis=0) + 1e-3], axis=1).astype(np.float32)
+        result = cls(fitted.image, fitted.places, usual)
+        return result, *result._standard(distances)
 
     @classmethod
-    def _fit(cls, fine: Array, whole: Array) -> GoodParts:
-        places = tuple(Gaussian.of_places(_flat(pooled(fine, side))) for side in BLOCKS)
+    def _fit(cls, blocks: Sequence[Array], whole: Array) -> GoodParts:
+        places = tuple(Gaussian.of_places(_flat(some)) for some in blocks)
         return cls(Gaussian.of_image(whole), places, np.tile(np.array([[0, 1]], np.float32), (1 + len(BLOCKS), 1)))
 
-    def _raw(self, fine: Array, whole: Array) -> Array:
-        """(N, 1 + len(BLOCKS)): the image's distance, and the largest places' of each scale."""
-        columns = [self.image.distance(whole[:, None])[:, 0]]
-        for side, gaussian in zip(BLOCKS, self.places, strict=True):
-            distances = np.sort(gaussian.distance(_flat(pooled(fine, side))), axis=1)
-            columns.append(distances[:, -max(1, distances.shape[1] // 10) :].mean(axis=1))
-        return np.stack(columns, axis=1)
+    def judged(self, fine: Array, whole: Array) -> tuple[Array, Array]:
+        """How far images and their places are from good parts, in usual deviations, 0 for a usual one: (N,), and (N, MAP, MAP), the mean
+        over the scales."""
+        return self._standard(self.distances(pooled(fine), whole))
 
-    def scores(self, fine: Array, whole: Array) -> Array:
-        """(N,) how far each image is from good parts, in usual deviations: 0 for a usual one."""
-        standard = (self._raw(fine, whole) - self.usual[:, 0]) / self.usual[:, 1]
-        return np.asarray((standard[:, 0] + standard[:, 1]) / 2, np.float32)
+    def distances(self, blocks: Sequence[Array], whole: Array) -> list[Array]:
+        """Of images as `pooled` gives them: their own (N,), and their places' (N, H', W') of each scale."""
+        places = [g.distance(_flat(some)).reshape(some.shape[:3]) for some, g in zip(blocks, self.places, strict=True)]
+        return [self.image.distance(whole[:, None])[:, 0], *places]
 
-    def maps(self, fine: Array) -> Array:
-        """(N, MAP, MAP) how far each place is from good parts, in usual deviations, mean over the scales."""
-        total = np.zeros((len(fine), MAP, MAP), np.float32)
-        for level, (side, gaussian) in enumerate(zip(BLOCKS, self.places, strict=True)):
-            blocks = pooled(fine, side)
-            distances = gaussian.distance(_flat(blocks)).reshape(blocks.shape[:3])
-            standard = (distances - self.usual[1 + level, 0]) / self.usual[1 + level, 1]
-            total += np.stack([_spread(one, side, fine.shape[2]) for one in standard])
-        return np.asarray(total / len(BLOCKS), np.float32)
+    def _standard(self, distances: Sequence[Array]) -> tuple[Array, Array]:
+        standard = (highest(distances) - self.usual[:, 0]) / self.usual[:, 1]
+        maps = np.zeros((len(standard), MAP, MAP), np.float32)
+        for side, level, (usual, deviation) in zip(BLOCKS, distances[1:], self.usual[1:], strict=True):
+            maps += np.stack([_spread(one, side) for one in (level - usual) / deviation])
+        return np.asarray((standard[:, 0] + standard[:, 1]) / 2, np.float32), np.asarray(maps / len(BLOCKS), np.float32)
 
     def arrays(self) -> dict[str, Array]:
         """For storage."""
@@ -147,12 +149,22 @@ class GoodParts:
         return cls(gaussian("image"), tuple(gaussian(f"places{i}") for i in range(len(BLOCKS))), stored["usual"])
 
 
+def highest(distances: Sequence[Array]) -> Array:
+    """(N, 1 + len(BLOCKS)): the images' distances, and the mean of the highest tenth of their places' of each scale."""
+    columns = [distances[0]]
+    for level in distances[1:]:
+        ordered = np.sort(level.reshape(len(level), -1), axis=1)
+        columns.append(ordered[:, -max(1, ordered.shape[1] // 10) :].mean(axis=1))
+    return np.stack(columns, axis=1)
+
+
 def _flat(blocks: Array) -> Array:
     return blocks.reshape(len(blocks), -1, blocks.shape[3])
 
 
-def _spread(blocks: Array, side: int, size: int) -> Array:
+def _spread(blocks: Array, side: int) -> Array:
     """Values of blocks on the map's grid: each at its block's middle, linear between, constant beyond."""
+    size = (len(blocks) + 1) * side / 2
     middles = (np.arange(MAP) + 0.5) * size / MAP
     at = ((middles - side / 2) / (side / 2)).astype(np.float32)
     x, y = np.meshgrid(at, at)

@@ -104,8 +104,7 @@ class Inspector:
         """The same for several images, which share the network's batches."""
         seen = features(self.session, images)
         good, facts = self.recipe.good, self.recipe.facts
-        unlike = good.scores(seen["fine"], seen["whole"])
-        places = good.maps(seen["fine"])
+        unlike, places = good.judged(seen["fine"], seen["whole"])
         if self.recipe.regions:
             places += self.recipe.regions.maps(seen)
         scores = combined(unlike, learned_scores(seen), facts.learned_weight, facts.learned_scale)
