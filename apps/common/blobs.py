@@ -6,7 +6,8 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 
 import fsspec
 
@@ -14,6 +15,8 @@ from apps.common.errors import BlobError
 from pipelines import UnavailableError
 
 MAX_BYTES = 8 * 2**30
+RENEWED = timedelta(hours=1)
+"""What is stored again after so long is written again, so that `remove` sees that it is in use."""
 WHOLE = {"s3", "memory"}
 """Stores in which what is written appears at once; in others it gets its name when it is complete."""
 
@@ -34,12 +37,13 @@ class BlobStore:
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
 
     def put(self, content: bytes) -> str:
-        """Store `content` once and return its reference; a half-written blob is never visible. Raises BlobsUnavailableError."""
+        """Store `content` and return its reference; a half-written blob is never visible. Raises BlobsUnavailableError."""
         reference = f"sha256:{hashlib.sha256(content).hexdigest()}"
         path = self._path(reference)
         with self._answering():
-            if self._system.exists(path):
-                return reference
+            with suppress(FileNotFoundError):
+                if datetime.now(UTC) - self._system.modified(path) < RENEWED:
+                    return reference
             if not WHOLE.isdisjoint(self._protocols):
                 self._system.pipe_file(path, content)
                 return reference
@@ -64,6 +68,18 @@ class BlobStore:
         if f"sha256:{hashlib.sha256(content).hexdigest()}" != reference:
             raise BlobError(f"blob {reference} was changed on disk; restore it or send the study again")
         return content
+
+    def remove(self, reference: str, before: datetime) -> bool:
+        """Delete what was last stored `before` a time (with its zone) that is RENEWED ago or longer; False where it was stored since.
+
+        Raises BlobsUnavailableError.
+        """
+        path = self._path(reference)
+        with self._answering(), suppress(FileNotFoundError):
+            if self._system.modified(path) >= before:
+                return False
+            self._system.rm_file(path)
+        return True
 
     @contextmanager
     def _answering(self, *known: type[Exception]) -> Iterator[None]:

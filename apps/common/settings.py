@@ -59,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Calling AE titles that may store, separated by commas; empty allows every one."""
     finance_currencies: str = "EUR"
     """Currencies of `finance.transactions` that are accepted, separated by commas; the models know amounts in one."""
+    industrial_keep_days: float = 0.0
+    """Days after which the station deletes pictures of parts that passed and on which no one decided; 0 keeps them."""
     dicom_quiet_seconds: float = 3.0
     """How long a series must be silent before it counts as complete."""
 

@@ -1,4 +1,4 @@
-"""`triscope industrial`: teach, inspect, evaluate, station, submit, feed, generate, recipes, train, ui."""
+"""`triscope industrial`: teach, inspect, evaluate, station, feed, tidy, generate, recipes, train, ui."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def station() -> None:
     settings = load_settings().settings
     with reporting(settings, REPORTS), stop_on_signals() as stop:
         service, log = open_industrial(settings)
-        run_worker(service, log, stop, unfinished=settings.home_path / "unfinished")
+        run_worker(service, log, stop, unfinished=settings.home_path / "unfinished", keep_days=settings.industrial_keep_days)
         service.close()
         log.close()
 
@@ -285,6 +285,23 @@ def feed(
         raise failures[0]
     console.print(f"{sent} frames sent, {buffer.dropped} dropped")
     write_json({"sent": sent, "dropped": buffer.dropped}, json)
+
+
+@app.command()
+def tidy(
+    older_than: Annotated[float, typer.Option("--older-than", metavar="DAYS", help="Age from which on pictures are deleted.")],
+    json: Json = None,
+) -> None:
+    """Delete pictures of parts that passed long ago and on which no one decided. Verdicts stay."""
+    from apps.industrial.bootstrap import open_industrial
+
+    service, log = open_industrial(load_settings().settings)
+    with stop_on_signals() as stop:
+        deleted = service.tidy(older_than, stop)
+    service.close()
+    log.close()
+    answers(json).print(f"{deleted} pictures deleted")
+    write_json({"deleted": deleted}, json)
 
 
 @app.command()

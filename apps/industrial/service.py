@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prometheus_client import Counter, Histogram
@@ -38,8 +39,17 @@ inspection_seconds = Histogram(
     buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2),
 )
 SOURCE = "triscope/industrial"
+LEAST_DAYS, MOST_DAYS = 0.1, 36_500.0
+"""Pictures are kept so long at least: those that were just sent may be on their way to the worker."""
 LOADED_RECIPES = 8
 """Recipes that are kept ready, so that the line changes over at once."""
+
+
+def checked_days(days: float) -> float:
+    """`days`, where pictures may be deleted after so many. Raises InputError."""
+    if not LEAST_DAYS <= days <= MOST_DAYS:
+        raise InputError(f"pictures of parts that passed can't be deleted after {days:g} days; expected {LEAST_DAYS:g} to {MOST_DAYS:g}")
+    return days
 
 
 class IndustrialService:
@@ -185,6 +195,23 @@ class IndustrialService:
             elif part.judged == DEFECT:
                 bad.append(Sample(path, part.verdict.kind or "defect"))
         return good, bad
+
+    def tidy(self, days: float, stop: threading.Event | None = None) -> int:
+        """Delete pictures of parts that passed more than `days` ago; how many were deleted, up to `stop`.
+
+        Verdicts stay, and so do pictures of other parts, of those that the operator decided on, and what was sent again since. Raises
+        InputError, UnavailableError.
+        """
+        before, deleted = datetime.now(UTC) - timedelta(days=checked_days(days)), 0
+        for references in self.store.passed_pictures(before.isoformat(timespec="milliseconds")):
+            if stop is not None and stop.is_set():
+                break
+            gone = [reference for reference in references if self.blobs.remove(reference, before)]
+            self.store.forget_pictures(gone)
+            deleted += len(gone)
+        if deleted:
+            logger.info("pictures deleted", extra={"pictures": deleted, "days": days})
+        return deleted
 
     def picture(self, part: Part) -> bytes:
         """The part with its defect map, or the frame as it was taken where it passed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -29,7 +29,12 @@ verdicts = sa.Table(
     sa.Column("judged_by", sa.String(200), nullable=False),
     sa.Column("note", sa.Text, nullable=False),
     sa.Column("trace_id", sa.String(32), nullable=False),
+    sa.Column("blob", sa.String(80), nullable=False, index=True),
 )
+"""`blob`: of the frame, or empty where its picture is not kept any more."""
+THERE = verdicts.c.blob != sa.literal_column("''")
+"""Written out: an index of some rows serves a query that says the same."""
+sa.Index("ix_industrial_verdicts_pictures", verdicts.c.event_time, verdicts.c.sequence, sqlite_where=THERE, postgresql_where=THERE)
 GOOD, DEFECT = "good", "defect"
 UNDECIDED = (verdicts.c.verdict != "pass") & (verdicts.c.judged == "")
 
@@ -59,7 +64,7 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 def _part(row: Any) -> Part:
-    message = msgspec.json.decode(row.detail, type=VerdictMessage)
+    message = msgspec.structs.replace(msgspec.json.decode(row.detail, type=VerdictMessage), blob=row.blob)
     return Part(row.sequence, message, row.judged, row.judged_by, row.note, row.trace_id)
 
 
@@ -84,6 +89,7 @@ class IndustrialStore:
             "judged_by": "",
             "note": "",
             "trace_id": trace_id(TRACEPARENT.get()),
+            "blob": verdict.blob,
         }
         try:
             with self._engine.begin() as connection:
@@ -120,6 +126,30 @@ class IndustrialStore:
     def _parts(self, query: sa.Select[Any]) -> list[Part]:
         with self._engine.connect() as connection:
             return [_part(row) for row in connection.execute(query)]
+
+    def passed_pictures(self, before: str, limit: int = 500) -> Iterator[list[str]]:
+        """References of the pictures of parts that passed `before` a time (RFC 3339, UTC), on which no one decided and which no other part
+        shares, oldest first, up to `limit` at once."""
+        spare = (verdicts.c.verdict == "pass") & (verdicts.c.judged == "") & (verdicts.c.event_time < before)
+        place = sa.tuple_(verdicts.c.event_time, verdicts.c.sequence)
+        columns = (verdicts.c.event_time, verdicts.c.sequence, verdicts.c.blob, verdicts.c.verdict, verdicts.c.judged)
+        query = sa.select(*columns).where((verdicts.c.event_time < before) & THERE).order_by(*columns[:2]).limit(limit)
+        last = ("", 0)
+        while True:
+            with self._engine.connect() as connection:
+                rows = connection.execute(query.where(place > last)).all()
+                if not rows:
+                    return
+                last = (rows[-1].event_time, rows[-1].sequence)
+                found = {row.blob for row in rows if row.verdict == "pass" and not row.judged}
+                shared = connection.execute(sa.select(verdicts.c.blob).where(verdicts.c.blob.in_(found) & ~spare)).scalars()
+                found -= set(shared)
+            yield sorted(found)
+
+    def forget_pictures(self, references: Sequence[str]) -> int:
+        """Say of parts with these pictures that they have none any more; how many there were."""
+        with self._engine.begin() as connection:
+            return int(connection.execute(verdicts.update().where(verdicts.c.blob.in_(references)).values(blob="")).rowcount)
 
     def judge(self, frame_id: str, judged: str, actor: str, note: str = "") -> None:
         """The operator's decision on a part, with the audit log. Raises InputError for an unknown frame or word."""

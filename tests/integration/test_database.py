@@ -77,6 +77,55 @@ def test_every_step_up_and_the_tables_are_those_of_the_code(url: str) -> None:
     engine.dispose()
 
 
+def test_verdicts_of_the_previous_version_keep_their_pictures(url: str, settings: Settings) -> None:
+    engine, blob = sa.create_engine(url), "sha256:" + "a" * 64
+    message = VerdictMessage("f1", "2026-01-01T00:00:00Z", "s", "plate", "pass", 0.5, [], blob=blob)
+    row = dict.fromkeys(("lot", "judged", "judged_by", "note", "trace_id"), "")
+    row |= {name: getattr(message, name) for name in ("frame_id", "event_time", "station", "recipe", "verdict", "score")}
+    with engine.begin() as connection:
+        made = config()
+        made.attributes["connection"] = connection
+        command.upgrade(made, "0004")
+        old = sa.MetaData()
+        old.reflect(connection)
+        insert = old.tables["industrial_verdicts"].insert()
+        connection.execute(insert.values(row | {"detail": msgspec.json.encode(message)}))
+        connection.execute(insert.values(row | {"detail": b"{}", "frame_id": "f0"}))
+    engine.dispose()
+    service, log = open_industrial(msgspec.structs.replace(settings, database_url=url))
+    found = service.store.find("f1")
+    assert found is not None
+    assert found.verdict == message
+    assert list(service.store.passed_pictures("2026-01-02T00:00:00Z")) == [[blob]]
+    service.store._engine.dispose()
+    service.close()
+    log.close()
+
+
+def test_pictures_that_nothing_needs_any_more(url: str, settings: Settings) -> None:
+    service, log = open_industrial(msgspec.structs.replace(settings, database_url=url))
+    store = service.store
+    for number, (verdict, day) in enumerate([("pass", 1), ("pass", 1), ("pass", 2), ("fail", 1), ("review", 1), ("pass", 9), ("pass", 2)]):
+        blob = f"sha256:{0 if number == 6 else number:064d}"  # the last part shares the first one's picture
+        store.add(VerdictMessage(f"f{number}", f"2026-01-0{day}T00:00:00Z", "s", "plate", verdict, 0.0, [], blob=blob))
+    store.judge("f1", "good", "operator")
+
+    def spare(before: str, limit: int) -> list[int]:
+        return [int(blob[7:]) for blobs in store.passed_pictures(before, limit) for blob in blobs]
+
+    for limit in (1, 2, 500):
+        assert sorted(set(spare("2026-01-05T00:00:00Z", limit))) == [0, 2]
+        assert spare("2026-01-02T00:00:00Z", limit) == [], "the first is the seventh's, too"
+    assert store.forget_pictures([f"sha256:{0:064d}"]) == 2
+    assert spare("2026-01-05T00:00:00Z", 500) == [2]
+    part = store.find("f6")
+    assert part is not None
+    assert (part.verdict.blob, part.verdict.verdict) == ("", "pass")
+    store._engine.dispose()
+    service.close()
+    log.close()
+
+
 def test_the_industrial_store(url: str, settings: Settings) -> None:
     service, log = open_industrial(msgspec.structs.replace(settings, database_url=url))
     for number in range(60):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fsspec
@@ -44,6 +45,19 @@ def test_blobs_in_a_bucket(objects: ObjectStore) -> None:
     with pytest.raises(BlobError, match="no blob") as missing:
         store.get("sha256:" + "0" * 64)
     assert not isinstance(missing.value, BlobsUnavailableError)
+
+
+def test_blobs_in_a_bucket_are_removed_where_they_are_old(objects: ObjectStore) -> None:
+    store = BlobStore(URL)
+    reference, now = store.put(b"content"), datetime.now(UTC)
+    assert not store.remove(reference, now - timedelta(hours=2))
+    assert store.get(reference) == b"content"
+    assert store.remove(reference, now + timedelta(hours=2))
+    with pytest.raises(BlobError, match="no blob"):
+        store.get(reference)
+    assert store.remove(reference, now), "it is gone"
+    assert store.put(b"content") == reference
+    assert store.get(reference) == b"content"
 
 
 def test_no_bucket_is_made(objects: ObjectStore) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +27,49 @@ from apps.industrial.inspection.recipe import Recipe
 from apps.industrial.learning import held_back
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.service import IndustrialService
+from apps.industrial.store import Part
 from apps.industrial.synthesis.textures import good_part
 from apps.industrial.teaching import advice, learned_weight
 from apps.industrial.worker import run_worker
 from pipelines import PermanentError
+
+
+def test_pictures_of_parts_that_passed_are_deleted_after_their_days(settings: Settings, tmp_path: Path) -> None:
+    write_dataset(tmp_path, "cast", good=20, each=1)
+    service, log = open_industrial(settings)
+    good = good_samples(tmp_path / "train" / "good")
+    service.teach("cast", good)
+    pictures = [sample.path.read_bytes() for sample in good[:4]]
+    sent = [service.submit(picture, "cast", event_time="2026-01-01T00:00:00Z") for picture in pictures]
+    service.submit(pictures[0], "cast")
+    run_worker(service, log, threading.Event(), until_idle=True)
+
+    def parts() -> list[Part]:
+        return [part for frame in sent if (part := service.store.find(frame)) is not None]
+
+    assert [part.verdict.verdict for part in parts()] == ["pass"] * 4
+    files = [Path(service.blobs._path(part.verdict.blob)) for part in parts()]
+    service.judge(sent[3], "good", "operator")
+    assert service.tidy(30) == 0, "they were stored just now, whatever their time says"
+    for file in files:
+        os.utime(file, (0, 0))
+    service.submit(pictures[1], "cast")
+    with pytest.raises(InputError, match=r"0\.1 to 36500"):
+        run_worker(service, log, threading.Event(), until_idle=True, keep_days=0.01)
+    stop = threading.Event()
+    worker = threading.Thread(target=lambda: run_worker(service, log, stop, keep_days=30))
+    worker.start()
+    deadline = time.monotonic() + 60
+    while files[2].exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    worker.join()
+    assert [file.exists() for file in files] == [True, True, False, True], "shared, sent again, not needed, looked at"
+    assert [part.verdict.blob != "" for part in parts()] == [True, True, False, True]
+    assert service.tidy(30) == 0
+    assert len(service.learned_from_line("cast", tmp_path)[0]) == 1
+    service.close()
+    log.close()
 
 
 def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Path) -> None:

@@ -152,8 +152,11 @@ def show(part: Part, *, small: bool = False) -> None:
     """A part's picture, or why there is none."""
     width: Literal["stretch"] | int = "stretch" if small else LARGE
     reference = part.verdict.overlay or part.verdict.blob
+    caption = f"{part.verdict.verdict} {plain(part.verdict.serial)}" if small else None
+    if not reference:
+        st.caption(f"{caption or part.verdict.verdict}: its picture is not kept any more")
+        return
     try:
-        caption = f"{part.verdict.verdict} {plain(part.verdict.serial)}" if small else None
         st.image(picture(part.verdict.frame_id, reference), caption=caption, width=width)
     except BlobError as error:
         st.error(plain(error))
