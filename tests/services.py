@@ -26,7 +26,8 @@ def free_port() -> int:
 
 class KafkaBroker:
     """One KRaft node from an unpacked Apache Kafka distribution. With `users` (passwords by name) clients come through SASL (PLAIN or
-    SCRAM-SHA-512) over TLS, and `folder / "ca.pem"` says who signed its certificate."""
+    SCRAM-SHA-512) over TLS, and `folder / "ca.pem"` says who signed its certificate; at `with_certificate` it takes clients with one of the
+    same authority, as `client.pem` and `client.key`."""
 
     def __init__(self, home: Path, folder: Path, users: Mapping[str, str] | None = None) -> None:
         self._home, self._folder = home, folder
@@ -42,7 +43,8 @@ class KafkaBroker:
             "offsets.topic.num.partitions": "4",
         }
         if users is not None:
-            own |= _secured(folder, own["listeners"], users)
+            self.with_certificate = f"127.0.0.1:{free_port()}"
+            own |= _secured(folder, own["listeners"], self.with_certificate, users)
         kept = [line for line in lines if line.split("=")[0].strip() not in own]
         self._scram = [
             part for name, password in (users or {}).items() for part in ("--add-scram", f"SCRAM-SHA-512=[name={name},password={password}]")
@@ -119,7 +121,7 @@ class ObjectStore:
         self.stop()
 
 
-def _secured(folder: Path, listeners: str, users: Mapping[str, str]) -> dict[str, str]:
+def _secured(folder: Path, listeners: str, with_certificate: str, users: Mapping[str, str]) -> dict[str, str]:
     """Settings of a broker that takes `users` over TLS, with a certificate of an authority of its own in `folder`."""
 
     def openssl(*arguments: str) -> None:
@@ -131,14 +133,17 @@ def _secured(folder: Path, listeners: str, users: Mapping[str, str]) -> dict[str
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
     signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
     openssl("x509", "-req", "-in", "broker.csr", *signed, "-out", "broker.pem")
+    openssl("req", *new, "-keyout", "client.key", "-out", "client.csr", "-subj", "/CN=bank")
+    openssl("x509", "-req", "-in", "client.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2", "-out", "client.pem")
     (folder / "store.pem").write_text((folder / "broker.key").read_text() + (folder / "broker.pem").read_text())
     modules, known = "org.apache.kafka.common.security", {"broker": "between brokers", **users}
     accounts = " ".join(f'user_{name}="{password}"' for name, password in known.items())
-    named = listeners.replace("PLAINTEXT://", "CLIENTS://")
+    named = f"{listeners.replace('PLAINTEXT://', 'CLIENTS://')},CERTIFICATES://{with_certificate}"
     return {
         "listeners": named,
         "advertised.listeners": named,
-        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,CLIENTS:SASL_SSL",
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,CLIENTS:SASL_SSL,CERTIFICATES:SSL",
+        "listener.name.certificates.ssl.client.auth": "required",
         "inter.broker.listener.name": "CLIENTS",
         "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
         "sasl.mechanism.inter.broker.protocol": "PLAIN",

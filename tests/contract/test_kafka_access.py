@@ -50,17 +50,20 @@ def test_an_address_that_is_none_says_why_without_the_password(address: str, wor
 
 
 @pytest.fixture
-def secured(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """Address and authority of a broker that takes the user `bank` over TLS."""
+def secured(tmp_path: Path) -> Iterator[tuple[KafkaBroker, Path]]:
+    """A broker that takes the user `bank`, or a certificate, over TLS, and its authority."""
     home = os.environ.get("KAFKA_HOME")
     if not home:
         absent("KAFKA_HOME is not set: no real Kafka that asks for a user")
     with KafkaBroker(Path(str(home)), tmp_path, {"bank": PASSWORD}) as broker:
-        yield broker.address, tmp_path / "ca.pem"
+        yield broker, tmp_path / "ca.pem"
 
 
-def test_a_broker_that_asks_for_a_user_over_tls(secured: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    address, ca = secured
+def test_a_broker_that_asks_for_a_user_or_a_certificate_over_tls(
+    secured: tuple[KafkaBroker, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, ca = secured
+    address = broker.address
     log = open_log(f"kafka://bank:{quote(PASSWORD, '')}@{address}?cafile={ca}")
     log.create_topic("t", 1)
     log.produce("t", b"x", key="k")
@@ -74,8 +77,18 @@ def test_a_broker_that_asks_for_a_user_over_tls(secured: tuple[str, Path], monke
     scram = open_log(f"kafka://bank:{quote(PASSWORD, '')}@{address}?mechanism=SCRAM-SHA-512&cafile={ca}")
     assert "t" in scram.topics()
     scram.close()
+    own = f"{broker.with_certificate}?cafile={ca}&certfile={ca.parent / 'client.pem'}&keyfile={ca.parent / 'client.key'}"
+    certified = open_log(f"kafka://{own}")
+    certified.produce("t", b"y")
+    assert certified.lag("g", "t") == {0: 1}
+    certified.close()
     monkeypatch.setitem(transport.PATIENCE, "bootstrap_timeout_ms", 3000)
-    for other in (f"bank:wrong@{address}?cafile={ca}", f"bank:{quote(PASSWORD, '')}@{address}", address):
+    for other in (
+        f"{broker.with_certificate}?cafile={ca}",
+        f"bank:wrong@{address}?cafile={ca}",
+        f"bank:{quote(PASSWORD, '')}@{address}",
+        address,
+    ):
         with pytest.raises(LogUnavailableError, match=r"takes no client.*check the address's user, password") as error:
             open_log(f"kafka://{other}")
         assert "wrong" not in str(error.value)
