@@ -34,11 +34,8 @@ def pooled(features: Array) -> tuple[Array, ...]:
 
 def _of_four(cells: Array, step: int) -> Array:
     """Means of 2 x 2 cells, `step` apart: (N, H, W, C) -> (N, H', W', C)."""
-    height, width = cells.shape[1] // 2 * 2, cells.shape[2] // 2 * 2
-    if step == 1:
-        height, width = cells.shape[1:3]
-    rows = cells[:, : height - 1 : step] + cells[:, 1:height:step]
-    return np.asarray((rows[:, :, : width - 1 : step] + rows[:, :, 1:width:step]) / 4, np.float32)
+    rows = cells[:, :-1:step] + cells[:, 1::step]
+    return np.asarray((rows[:, :, :-1:step] + rows[:, :, 1::step]) / 4, np.float32)
 
 
 @dataclass(frozen=True)
