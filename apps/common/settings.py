@@ -29,7 +29,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     home: str = ""
     """Everything that a default installation writes."""
     log_url: str = ""
-    """`embedded:///DIR` or `kafka://[USER:PASSWORD@]HOST:PORT[,...][?cafile=FILE...]` (`docs/how-to/deploy.md`)."""
+    """`embedded:///DIR[?keep_days=DAYS]` or `kafka://[USER:PASSWORD@]HOST:PORT[,...][?cafile=FILE...]` (`docs/how-to/deploy.md`)."""
     database_url: str = ""
     """An SQLAlchemy address: `sqlite:///FILE` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`."""
     blob_url: str = ""

@@ -7,6 +7,7 @@ members. A lease lapses when its holder misses its heartbeats, or at once when i
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sqlite3
@@ -24,10 +25,13 @@ import psutil
 
 from pipelines.errors import ConsumerFencedError, LogUnavailableError, UnknownTopicError
 from pipelines.patience import away
+from pipelines.topics import DEAD_LETTER_SUFFIX
 from pipelines.transport.base import Outgoing, Record
 
 FILE = "log.sqlite"
 SESSION_SECONDS, HEARTBEAT_SECONDS, POLL_SECONDS = 10.0, 2.0, 0.02
+TRIM_SECONDS, TRIMMED, MOST_TRIMS = 60.0, 2000, 10
+"""How often a process that appends looks for old records, how many it deletes in one transaction, and in how many of them."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS topics (name TEXT PRIMARY KEY, partitions INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS records (
@@ -65,10 +69,15 @@ def _gone(process: str) -> bool:
 
 
 class EmbeddedLog:
-    """A log in `folder`. `fsync`: "always" (each append survives a power cut) or "os" (survives a crash)."""
+    """A log in `folder`. `fsync`: "always" (each append survives a power cut) or "os" (survives a crash).
 
-    def __init__(self, folder: Path, *, fsync: str = "always") -> None:
-        self._file, self._fsync = folder / FILE, fsync
+    `keep_days`: records are deleted after so many days, once every group that ever committed in their topic, or reads it, has committed
+    them; dead letters stay. Without, all do.
+    """
+
+    def __init__(self, folder: Path, *, fsync: str = "always", keep_days: float | None = None) -> None:
+        self._file, self._fsync, self._keep_days = folder / FILE, fsync, keep_days
+        self._trim_at = time.monotonic() + TRIM_SECONDS
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
         self._lock = threading.Lock()
@@ -172,7 +181,40 @@ class EmbeddedLog:
                 rows.append((topic, partition, ends[partition], record.key, bytes(record.value), packed, now))
                 ends[partition] += 1
             db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        if self._keep_days is not None and time.monotonic() >= self._trim_at:
+            self._trim_at = time.monotonic() + TRIM_SECONDS
+            with suppress(LogUnavailableError):
+                self.trim(self._keep_days)
         return rows[-1][1], rows[-1][2]
+
+    def trim(self, days: float) -> int:
+        """Delete records that are older than `days`, as `keep_days` has it, up to MOST_TRIMS times TRIMMED; how many.
+
+        The last of a partition stays: it says where the next one stands.
+        """
+        old, left, deleted = time.time() - 86_400 * days, MOST_TRIMS, 0
+        for topic, count in self.topics().items():
+            for partition in range(0 if topic.endswith(DEAD_LETTER_SUFFIX) else count):
+                more = True
+                while more and left:
+                    number = self._trimmed(topic, partition, old)
+                    left, deleted, more = left - (number > 0), deleted + number, number == TRIMMED
+        return deleted
+
+    def _trimmed(self, topic: str, partition: int, old: float) -> int:
+        part = (topic, partition)
+        with self.transaction() as db:
+            groups = {group for (group,) in db.execute("SELECT DISTINCT grp FROM offsets WHERE topic = ?", (topic,))}
+            members = db.execute("SELECT grp, topics FROM members").fetchall()
+            groups |= {group for group, packed in members if topic in msgspec.msgpack.decode(packed)}
+            done = dict(db.execute("SELECT grp, pos FROM offsets WHERE topic = ? AND part = ?", part).fetchall())
+            (last,) = db.execute("SELECT MAX(pos) FROM records WHERE topic = ? AND part = ?", part).fetchone()
+            end = min([last or 0, *(done.get(group, 0) for group in groups)])
+            query = "SELECT pos, time FROM records WHERE topic = ? AND part = ? AND pos < ? ORDER BY pos LIMIT ?"
+            rows = [pos for pos, at in itertools.takewhile(lambda row: row[1] < old, db.execute(query, (*part, end, TRIMMED)))]
+            if rows:
+                db.execute("DELETE FROM records WHERE topic = ? AND part = ? AND pos <= ?", (*part, rows[-1]))
+        return len(rows)
 
     def consumer(self, group: str, topics: Sequence[str]) -> EmbeddedConsumer:
         for topic in topics:
@@ -277,7 +319,7 @@ class EmbeddedConsumer:
                 if at is None:
                     at = self._log.committed(self._group, *part)
                 records = self._log.read(part, at, max(1, (max_records - len(found)) // parts))
-                self._position[part] = at + len(records)
+                self._position[part] = records[-1].offset + 1 if records else at
                 found += records
                 if len(found) >= max_records:
                     break

@@ -256,7 +256,9 @@ def test_an_empty_topic_gives_nothing(log: Log, topic: str) -> None:
     consumer.close()
 
 
-@pytest.mark.parametrize("url", ["embedded://", "http://x", "embedded:///x?fsync=never"])
+@pytest.mark.parametrize(
+    "url", ["embedded://", "http://x", "embedded:///x?fsync=never", "embedded:///x?keep_days=week", "embedded:///x?keep=7"]
+)
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(LogUnavailableError, match="expected embedded:///DIR"):
         open_log(url)

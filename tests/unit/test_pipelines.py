@@ -19,7 +19,7 @@ from pipelines.dead_letter import ATTEMPTS, ERROR, PLACE
 from pipelines.messages import TRACEPARENT, child_traceparent, new_traceparent, trace_id
 from pipelines.patience import patiently
 from pipelines.processor import Interrupted
-from pipelines.transport.base import Record
+from pipelines.transport.base import Outgoing, Record
 from pipelines.transport.embedded import EmbeddedLog
 from pipelines.transport.memory import MemoryLog
 
@@ -371,6 +371,45 @@ def test_threads_that_come_and_go_leave_no_files_of_the_embedded_log_open(tmp_pa
         thread.join()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
     assert log.topics() == {"t": 1}
+    log.close()
+
+
+def test_the_embedded_log_lets_go_of_what_every_group_has_done_after_its_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EmbeddedLog(tmp_path, keep_days=7)
+    for topic in ("read", "unread", "read.dlq"):
+        log.create_topic(topic, 1)
+        log.produce_many(topic, [Outgoing(bytes([number])) for number in range(10)])
+    offsets = {"quick": 9, "slow": 4}
+    for group, count in offsets.items():
+        consumer = log.consumer(group, ["read"])
+        consumer.commit(consumer.poll(1.0)[count - 1])
+        consumer.close()
+    assert log.trim(7) == 0, "they are new"
+    with log.transaction() as db:
+        db.execute("UPDATE records SET time = time - 8 * 86400 WHERE pos != 7")
+
+    def kept() -> dict[str, list[int]]:
+        return {topic: [record.offset for record in log.read((topic, 0), 0, 100)] for topic in log.topics()}
+
+    monkeypatch.setattr("pipelines.transport.embedded.TRIMMED", 3)
+    log._trim_at = 0.0
+    assert log.produce("read", b"next") == (0, 10), "old records are let go of as new ones come"
+    assert kept() == {"read": [4, 5, 6, 7, 8, 9, 10], "unread": [7, 8, 9], "read.dlq": list(range(10))}
+    assert log.lag("slow", "read") == {0: 7}
+    consumer = log.consumer("new", ["read"])
+    consumer.poll(0.0, 1)
+    consumer.seek("read", 0, 2)
+    assert [record.offset for record in consumer.poll(1.0)] == [4, 5, 6, 7, 8, 9, 10]
+    assert sum(consumer.behind().values()) == 0
+    with log.transaction() as db:
+        db.execute("UPDATE records SET time = 0")
+        db.execute("UPDATE offsets SET pos = 11")
+    assert log.trim(7) == 2, "a group that has committed nothing reads; the last of a partition stays"
+    assert kept() == {"read": [4, 5, 6, 7, 8, 9, 10], "unread": [9], "read.dlq": list(range(10))}
+    consumer.close()
+    assert log.trim(7) == 6
+    assert kept()["read"] == [10]
+    assert log.produce("unread", b"x") == (0, 10)
     log.close()
 
 
