@@ -377,6 +377,28 @@ def test_uploads_listen_where_they_are_told_to(free_port: int) -> None:
         source_named(f"http:203.0.113.7:{free_port}")
 
 
+def test_uploads_that_are_many_or_slow_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.acquisition.upload.MOST_HELD", 100_000)
+    monkeypatch.setattr("apps.industrial.acquisition.upload.LONGEST_SECONDS", 3.0)
+    source = UploadSource(0)
+    with Collected(source) as seen:
+        eventually(answers(source.port))
+        clients = [socket.create_connection(("127.0.0.1", source.port), timeout=20) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"POST /frames HTTP/1.1\r\nHost: station\r\nContent-Length: 90000\r\n\r\n" + b"x" * 45_000)
+            time.sleep(0.2)
+        refused = clients.pop().recv(1000)
+        assert refused.startswith(b"HTTP/1.1 503"), refused
+        assert source._held == 90_000
+        for client in clients:
+            assert client.recv(1000).startswith(b"HTTP/1.1 408"), "the rest did not come in time"
+            client.close()
+        assert source._held == 0
+        large = b"x" * 300_000
+        assert post(source.port, large) == (202, {"serial": "", "bytes": len(large)}), "one alone is taken"
+        eventually(lambda: len(seen.frames) == 1)
+
+
 def test_uploads_beyond_the_queue_are_asked_to_come_again() -> None:
     source = UploadSource(0)
     frames = source.frames(stop := threading.Event())

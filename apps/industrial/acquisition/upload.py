@@ -22,6 +22,10 @@ from pipelines.messages import now_rfc3339
 
 logger = logging.getLogger(__name__)
 MAX_UPLOAD_BYTES = 64 * 2**20
+MOST_HELD = 4 * MAX_UPLOAD_BYTES
+"""Bytes of all pictures that are being received; one alone is always taken."""
+LONGEST_SECONDS = 60.0
+"""How long a picture may take to arrive."""
 WAITING = 8
 LOOPBACK = "127.0.0.1"
 LONGEST_SERIAL = 200
@@ -30,13 +34,14 @@ LONGEST_SERIAL = 200
 class UploadSource:
     """`POST /frames?serial=NAME` (or PUT) with the picture as the body, at `address`:`port`; `GET /health`.
 
-    202: the frame is on its way. 400: no body, or a serial number of more than 200 characters. 413: more than
-    `MAX_UPLOAD_BYTES`. 415: a form. 503 with Retry-After: WAITING frames wait already, or the station stops: send it again; nothing
-    was taken.
+    202: the frame is on its way. 400: no body, or a serial number of more than 200 characters. 408: it did not arrive within
+    LONGEST_SECONDS. 413: more than `MAX_UPLOAD_BYTES`. 415: a form. 503 with Retry-After: WAITING frames wait already, too many are being
+    sent at once, or the station stops: send it again; nothing was taken.
     """
 
     def __init__(self, port: int, address: str = LOOPBACK) -> None:
         self._waiting: queue.Queue[Frame] = queue.Queue(WAITING)
+        self._held = 0
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -80,20 +85,34 @@ class UploadSource:
             return JSONResponse({"error": error}, 415)
         content = bytearray()
         try:
-            async for piece in request.stream():
-                content += piece
-                if len(content) > MAX_UPLOAD_BYTES:
-                    return JSONResponse({"error": f"the picture has more than {MAX_UPLOAD_BYTES} bytes; send a smaller one"}, 413)
+            async with asyncio.timeout(LONGEST_SECONDS):
+                async for piece in request.stream():
+                    content += piece
+                    self._held += len(piece)
+                    if len(content) > MAX_UPLOAD_BYTES:
+                        return JSONResponse({"error": f"the picture has more than {MAX_UPLOAD_BYTES} bytes; send a smaller one"}, 413)
+                    if self._held > max(MOST_HELD, len(content)):
+                        return _again("too many pictures are being sent at once")
+        except TimeoutError:
+            logger.warning("a picture did not arrive in time; nothing was taken", extra={"serial": serial, "bytes": len(content)})
+            return JSONResponse(
+                {"error": f"the picture did not arrive within {LONGEST_SECONDS:g} s; nothing was taken, send it again"}, 408
+            )
         except ClientDisconnect:
             logger.warning("a client went away within a picture; nothing was taken", extra={"serial": serial, "bytes": len(content)})
             return JSONResponse({"error": "the connection ended within the picture"}, 400)
         except asyncio.CancelledError:
-            return JSONResponse({"error": "the station stops; nothing was taken, send it again"}, 503, headers={"Retry-After": "1"})
+            return _again("the station stops")
+        finally:
+            self._held -= len(content)
         if not content:
             return JSONResponse({"error": "the request has no body; expected the bytes of a picture (PNG, JPEG, ...)"}, 400)
         try:
             self._waiting.put_nowait(Frame(bytes(content), now_rfc3339(), serial))
         except queue.Full:
-            error = f"{WAITING} frames wait already; nothing was taken, send it again"
-            return JSONResponse({"error": error}, 503, headers={"Retry-After": "1"})
+            return _again(f"{WAITING} frames wait already")
         return JSONResponse({"serial": serial, "bytes": len(content)}, 202)
+
+
+def _again(why: str) -> JSONResponse:
+    return JSONResponse({"error": f"{why}; nothing was taken, send it again"}, 503, headers={"Retry-After": "1"})
