@@ -296,8 +296,7 @@ def tidy(
     from apps.industrial.bootstrap import open_industrial
 
     service, log = open_industrial(load_settings().settings)
-    with stop_on_signals() as stop:
-        deleted = service.tidy(older_than, stop)
+    deleted = service.tidy(older_than)
     service.close()
     log.close()
     answers(json).print(f"{deleted} pictures deleted")

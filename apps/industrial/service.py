@@ -39,6 +39,8 @@ inspection_seconds = Histogram(
     buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2),
 )
 SOURCE = "triscope/industrial"
+MOST_STATIONS, OTHERS = 200, "others"
+"""Stations that a worker's metrics tell apart: a camera that sends its serial number as the station must not fill Prometheus."""
 LEAST_DAYS, MOST_DAYS = 0.1, 36_500.0
 """Pictures are kept so long at least: those that were just sent may be on their way to the worker."""
 LOADED_RECIPES = 8
@@ -63,6 +65,7 @@ class IndustrialService:
         self._shared: rt.Session | None = None
         self._inspectors: OrderedDict[str, tuple[str, Inspector]] = OrderedDict()
         self._lock = threading.Lock()
+        self._stations: set[str] = set()
 
     def inspector(self, name: str) -> Inspector:
         """The recipe ready to judge; a recipe that was taught again is loaded again. Raises RecipeNotFoundError."""
@@ -164,12 +167,17 @@ class IndustrialService:
             milliseconds = 1e3 * (time.perf_counter() - begin)
             verdict = _message(frame, result, drawn, inspector.session.model.name, milliseconds)
             if self.store.add(verdict):
-                judged_total.labels(frame.recipe, frame.station, verdict.verdict).inc()
+                judged_total.labels(frame.recipe, self._counted_as(frame.station), verdict.verdict).inc()
                 inspection_seconds.labels(frame.recipe).observe(milliseconds / 1e3)
         else:
             verdict = known.verdict
         VERDICTS.send(self._log, verdict, SOURCE, traceparent)
         return self.store.find(frame.frame_id)
+
+    def _counted_as(self, station: str) -> str:
+        if len(self._stations) < MOST_STATIONS:
+            self._stations.add(station)
+        return station if station in self._stations else OTHERS
 
     def judge(self, frame_id: str, judged: str, actor: str, note: str = "") -> None:
         """The operator confirms or overrules a verdict. Overruled parts join the recipe's next teaching."""

@@ -72,6 +72,14 @@ def test_pictures_of_parts_that_passed_are_deleted_after_their_days(settings: Se
     log.close()
 
 
+def test_metrics_tell_only_so_many_stations_apart(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.industrial.service.MOST_STATIONS", 2)
+    service, log = open_industrial(settings)
+    assert [service._counted_as(name) for name in ("a", "b", "c", "a", "d", "b")] == ["a", "b", "others", "a", "others", "b"]
+    service.close()
+    log.close()
+
+
 def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Path) -> None:
     write_dataset(tmp_path, "cast", good=30, each=2)
     service, log = open_industrial(settings)
