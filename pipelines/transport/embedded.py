@@ -72,7 +72,7 @@ class EmbeddedLog:
     """A log in `folder`. `fsync`: "always" (each append survives a power cut) or "os" (survives a crash).
 
     `keep_days`: records are deleted after so many days, once every group that ever committed in their topic, or reads it, has committed
-    them; dead letters stay. Without, all do.
+    them; of a topic that none ever read, by their age alone. Dead letters stay. Without `keep_days` everything does.
     """
 
     def __init__(self, folder: Path, *, fsync: str = "always", keep_days: float | None = None) -> None:

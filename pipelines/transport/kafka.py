@@ -26,7 +26,7 @@ PATIENCE: dict[str, Any] = {"reconnect_backoff_max_ms": 1000}
 """A broker that comes back is found within a second (kafka-python's own: up to 30)."""
 LONGEST_MS = 3_600_000
 """A record may be handled for so long: a member that does not poll within it loses its partitions, and the record comes again elsewhere
-(kafka-python's own: five minutes, which a large study on few cores takes). A process that has ended is missed after ten seconds."""
+(kafka-python's own: five minutes for all that one poll gave). A process that has ended is missed after ten seconds."""
 FENCED = (kafka_errors.CommitFailedError, kafka_errors.IllegalGenerationError, kafka_errors.UnknownMemberIdError)
 REFUSED = (kafka_errors.AuthorizationError, kafka_errors.SaslAuthenticationFailedError, kafka_errors.InvalidTopicError)
 
