@@ -12,6 +12,8 @@ SIZE = 256
 MAP, FINE_SIDE, COARSE_SIDE = SIZE // 4, SIZE // 8, SIZE // 16
 FINE, COARSE, EMBEDDING = 48, 96, 576 * 3
 WHOLE = 2 * COARSE
+PEAK = 5
+"""Cells of the learned map whose mean stands for its peak."""
 BRIGHTNESS, CONTRAST, FLAT = 110.0, 40.0, 8.0
 """Mean and deviation of the grey levels that every image is brought to; FLAT keeps noise of empty images small."""
 

@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 import shared_runtime as rt
 from apps.industrial.errors import InputError
-from apps.industrial.features import MAP, prepared
+from apps.industrial.features import MAP, PEAK, prepared
 from apps.industrial.images import Pixels, unusable
 from apps.industrial.inspection.recipe import Recipe, side_of, unusual
 
 PASS, REVIEW, FAIL = "pass", "review", "fail"
 Array = NDArray[np.float32]
-PEAK = 5
-"""Cells of the learned map whose mean stands for its peak."""
 BATCH = 8
 """Images that the network sees at once."""
 LARGEST_BOXES = 20
@@ -62,8 +60,8 @@ def features(session: rt.Session, images: Sequence[Pixels]) -> dict[str, Array]:
 
 
 def learned_scores(seen: dict[str, Array]) -> Array:
-    """(N,) the learned network's logit: of the image, and of its map's peak."""
-    peak = np.sort(seen["map"].reshape(len(seen["map"]), -1), axis=1)[:, -PEAK:].mean(axis=1)
+    """(N,) the learned network's logit: of the image, and of its map's peak, which a recipe's own network says itself."""
+    peak = seen["peak"] if "peak" in seen else np.sort(seen["map"].reshape(len(seen["map"]), -1), axis=1)[:, -PEAK:].mean(axis=1)
     return np.asarray((seen["image"] + peak) / 2, np.float32)
 
 

@@ -18,7 +18,7 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, SIZE, WHOLE
+from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, PEAK, SIZE, WHOLE
 from apps.industrial.training.network import TextureNetwork
 from shared_runtime.graph.export import to_onnx
 from shared_runtime.graph.passes.simplify import DeadCode
@@ -27,8 +27,12 @@ from shared_runtime.signature import Signature, TensorSpec
 VERSION = "1.2.0"
 SMALLEST_IN_HALF = 256
 OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
-LEARNED = ("map", "image", "coarse", "embedding")
-"""Outputs of a recipe's own model that come from the copy which learned defects."""
+LEARNED, LEFT_OUT = ("map", "image", "embedding"), "coarse"
+"""Outputs of a recipe's own model that come from the copy which learned defects, and the one that it does not have: nothing that is learned
+beside defects looks at it, and without it half of the shipped network need not run."""
+VIEWS = ((192, False), (224, True))
+"""Side in pixels, and whether mirrored, of the views of an image whose mean the copy says: near the 192 pixels at which it learned from
+whole images. On magnetic tiles it judges worse at 256 (docs/benchmarks.md)."""
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
     (
@@ -41,6 +45,8 @@ SIGNATURE = Signature(
         TensorSpec("embedding", ("batch", EMBEDDING), "float32", "mean, deviation and peak of the deep features"),
     ),
 )
+PEAK_OUTPUT = TensorSpec("peak", ("batch",), "float32", "mean of the map's PEAK highest logits, as each view has them")
+"""A recipe's own model says it beside the others: the mean of its views' maps has lower peaks than they have."""
 
 
 class _Outputs(torch.nn.Module):  # type: ignore[misc]
@@ -64,33 +70,81 @@ def exported(network: TextureNetwork) -> onnx.ModelProto:
 
 
 def taught(shipped: onnx.ModelProto, learned: TextureNetwork) -> onnx.ModelProto:
-    """The graph of the `shipped` network and, beside it, of a copy with the weights of `learned` for the outputs LEARNED.
+    """The graph of the `shipped` network and, beside it, of a copy with the weights of `learned` for the outputs LEARNED and `peak`.
 
-    They share what lies before the first weight that differs. The weights are nearly twice as many: they are stored in half precision,
-    and computed with in single.
+    The copy says the mean of what it sees in VIEWS. Weights that are equal are stored once. They are nearly twice as many: they are stored
+    in half precision, and computed with in single.
     """
     model = onnx.ModelProto()
     model.CopyFrom(shipped)
-    own = {f"network.{name}": values.numpy() for name, values in learned.state_dict().items()}
-    copies: dict[str, str] = {}
-    for item in list(model.graph.initializer):
-        if item.name in own and not np.array_equal(numpy_helper.to_array(item), own[item.name]):
-            copies[item.name] = f"{item.name}.learned"
-            model.graph.initializer.append(numpy_helper.from_array(own[item.name], copies[item.name]))
-    for node in shipped.graph.node:
-        if any(name in copies for name in node.input):
-            copies |= {name: f"{name}.learned" for name in node.output}
-            copy = model.graph.node.add()
-            copy.CopyFrom(node)
-            copy.name = f"{node.name}.learned" if node.name else ""
-            copy.input[:] = [copies.get(name, name) for name in node.input]
-            copy.output[:] = [copies[name] for name in node.output]
-    swapped = {name: f"{name}.shipped" for name in LEARNED} | {copies[name]: name for name in LEARNED if name in copies}
     for node in model.graph.node:
-        node.input[:] = [swapped.get(name, name) for name in node.input]
-        node.output[:] = [swapped.get(name, name) for name in node.output]
+        for names in (node.input, node.output):
+            names[:] = [f"{name}.shipped" if name in LEARNED else name for name in names]
+    model.graph.output.remove(next(output for output in model.graph.output if output.name == LEFT_OUT))
+    model.graph.output.append(helper.make_tensor_value_info("peak", onnx.TensorProto.FLOAT, ["batch"]))
+    model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in _CONSTANTS.items())
+    part, weights = onnx.utils.Extractor(shipped).extract_model(["pixels"], list(LEARNED)), _weights_of(learned, shipped, model)
+    for number, (side, mirrored) in enumerate(VIEWS):
+        _view(part, weights, f".view{number}", side, mirrored, model)
+    for name in (*LEARNED, "peak"):
+        model.graph.node.append(helper.make_node("Mean", [f"{name}.view{number}" for number in range(len(VIEWS))], [name]))
     DeadCode().apply(model)
     return _stored_in_half(model)
+
+
+_CONSTANTS = {
+    "view.last": np.array([-1], np.int64),
+    "view.before_first": np.array([np.iinfo(np.int64).min], np.int64),
+    "view.channel": np.array([1], np.int64),
+    "view.row": np.array([0, -1], np.int64),
+    "view.peak": np.array([PEAK], np.int64),
+}
+
+
+def _weights_of(learned: TextureNetwork, shipped: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, str]:
+    """Add the weights of `learned` that differ from the shipped ones to `model`; their names by those of the shipped ones."""
+    own, names = {f"network.{name}": values.numpy() for name, values in learned.state_dict().items()}, {}
+    for item in shipped.graph.initializer:
+        if item.name in own and not np.array_equal(numpy_helper.to_array(item), own[item.name]):
+            names[item.name] = f"{item.name}.learned"
+            model.graph.initializer.append(numpy_helper.from_array(own[item.name], names[item.name]))
+    return names
+
+
+def _view(part: onnx.ModelProto, weights: dict[str, str], tail: str, side: int, mirrored: bool, model: onnx.ModelProto) -> None:
+    """Add the nodes of `part` with other `weights` to `model`, for the image at `side` pixels, mirrored or not; NAME becomes NAME + `tail`.
+
+    The map is brought to its full size, and turned back.
+    """
+
+    def add(kind: str, inputs: list[str], result: str, outputs: tuple[str, ...] = (), **attributes: Any) -> str:
+        model.graph.node.append(helper.make_node(kind, inputs, [result + tail, *(name + tail for name in outputs)], **attributes))
+        return result + tail
+
+    def resized(name: str, result: str, factor: float) -> str:
+        scales = numpy_helper.from_array(np.array([1, 1, factor, factor], np.float32), f"{result}.factor{tail}")
+        model.graph.initializer.append(scales)
+        return add("Resize", [name, "", scales.name], result, mode="linear")
+
+    def turned(name: str, result: str) -> str:
+        return add("Slice", [name, "view.last", "view.before_first", "view.last", "view.last"], result) if mirrored else name
+
+    names = weights | {"pixels": turned(resized("pixels", "pixels.small", side / SIZE), "pixels.turned")}
+    names |= {name: name + tail for node in part.graph.node for name in node.output}
+    names["map"] = f"map.small{tail}"
+    for node in part.graph.node:
+        copy = model.graph.node.add()
+        copy.CopyFrom(node)
+        copy.name = node.name + tail if node.name else ""
+        copy.input[:] = [names.get(name, name) for name in node.input]
+        copy.output[:] = [names[name] for name in node.output]
+        if node.op_type == "Reshape":  # the map as a row, which is shorter here
+            copy.input[1] = "view.row"
+            del copy.attribute[:]
+    highest = add("TopK", [add("Reshape", [names["map"], "view.row"], "map.row"), "view.peak"], "map.highest", ("map.where",))
+    add("ReduceMean", [highest, "view.channel"], "peak", keepdims=0)
+    full = resized(add("Unsqueeze", [names["map"], "view.channel"], "map.channel"), "map.full", SIZE / side)
+    add("Squeeze", [turned(full, "map.back"), "view.channel"], "map")
 
 
 def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -122,7 +176,9 @@ def write_model(graph: onnx.ModelProto, folder: Path, name: str, sections: Mappi
     """Make a model folder: graph, signature, card with `sections`; the graph's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(graph, folder / "model.onnx")
-    SIGNATURE.write(folder / "signature.json")
+    made = {output.name for output in graph.graph.output}
+    outputs = tuple(spec for spec in (*SIGNATURE.outputs, PEAK_OUTPUT) if spec.name in made)
+    Signature(SIGNATURE.inputs, outputs).write(folder / "signature.json")
     digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     lines = [f'name = "{name}"', f'version = "{VERSION}"', 'task = "features and defects of textured parts"', 'licence = "Apache-2.0"']
     for title, values in {"artefact": {"sha256": digest}, **sections}.items():
