@@ -35,6 +35,8 @@ from apps.industrial.teaching import Taught, scale_of, teach
 from benchmarks.few_shot import few_shot
 from benchmarks.few_shot import report_lines as few_shot_lines
 from benchmarks.tiles import open_session, tile_folder, tile_groups
+from benchmarks.views import report_lines as views_lines
+from benchmarks.views import views
 
 Array = NDArray[np.float32]
 
@@ -354,6 +356,7 @@ SUITES: dict[str, Callable[[], dict[str, Any]]] = {
     "methods": methods,
     "steps": steps,
     "few_shot": few_shot,
+    "views": views,
     "kinds": kinds,
     "templates": templates,
 }
@@ -412,6 +415,8 @@ def report_lines(load: Callable[[str], dict[str, Any] | None], where: Callable[[
         lines.append("")
     if few := [found for name in ("few_shot_gpu", "few_shot", "few_shot_folds") if (found := load(name))]:
         lines += few_shot_lines(few, where)
+    if found := load("views"):
+        lines += views_lines(found["result"], where(found))
     if found := load("kinds"):
         lines += [
             "## The kind of a defect",

@@ -1,7 +1,7 @@
 """Measures what the docs state, writes `benchmarks/results/*.json` with the host's facts, and makes docs/benchmarks.md.
 
     python benchmarks/run.py [demo] [head] [cases] [runtime] [install] [features] [protocol] [stream] [memory] [budget]
-                             [ablation] [inspection] [one_class] [methods] [steps] [few_shot] [kinds] [templates] [optimise] [tensorflow] [shared_constants] [engine_layers] [woken]
+                             [ablation] [inspection] [one_class] [methods] [steps] [few_shot] [views] [kinds] [templates] [optimise] [tensorflow] [shared_constants] [engine_layers] [woken]
     python benchmarks/run.py report                                        # the page alone, from the results
 
 Without a name all run but `install`, `optimise`, `tensorflow`, `few_shot` (hours on a CPU) and, without TRISCOPE_DATA_DIR, those that need it. `install` makes a fresh environment of the base dependencies and takes minutes.

@@ -22,7 +22,7 @@ from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
 from apps.industrial.images import decode_image, png
-from apps.industrial.inspection.inspector import Inspector
+from apps.industrial.inspection.inspector import Inspector, relative
 from apps.industrial.inspection.recipe import Recipe
 from apps.industrial.learning import held_back
 from apps.industrial.messages import FRAMES, FrameMessage
@@ -360,3 +360,15 @@ def test_defects_of_another_camera_are_warned_of(settings: Settings, tmp_path: P
     assert any("1 of 3 defective images have another shape" in warning for warning in warnings)
     service.close()
     log.close()
+
+
+@pytest.mark.parametrize("threshold", [-3.0, -0.01, 1e-6, 0.4, 1.0, 5.0])
+def test_a_map_is_one_at_its_threshold_and_grows_with_the_doubt(threshold: float) -> None:
+    """A network that learned defects may find every place of a good part less suspect than the part: its threshold is below 0 then."""
+    raw = np.array([threshold - 2, threshold, threshold + 2], np.float32)
+    below, at, above = relative(raw, threshold)
+    assert at == pytest.approx(1)
+    assert below < 0.7
+    assert above > 1.3
+    if threshold >= 1:
+        np.testing.assert_allclose(relative(raw, threshold), raw / threshold)

@@ -82,6 +82,16 @@ def lifted(maps: Array, scores: Array) -> Array:
     return np.asarray(maps + LIFT * np.clip(scores, *LIFTED)[:, None, None], np.float32)
 
 
+def relative(maps: Array, threshold: float) -> Array:
+    """Maps in deviations from usual places, as shares of their `threshold`: 1 at it, whatever its sign.
+
+    Usual places lie at 0 where the threshold is a deviation or more above them, else a deviation below it: a learned network finds no place
+    of a good part as suspect as the whole part is.
+    """
+    lift = max(0.0, 1.0 - threshold)
+    return np.asarray((maps + lift) / (threshold + lift), np.float32)
+
+
 class Inspector:
     """A recipe with its network, ready to judge. Threads may share it."""
 
@@ -114,7 +124,7 @@ class Inspector:
 
     def _conclude(self, image: Pixels, score: float, raw: Array, kinds: Array | None) -> Inspection:
         facts = self.recipe.facts
-        scaled = np.asarray(raw / facts.map_threshold, np.float32)
+        scaled = relative(raw, facts.map_threshold)
         if doubt := unusable(image, facts.sharpness) or self._misfit(image):
             return Inspection(REVIEW, score, (doubt,), scaled, ())
         if not (np.isfinite(score) and np.isfinite(scaled).all()):  # no comparison holds for it, and it would pass

@@ -21,7 +21,7 @@ from apps.industrial.training.network import SHARED, TextureNetwork
 BATCH = 16
 WINDOW = 192
 """The network learns from windows of this side: they cost a third of the whole image, and show a defect at many places.
-It learns whole images at this side too, and judges them near it (`export.VIEWS`)."""
+Whole images are learned at this side too, and one view is judged at it (`export.VIEWS`)."""
 MARGIN = 24
 """Windows are drawn so far beyond the image and moved back: else a defect at its edge would seldom be seen."""
 STILL, IN_PLACE, MANY = 0.7, 0.5, 50

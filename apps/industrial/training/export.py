@@ -30,9 +30,9 @@ OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
 LEARNED, LEFT_OUT = ("map", "image", "embedding"), "coarse"
 """Outputs of a recipe's own model that come from the copy which learned defects, and the one that it does not have: nothing that is learned
 beside defects looks at it, and without it half of the shipped network need not run."""
-VIEWS = ((192, False), (224, True))
-"""Side in pixels, and whether mirrored, of the views of an image whose mean the copy says: near the 192 pixels at which it learned from
-whole images. On magnetic tiles it judges worse at 256 (docs/benchmarks.md)."""
+VIEWS = ((SIZE, False), (192, True))
+"""Side in pixels, and whether mirrored, of the views of an image whose mean the copy says. It learned from whole images at 192 pixels and
+from windows of the image as it is: large defects are seen best at the one side, small ones at the other."""
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
     (
@@ -84,10 +84,9 @@ def taught(shipped: onnx.ModelProto, learned: TextureNetwork) -> onnx.ModelProto
     model.graph.output.append(helper.make_tensor_value_info("peak", onnx.TensorProto.FLOAT, ["batch"]))
     model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in _CONSTANTS.items())
     part, weights = onnx.utils.Extractor(shipped).extract_model(["pixels"], list(LEARNED)), _weights_of(learned, shipped, model)
-    for number, (side, mirrored) in enumerate(VIEWS):
-        _view(part, weights, f".view{number}", side, mirrored, model)
+    views = [_view(part, weights, f".view{number}", *view, model) for number, view in enumerate(VIEWS)]
     for name in (*LEARNED, "peak"):
-        model.graph.node.append(helper.make_node("Mean", [f"{name}.view{number}" for number in range(len(VIEWS))], [name]))
+        model.graph.node.append(helper.make_node("Mean", [view[name] for view in views], [name]))
     DeadCode().apply(model)
     return _stored_in_half(model)
 
@@ -111,15 +110,16 @@ def _weights_of(learned: TextureNetwork, shipped: onnx.ModelProto, model: onnx.M
     return names
 
 
-def _view(part: onnx.ModelProto, weights: dict[str, str], tail: str, side: int, mirrored: bool, model: onnx.ModelProto) -> None:
-    """Add the nodes of `part` with other `weights` to `model`, for the image at `side` pixels, mirrored or not; NAME becomes NAME + `tail`.
+def _view(part: onnx.ModelProto, weights: dict[str, str], tail: str, side: int, mirrored: bool, model: onnx.ModelProto) -> dict[str, str]:
+    """Add the nodes of `part` with other `weights` to `model`, for the image at `side` pixels, mirrored or not; what they make is named
+    NAME + `tail`. The names of the outputs LEARNED and `peak`, the map at its full size and turned back.
 
-    The map is brought to its full size, and turned back.
+    Nodes that would make what the shipped network makes are not added.
     """
 
-    def add(kind: str, inputs: list[str], result: str, outputs: tuple[str, ...] = (), **attributes: Any) -> str:
-        model.graph.node.append(helper.make_node(kind, inputs, [result + tail, *(name + tail for name in outputs)], **attributes))
-        return result + tail
+    def add(kind: str, inputs: list[str], *results: str, **attributes: Any) -> str:
+        model.graph.node.append(helper.make_node(kind, inputs, [result + tail for result in results], **attributes))
+        return results[0] + tail
 
     def resized(name: str, result: str, factor: float) -> str:
         scales = numpy_helper.from_array(np.array([1, 1, factor, factor], np.float32), f"{result}.factor{tail}")
@@ -129,10 +129,12 @@ def _view(part: onnx.ModelProto, weights: dict[str, str], tail: str, side: int, 
     def turned(name: str, result: str) -> str:
         return add("Slice", [name, "view.last", "view.before_first", "view.last", "view.last"], result) if mirrored else name
 
-    names = weights | {"pixels": turned(resized("pixels", "pixels.small", side / SIZE), "pixels.turned")}
-    names |= {name: name + tail for node in part.graph.node for name in node.output}
-    names["map"] = f"map.small{tail}"
+    seen = turned("pixels" if side == SIZE else resized("pixels", "pixels.small", side / SIZE), "pixels.turned")
+    names = weights if seen == "pixels" else weights | {"pixels": seen}
     for node in part.graph.node:
+        if not any(name in names for name in node.input):
+            continue
+        names = names | {name: name + tail for name in node.output}
         copy = model.graph.node.add()
         copy.CopyFrom(node)
         copy.name = node.name + tail if node.name else ""
@@ -141,10 +143,13 @@ def _view(part: onnx.ModelProto, weights: dict[str, str], tail: str, side: int, 
         if node.op_type == "Reshape":  # the map as a row, which is shorter here
             copy.input[1] = "view.row"
             del copy.attribute[:]
-    highest = add("TopK", [add("Reshape", [names["map"], "view.row"], "map.row"), "view.peak"], "map.highest", ("map.where",))
-    add("ReduceMean", [highest, "view.channel"], "peak", keepdims=0)
-    full = resized(add("Unsqueeze", [names["map"], "view.channel"], "map.channel"), "map.full", SIZE / side)
-    add("Squeeze", [turned(full, "map.back"), "view.channel"], "map")
+    place = names["map"]
+    highest = add("TopK", [add("Reshape", [place, "view.row"], "map.row"), "view.peak"], "map.highest", "map.where")
+    peak = add("ReduceMean", [highest, "view.channel"], "peak", keepdims=0)
+    if side != SIZE:
+        full = resized(add("Unsqueeze", [place, "view.channel"], "map.channel"), "map.full", SIZE / side)
+        place = add("Squeeze", [full, "view.channel"], "map.whole")
+    return {name: names[name] for name in LEARNED} | {"map": turned(place, "map.back"), "peak": peak}
 
 
 def _stored_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
