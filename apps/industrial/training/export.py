@@ -19,6 +19,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from apps.industrial.features import COARSE, COARSE_SIDE, EMBEDDING, FINE, FINE_SIDE, MAP, PEAK, SIZE, WHOLE
+from apps.industrial.training.adapt import WINDOW
 from apps.industrial.training.network import TextureNetwork
 from shared_runtime.graph.export import to_onnx
 from shared_runtime.graph.passes.simplify import DeadCode
@@ -29,10 +30,10 @@ SMALLEST_IN_HALF = 256
 OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
 LEARNED, LEFT_OUT = ("map", "image", "embedding"), "coarse"
 """Outputs of a recipe's own model that come from the copy which learned defects, and the one that it does not have: nothing that is learned
-beside defects looks at it, and without it half of the shipped network need not run."""
-VIEWS = ((SIZE, False), (192, True))
-"""Side in pixels, and whether mirrored, of the views of an image whose mean the copy says. It learned from whole images at 192 pixels and
-from windows of the image as it is: large defects are seen best at the one side, small ones at the other."""
+beside defects looks at it, and without it the shipped network's layers behind `fine` need not run at full size."""
+VIEWS = ((SIZE, False), (WINDOW, True))
+"""Side in pixels, and whether mirrored, of the views of an image whose mean the copy says. It learned from whole images at WINDOW
+pixels and from windows of the image as it is; benchmarks/views.py compares others."""
 SIGNATURE = Signature(
     (TensorSpec("pixels", ("batch", 3, SIZE, SIZE), "float32", "RGB 0..1, exposure taken out"),),
     (
