@@ -183,7 +183,7 @@ def learned_weight(defects: Sequence[Sample]) -> float:
         return 0.0
     outlined = sum(sample.mask is not None or bool(sample.boxes) for sample in defects)
     number = outlined + (len(defects) - outlined) / 4
-    return float(np.clip(0.35 + 0.25 * np.log10(number / 5), 0.35, 0.6))
+    return float(np.clip(0.35 + 0.25 * np.log10(number / 5), 0.35, 0.7))
 
 
 @dataclass(frozen=True)

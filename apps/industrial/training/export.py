@@ -31,7 +31,7 @@ OUTPUTS = ("map", "image", "fine", "coarse", "half", "whole", "embedding")
 LEARNED, LEFT_OUT = ("map", "image", "embedding"), "coarse"
 """Outputs of a recipe's own model that come from the copy which learned defects, and the one that it does not have: nothing that is learned
 beside defects looks at it, and without it the shipped network's layers behind `fine` need not run at full size."""
-VIEWS = ((SIZE, False), (WINDOW, True))
+VIEWS = ((SIZE, False), ((SIZE + WINDOW) // 2, True), (WINDOW, False))
 """Side in pixels, and whether mirrored, of the views of an image whose mean the copy says. It learned from whole images at WINDOW
 pixels and from windows of the image as it is; benchmarks/views.py compares others."""
 SIGNATURE = Signature(
