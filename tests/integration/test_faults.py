@@ -111,6 +111,24 @@ def test_a_worker_killed_at_work_leaves_the_study_to_the_next_one(commands: Comm
     log.close()
 
 
+STOPPED = """
+import os, signal, sys, tempfile, time
+import apps.cli
+def work():
+    folder = tempfile.TemporaryDirectory(dir=sys.argv[1])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+apps.cli.app = work
+apps.cli.main()
+"""
+
+
+def test_a_command_that_is_stopped_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    stopped = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path)], timeout=120, check=False)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.glob("tmp*")) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_at_work_ends_within_five_seconds_and_loses_nothing(commands: Commands, settings: Settings, number: int) -> None:
     service, log = open_medical(settings)
