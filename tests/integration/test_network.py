@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pynetdicom import AE
 
 from apps.common.settings import Settings, load_settings
 from apps.medical.bootstrap import open_medical
@@ -80,6 +81,34 @@ def test_what_a_killed_listener_had_acknowledged_is_handed_over_by_the_next(
     assert service.volume_of(study).voxels.shape == (20, 24, 10)
     assert list((settings.home_path / "incoming").iterdir()) == []
     log.close()
+
+
+def test_a_large_instance_is_in_memory_once_and_kept_as_it_was_sent(commands: Commands, settings: Settings, tmp_path: Path) -> None:
+    port = free_port()
+    process = commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="600")
+    small, large = dicom_slices(blob())[:2]
+    large.Rows, large.Columns = 4096, 8192
+    large.PixelData = np.random.default_rng(0).integers(0, 4096, (4096, 8192), np.uint16).tobytes()
+    requester = AE()
+    requester.add_requested_context(small.SOPClassUID, small.file_meta.TransferSyntaxUID)
+    eventually(lambda: requester.associate("127.0.0.1", port).is_established)
+    sender = requester.associate("127.0.0.1", port)
+    assert sender.send_c_store(small).Status == 0
+    before = _peak_bytes(process.pid)
+    assert sender.send_c_store(large).Status == 0
+    assert _peak_bytes(process.pid) - before < 1.6 * len(large.PixelData)
+    sender.release()
+    kept = {ds.SOPInstanceUID: ds for ds in map(pydicom.dcmread, Path(settings.home).rglob("*.dcm"))}
+    assert kept[large.SOPInstanceUID].PixelData == large.PixelData
+    assert kept[small.SOPInstanceUID].file_meta.TransferSyntaxUID == small.file_meta.TransferSyntaxUID
+    process.kill()
+    process.wait()
+
+
+def _peak_bytes(process: int) -> int:
+    """The most memory that a process has held."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def test_a_port_in_use_is_one_clear_line(commands: Commands) -> None:

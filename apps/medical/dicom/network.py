@@ -7,7 +7,6 @@ over; what a killed listener had acknowledged is handed over by the next one.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import shutil
@@ -18,8 +17,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pydicom.filewriter import dcmwrite
 from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom.dsutils import encode_file_meta
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification
 
@@ -30,7 +29,10 @@ logger = logging.getLogger(__name__)
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
 RESERVE_BYTES = 2**30
 """Below this much free disk an instance is answered with 'out of resources', and the sender keeps it."""
-SENDER_FILE = "sender"
+MOST_PDU_BYTES = 2**20
+"""A sender puts a whole instance into one unit where it may, and that is in memory four times while it is decoded."""
+SENDER_FILE, UNFINISHED = "sender", ".part"
+PREAMBLE = b"\x00" * 128 + b"DICM"
 TRANSFER_SYNTAXES = [
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2",
@@ -74,12 +76,14 @@ class StorageProvider:
 
     def __enter__(self) -> StorageProvider:
         self._spool.mkdir(parents=True, exist_ok=True)
+        for part in self._spool.glob(f"*{UNFINISHED}"):
+            part.unlink()
         self._last = {folder: time.monotonic() for folder in self._spool.iterdir() if folder.is_dir()}
         entity = AE(ae_title=self._title)
         entity.supported_contexts = [build_context(c.abstract_syntax, TRANSFER_SYNTAXES) for c in AllStoragePresentationContexts]
         entity.add_supported_context(Verification)
         entity.require_calling_aet = self._allowed
-        entity.maximum_pdu_size = 0
+        entity.maximum_pdu_size = MOST_PDU_BYTES
         handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_CONN_OPEN, self._undelayed)]
         self._server = entity.start_server((self._address, self._port), block=False, evt_handlers=handlers)
         self._port = self._server.server_address[1]
@@ -105,41 +109,37 @@ class StorageProvider:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _store(self, event: evt.Event) -> int:
-        buffer = io.BytesIO()
+        received = event.request.DataSet.getbuffer()
+        part = self._spool / f"{uuid.uuid4().hex}{UNFINISHED}"
         try:
-            dataset = event.dataset
-            dataset.file_meta = event.file_meta
-            dcmwrite(buffer, dataset, enforce_file_format=True)
-        except Exception as error:  # the peer's bytes: whatever the parser meets is its answer
-            logger.warning("C-STORE with a data set that can't be read: %s", type(error).__name__)
-            return CANNOT_UNDERSTAND
-        content = buffer.getvalue()
-        parsed = Instances()
-        add_instance(parsed, str(event.request.AffectedSOPInstanceUID), content)
-        if not parsed.datasets:
-            return CANNOT_UNDERSTAND
-        try:
-            if shutil.disk_usage(self._spool).free < RESERVE_BYTES + len(content):
+            if shutil.disk_usage(self._spool).free < RESERVE_BYTES + len(received):
                 return OUT_OF_RESOURCES
+            with part.open("wb") as stream:  # as it was sent, and once in memory
+                stream.write(PREAMBLE + encode_file_meta(event.file_meta))
+                stream.write(received)
+                stream.flush()
+                os.fsync(stream.fileno())
+            parsed = Instances()
+            add_instance(parsed, str(event.request.AffectedSOPInstanceUID), part)
+            if not parsed.datasets:
+                logger.warning("C-STORE with a data set that can't be read: %s", parsed.skipped[0][1])
+                return CANNOT_UNDERSTAND
             instance = parsed.datasets[0]
-            self._keep(str(instance.SeriesInstanceUID), str(instance.SOPInstanceUID), content, str(event.assoc.requestor.ae_title))
+            self._keep(part, str(instance.SeriesInstanceUID), str(instance.SOPInstanceUID), str(event.assoc.requestor.ae_title))
         except OSError as error:
             logger.error("an instance could not be kept: %s", error)
             return OUT_OF_RESOURCES
+        finally:
+            part.unlink(missing_ok=True)
         return SUCCESS
 
-    def _keep(self, series: str, instance: str, content: bytes, sender: str) -> None:
-        """Put an instance on disk; names are hashes, as UIDs come from outside."""
+    def _keep(self, part: Path, series: str, instance: str, sender: str) -> None:
+        """Put an instance to its series; names are hashes, as UIDs come from outside."""
         folder = self._spool / hashlib.sha256(series.encode()).hexdigest()[:32]
         name = hashlib.sha256(instance.encode()).hexdigest()[:32]
         with self._lock:
             folder.mkdir(exist_ok=True)
             (folder / SENDER_FILE).write_text(sender)
-            part = folder / f"{uuid.uuid4().hex}.part"
-            with part.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
             part.replace(folder / f"{name}.dcm")
             self._last[folder] = time.monotonic()
 
@@ -164,8 +164,6 @@ class StorageProvider:
 
     def _hand_over(self, folder: Path) -> None:
         try:
-            for part in folder.glob("*.part"):
-                part.unlink()
             sender_file = folder / SENDER_FILE
             sender = sender_file.read_text() if sender_file.exists() else "unknown"
             instances = read_instances(folder)
