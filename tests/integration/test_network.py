@@ -11,14 +11,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
-from pynetdicom import AE
+from pynetdicom import AE, _config
 
 from apps.common.settings import Settings, load_settings
 from apps.medical.bootstrap import open_medical
+from apps.medical.dicom.network import StorageProvider
 from apps.medical.messages import RESULTS
 from tests.conftest import Commands, eventually
 from tests.phantoms import HEAD, blob, dicom_slices, save_series, unpack_head
@@ -83,7 +85,7 @@ def test_what_a_killed_listener_had_acknowledged_is_handed_over_by_the_next(
     log.close()
 
 
-def test_a_large_instance_is_in_memory_once_and_kept_as_it_was_sent(commands: Commands, settings: Settings, tmp_path: Path) -> None:
+def test_a_large_instance_is_in_memory_once_and_kept_as_it_was_sent(commands: Commands, settings: Settings) -> None:
     port = free_port()
     process = commands.start("medical", "listen", TRISCOPE_DICOM_PORT=str(port), TRISCOPE_DICOM_QUIET_SECONDS="600")
     small, large = dicom_slices(blob())[:2]
@@ -103,6 +105,24 @@ def test_a_large_instance_is_in_memory_once_and_kept_as_it_was_sent(commands: Co
     assert kept[small.SOPInstanceUID].file_meta.TransferSyntaxUID == small.file_meta.TransferSyntaxUID
     process.kill()
     process.wait()
+
+
+def test_an_instance_with_a_damaged_header_is_refused_and_its_neighbour_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, damaged = sorted(save_series(dicom_slices(blob())[:2], tmp_path / "series").iterdir())
+    content = damaged.read_bytes()
+    assert content.count(b"\x10\x00\x20\x00LO") == 1
+    damaged.write_bytes(content.replace(b"\x10\x00\x20\x00LO", b"\x10\x00\x20\x00lo"))
+    monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", True)  # sends a file as it is
+    spool, got = tmp_path / "spool", []
+    options: dict[str, Any] = {"spool": spool, "address": "127.0.0.1", "port": 0, "ae_title": "T", "quiet_seconds": 600}
+    with StorageProvider(lambda found, _: got.append(len(found.datasets)), **options) as provider:
+        requester, meta = AE(), pydicom.dcmread(whole).file_meta
+        requester.add_requested_context(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
+        sender = requester.associate("127.0.0.1", provider.port)
+        assert [sender.send_c_store(str(path)).Status for path in (damaged, whole)] == [0xC000, 0]
+        sender.release()
+        assert not list(spool.rglob("*.part"))
+    assert got == [1]
 
 
 def _peak_bytes(process: int) -> int:

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 * 2**30
 MAX_TOTAL_BYTES = 16 * 2**30
 MAX_FILES = 100_000
-LARGE_BYTES = 2**16
 SERIES = ("StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "SeriesDescription", "ProtocolName", "PatientID")
 """What instances of one series have in common, where its UID was emptied."""
 FIRST_ELEMENTS = {tag for g in (2, 8) for e in (0, 1, 5, 8, 0x12, 0x16, 0x18) for tag in (bytes((g, 0, e, 0)), bytes((0, g, 0, e)))}
@@ -86,8 +85,8 @@ def read_instances(path: Path) -> Instances:
     return found
 
 
-def add_instance(found: Instances, name: str, content: bytes | Path) -> None:
-    """Parse one file, in memory or on disk, into `found`, or note why it was passed over. Of one on disk large values are left there."""
+def add_instance(found: Instances, name: str, content: bytes) -> None:
+    """Parse one file into `found`, or note why it was passed over."""
     try:
         dataset = _parsed(content)
     except InvalidDicomError:
@@ -104,11 +103,9 @@ def add_instance(found: Instances, name: str, content: bytes | Path) -> None:
         found.datasets.append(dataset)
 
 
-def _parsed(content: bytes | Path) -> FileDataset:
+def _parsed(content: bytes) -> FileDataset:
     """One object. Old archives and network dumps hold objects without the file's header (PS3.10, 7.1): they begin with their first group,
     and their transfer syntax is one of the three that can be told by looking. Raises InvalidDicomError where it is neither."""
-    if isinstance(content, Path):
-        return pydicom.dcmread(content, defer_size=LARGE_BYTES)
     try:
         return pydicom.dcmread(io.BytesIO(content))
     except InvalidDicomError:

@@ -7,6 +7,7 @@ over; what a killed listener had acknowledged is handed over by the next one.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -17,6 +18,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pydicom import dcmread
+from pydicom.filewriter import dcmwrite
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.dsutils import encode_file_meta
 from pynetdicom.presentation import build_context
@@ -76,7 +79,7 @@ class StorageProvider:
 
     def __enter__(self) -> StorageProvider:
         self._spool.mkdir(parents=True, exist_ok=True)
-        for part in self._spool.glob(f"*{UNFINISHED}"):
+        for part in self._spool.rglob(f"*{UNFINISHED}"):
             part.unlink()
         self._last = {folder: time.monotonic() for folder in self._spool.iterdir() if folder.is_dir()}
         entity = AE(ae_title=self._title)
@@ -109,9 +112,9 @@ class StorageProvider:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _store(self, event: evt.Event) -> int:
-        received = event.request.DataSet.getbuffer()
         part = self._spool / f"{uuid.uuid4().hex}{UNFINISHED}"
         try:
+            received = event.request.DataSet.getbuffer()
             if shutil.disk_usage(self._spool).free < RESERVE_BYTES + len(received):
                 return OUT_OF_RESOURCES
             with part.open("wb") as stream:  # as it was sent, and once in memory
@@ -119,8 +122,9 @@ class StorageProvider:
                 stream.write(received)
                 stream.flush()
                 os.fsync(stream.fileno())
-            parsed = Instances()
-            add_instance(parsed, str(event.request.AffectedSOPInstanceUID), part)
+            header, parsed = io.BytesIO(), Instances()
+            dcmwrite(header, dcmread(part, stop_before_pixels=True), enforce_file_format=True)  # fails where a value can't be read
+            add_instance(parsed, str(event.request.AffectedSOPInstanceUID), header.getvalue())
             if not parsed.datasets:
                 logger.warning("C-STORE with a data set that can't be read: %s", parsed.skipped[0][1])
                 return CANNOT_UNDERSTAND
@@ -129,6 +133,9 @@ class StorageProvider:
         except OSError as error:
             logger.error("an instance could not be kept: %s", error)
             return OUT_OF_RESOURCES
+        except Exception as error:  # the peer's bytes: whatever the parser meets is its answer
+            logger.warning("C-STORE with a data set that can't be read: %s", type(error).__name__)
+            return CANNOT_UNDERSTAND
         finally:
             part.unlink(missing_ok=True)
         return SUCCESS
