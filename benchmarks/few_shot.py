@@ -19,6 +19,7 @@ from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_sa
 from apps.industrial.evaluation.evaluate import Judged, metrics
 from apps.industrial.images import grey, read_image
 from apps.industrial.inspection.inspector import Inspector
+from apps.industrial.learning import LEARN_SECONDS
 from apps.industrial.teaching import teach
 from benchmarks.tiles import open_session, tile_folder, tile_groups
 
@@ -39,15 +40,16 @@ CORES = 2
 def few_shot() -> dict[str, Any]:
     """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and good tiles.
 
-    As `teach` does it on a GPU, or on two cores where there is none or FEW_SHOT_DEVICE=cpu. FEW_SHOT_WORKERS recipes are taught side by side.
-    FEW_SHOT_GOOD=split or folds runs those rows alone.
+    As `teach` does it on a GPU, or on two cores where there is none or FEW_SHOT_DEVICE=cpu. FEW_SHOT_WORKERS recipes are taught side by side;
+    where they share a GPU each has as many times the time to learn. FEW_SHOT_GOOD=split or folds runs those rows alone.
     """
     import torch
 
     device = os.environ.get("FEW_SHOT_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     workers = int(os.environ.get("FEW_SHOT_WORKERS", "1"))
     which = os.environ.get("FEW_SHOT_GOOD", "split folds").split()
-    jobs = [(number, known, tiles, fold, device) for number, known, tiles in FEW if tiles in which for fold in range(FOLDS_RUN)]
+    seconds = LEARN_SECONDS * workers / torch.cuda.device_count() if device == "cuda" else None
+    jobs = [(number, known, tiles, fold, device, seconds) for number, known, tiles in FEW if tiles in which for fold in range(FOLDS_RUN)]
     context, rows = multiprocessing.get_context("spawn"), []
     turns = context.Value("i", 0)
     with ProcessPoolExecutor(workers, context, initializer=_pin, initargs=(turns, device)) as pool:
@@ -73,9 +75,9 @@ def _pin(turns: Any, device: str) -> None:
         torch.cuda.set_device(turn % torch.cuda.device_count())
 
 
-def _few_shot_row(job: tuple[int | None, str, str, int, str]) -> dict[str, Any]:
+def _few_shot_row(job: tuple[int | None, str, str, int, str, float | None]) -> dict[str, Any]:
     """One recipe: taught from so many defects of the other folds, with their outlines, boxes or labels alone."""
-    number, known, tiles, fold, device = job
+    number, known, tiles, fold, device, learn = job
     tests, good = labelled_samples(tile_folder()), good_samples(tile_folder() / "train" / "good")
     bad, judged = [s for s in tests if s.defective], [s for s in tests if not s.defective]
     if tiles == "folds":
@@ -85,7 +87,7 @@ def _few_shot_row(job: tuple[int | None, str, str, int, str]) -> dict[str, Any]:
     fold_of = _folds(bad, tile_groups())
     pool = np.random.default_rng(100 + fold).permutation(np.flatnonzero(fold_of != fold))[:number]
     begin = time.perf_counter()
-    taught = teach("tiles", good, [_known(bad[i], known) for i in pool], open_session, device=device)
+    taught = teach("tiles", good, [_known(bad[i], known) for i in pool], open_session, seconds=learn, device=device)
     seconds = time.perf_counter() - begin
     with open_session(taught.recipe.model) as session:
         held = [bad[i] for i in np.flatnonzero(fold_of == fold)] + judged

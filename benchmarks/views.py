@@ -18,7 +18,7 @@ from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.probe import Probe
 from apps.industrial.evaluation.dataset import good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc
-from apps.industrial.features import MAP, PEAK, SIZE, prepared
+from apps.industrial.features import PEAK, SIZE, prepared
 from apps.industrial.inspection.inspector import combined, features
 from apps.industrial.learning import held_back
 from apps.industrial.teaching import learned_weight, scale_of
@@ -65,15 +65,7 @@ def _texture(texture: str, folder: Path) -> dict[str, float]:
     unlike, _ = parts.judged(of_judged["fine"], of_judged["whole"])
     probe = Probe.fit(of_good["whole"][~unseen], of_bad["whole"], of_good["whole"][unseen])
     taught = [image for image, held in zip(good, unseen, strict=True) if not held]
-    examples = Examples(
-        np.stack([prepared(image) for image in (*taught, *defective)]),
-        np.stack(
-            [np.zeros((MAP, MAP), np.float32)] * len(taught) + [_cells(s.cells(i.shape)) for s, i in zip(defects, defective, strict=True)]
-        ),
-        np.ones(len(taught) + LEARNED, bool),
-        np.arange(len(taught) + LEARNED) >= len(taught),
-        np.repeat(np.array([0.5 / len(taught), 0.5 / LEARNED], np.float32), (len(taught), LEARNED)),
-    )
+    examples = Examples.of(taught, defective, [s.cells(image.shape) for s, image in zip(defects, defective, strict=True)])
     network = adapt(network_from(shipped), examples, SECONDS, torch.device("cpu"))
     held = [image for image, out in zip(good, unseen, strict=True) if out]
     logits = {view: _logits(network, [*held, *images], *view) for view in {view for row in ROWS.values() for view in row}}
@@ -83,11 +75,6 @@ def _texture(texture: str, folder: Path) -> dict[str, float]:
         scores = combined(unlike, mean[len(held) :], weight, scale_of(mean[: len(held)]))
         result[name] = round(float(auroc(truth, probe.joined(scores, of_judged["whole"]).tolist()) or 0.0), 5)
     return result
-
-
-def _cells(cells: Array | None) -> Array:
-    assert cells is not None, "generated defects have masks"
-    return cells
 
 
 def _logits(network: TextureNetwork, images: Sequence[NDArray[np.uint8]], side: int, mirrored: bool) -> Array:

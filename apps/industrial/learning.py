@@ -19,7 +19,6 @@ from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError
-from apps.industrial.features import MAP, prepared
 from apps.industrial.images import Pixels
 from apps.industrial.inspection.inspector import features
 from apps.industrial.inspection.recipe import MODEL_FOLDER
@@ -30,7 +29,7 @@ HELD_BACK, FEW = 5, 10
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours; more of few parts, FEW where there
 are as many again to learn from: thresholds from one or two parts would fail every second good one."""
 LEARN_SECONDS = 25.0
-"""How long the network may learn from defects on a GPU; it seldom takes all of its time."""
+"""How long the network may learn from defects on a GPU; a current one is done in less than half of it."""
 WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
 """On a CPU it learns until so long after teaching began, LEAST_SECONDS at least: all of it ends within five minutes on two cores."""
 SHIPPED_LAYERS = ("fine", "half")
@@ -195,15 +194,7 @@ def _learned(
     from apps.industrial.training.export import network_from, taught, write_model
 
     good = [image for image, row in zip(images, rows, strict=True) if row]
-    nothing = np.zeros((MAP, MAP), np.float32)
-    examples = Examples(
-        np.stack([prepared(image) for image in (*good, *bad_images)]),
-        np.stack([*[nothing] * len(good), *[nothing if c is None else c for c in outlines]]),
-        np.array([*[True] * len(good), *[c is not None for c in outlines]]),
-        np.array([*[False] * len(good), *[True] * len(outlines)]),
-        np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(outlines)] * len(outlines)], np.float32),
-    )
-    shipped = onnx.load(base.graph)
+    examples, shipped = Examples.of(good, bad_images, outlines), onnx.load(base.graph)
     network = adapt(network_from(shipped), examples, seconds, torch.device(place), report=lambda share: report("learning", share))
     folder = tempfile.TemporaryDirectory(prefix="triscope-recipe-")
     digest = write_model(

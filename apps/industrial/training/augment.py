@@ -17,9 +17,8 @@ def light(image: Tensor, amount: float = 1.0) -> Tensor:
     image = image.clamp(1e-4, 1) ** torch.exp(draw(-0.35, 0.35))
     image = (image - 0.43) * torch.exp(draw(-0.25, 0.25)) + 0.43 + draw(-0.06, 0.06)
     image = image + torch.randn(n, 1, *image.shape[2:], device=device) * draw(0, 0.03)
-    if torch.rand(()) < 0.2 * amount:
-        image = functional.avg_pool2d(functional.pad(image, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    return image.clamp(0, 1)
+    blurred = functional.avg_pool2d(functional.pad(image, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    return torch.where(torch.rand(1, device=device) < 0.2 * amount, blurred, image).clamp(0, 1)
 
 
 def pasted(good: Tensor, donor: Tensor, mask: Tensor, in_place: float = 0.0) -> tuple[Tensor, Tensor]:

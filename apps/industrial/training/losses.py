@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
@@ -13,9 +12,7 @@ ABSENT = 0.25
 def map_loss(logits: Tensor, mask: Tensor, known: Tensor, weight: float = 3.0) -> Tensor:
     """Cross-entropy and soft Dice of maps (N, h, w); only images where `known` (N,) is 1 count."""
     target = (mask > ABSENT).float()
-    each = functional.binary_cross_entropy_with_logits(
-        logits, target, reduction="none", pos_weight=torch.tensor(weight, device=logits.device)
-    )
+    each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=logits.new_full((), weight))
     entropy = (each.mean(dim=(1, 2)) * known).sum() / known.sum().clamp(min=1)
     share = logits.sigmoid() * known[:, None, None]
     target = target * known[:, None, None]
