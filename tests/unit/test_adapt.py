@@ -11,6 +11,7 @@ import shared_runtime as rt
 from apps.industrial.features import MAP, MODEL, SIZE
 from apps.industrial.training import adapt as module
 from apps.industrial.training.adapt import BATCH, MOST_PASTED, WINDOW, Examples, _Pool, adapt
+from apps.industrial.training.augment import _mean, _widest
 from apps.industrial.training.export import network_from
 from apps.industrial.training.network import TextureNetwork
 
@@ -130,3 +131,10 @@ def test_on_a_gpu_copies_learn_at_the_same_time_as_one_graph(shipped: TextureNet
     with torch.no_grad():
         logits = learned(torch.from_numpy(made.images))["image"]
     assert logits[GOOD:].min() > logits[:GOOD].max()
+
+
+@pytest.mark.parametrize("side", [3, 7, 17])
+def test_the_widest_and_the_mean_of_a_place_are_those_of_the_pools(side: int) -> None:
+    images = torch.rand(2, 1, 40, 50, generator=torch.Generator().manual_seed(side))
+    assert torch.equal(_widest(images, side), torch.nn.functional.max_pool2d(images, side, 1, side // 2))
+    assert torch.allclose(_mean(images, side), torch.nn.functional.avg_pool2d(images, side, 1, side // 2), atol=1e-6)

@@ -17,8 +17,8 @@ def light(image: Tensor, amount: float = 1.0) -> Tensor:
     image = image.clamp(1e-4, 1) ** torch.exp(draw(-0.35, 0.35))
     image = (image - 0.43) * torch.exp(draw(-0.25, 0.25)) + 0.43 + draw(-0.06, 0.06)
     image = image + torch.randn(n, 1, *image.shape[2:], device=device) * draw(0, 0.03)
-    blurred = functional.avg_pool2d(functional.pad(image, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    return torch.where(torch.rand(1, device=device) < 0.2 * amount, blurred, image).clamp(0, 1)
+    blurred = torch.rand(1, device=device) < 0.2 * amount
+    return torch.where(blurred, _mean(image, 3, "reflect"), image).clamp(0, 1)
 
 
 def pasted(good: Tensor, donor: Tensor, mask: Tensor, in_place: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -57,14 +57,27 @@ def turned(
 
 
 def _widest(x: Tensor, side: int) -> Tensor:
-    """The largest value within `side` x `side` pixels, by rows and then by columns: a CPU takes many times longer for both at once."""
-    half = side // 2
-    return functional.max_pool2d(functional.max_pool2d(x, (side, 1), 1, (half, 0)), (1, side), 1, (0, half))
+    """The largest value (>= 0) within `side` x `side` pixels, by windows that grow twofold: max_pool2d takes many times longer on a CPU."""
+    x = functional.pad(x, (side // 2,) * 4)
+    for dim in (-1, -2):
+        seen = 1
+        while seen < side:
+            step = min(seen, side - seen)
+            left = x.shape[dim] - step
+            x, seen = torch.maximum(x.narrow(dim, 0, left), x.narrow(dim, step, left)), seen + step
+    return x
 
 
-def _mean(x: Tensor, side: int) -> Tensor:
-    half = side // 2
-    return functional.avg_pool2d(functional.avg_pool2d(x, (side, 1), 1, (half, 0)), (1, side), 1, (0, half))
+def _mean(x: Tensor, side: int, beyond: str = "constant") -> Tensor:
+    """The mean of `side` x `side` pixels, by sums of moved copies: avg_pool2d takes several times longer on a CPU."""
+    x = functional.pad(x, (side // 2,) * 4, mode=beyond)
+    for dim in (-1, -2):
+        left = x.shape[dim] - side + 1
+        total = x.narrow(dim, 0, left).clone()
+        for start in range(1, side):
+            total += x.narrow(dim, start, left)
+        x = total
+    return x / side**2
 
 
 def _matrices(angle: Tensor, scale: Tensor, shift: Tensor, still: float) -> Tensor:
