@@ -37,7 +37,8 @@ def train_and_write(
         raise InputError(f"{transactions.name} holds no label (TX_FRAUD is 0 or 1); {folds} folds need {need} days of labelled history")
     start = last - timedelta(days=need - 1)
     if start < first:
-        raise InputError(f"{transactions.name} holds labels of {first} to {last}; {folds} folds need {need} days: take fewer --folds")
+        wanted = f"{folds} folds need {need} days: take fewer --folds or" if folds > 1 else f"one fold needs {need} days:"
+        raise InputError(f"{transactions.name} holds labels of {first} to {last}; {wanted} give a longer history")
     room = (start - first).days + TRAIN_DAYS
     result, _ = evaluate(transactions, start, folds, min(days, room))
     data = Prepared(table)

@@ -75,5 +75,8 @@ def _fold(
     for name, chosen in (("training", result.train), ("test", result.test)):
         frauds = int(fraud[chosen].sum())
         if frauds < 2 or frauds == len(chosen):
-            raise InputError(f"fold {number}: {len(chosen)} transactions for {name} with {frauds} frauds; expected some of both kinds")
+            raise InputError(
+                f"fold {number}: {len(chosen)} transactions for {name} with {frauds} frauds, expected at least two and some that are none "
+                "(a test leaves out cards whose fraud is known by then): give a history with more frauds in its last weeks"
+            )
     return result
