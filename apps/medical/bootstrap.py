@@ -7,7 +7,7 @@ from apps.common.blobs import BlobStore
 from apps.common.database import open_database
 from apps.common.settings import Settings
 from apps.medical.messages import TOPICS
-from apps.medical.segmentation.hippocampus import MODEL
+from apps.medical.segmentation.window import MODEL
 from apps.medical.service import MedicalService
 from apps.medical.store import MedicalStore
 from pipelines import Log, open_log

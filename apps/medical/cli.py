@@ -14,7 +14,7 @@ from apps.common.command_line import answers, console, learning_device, progress
 from apps.common.errors import UsageError
 from apps.common.settings import load_settings
 from apps.medical.errors import InputError
-from apps.medical.segmentation.hippocampus import MODEL
+from apps.medical.segmentation.window import MODEL
 from shared_runtime.host import host
 
 logger = logging.getLogger(__name__)

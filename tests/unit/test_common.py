@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,9 @@ def test_a_settings_file_that_is_no_utf8_says_so(tmp_path: Path) -> None:
     (tmp_path / "triscope.toml").write_bytes(b'dicom_ae_title = "Z\xfcrich"')
     with pytest.raises(SettingsError, match="can't be read: 'utf-8' codec"):
         load_settings({"TRISCOPE_HOME": str(tmp_path)})
+
+
+def test_the_command_starts_without_what_single_commands_need() -> None:
+    heavy = "{'cv2', 'highdicom', 'openvino', 'polars', 'pydicom', 'scipy', 'sklearn', 'sqlalchemy', 'streamlit', 'torch', 'xgboost'}"
+    ran = subprocess.run([sys.executable, "-c", f"import sys, apps.cli; print({heavy} & set(sys.modules))"], capture_output=True, text=True)
+    assert ran.stdout.strip() == "set()", ran.stderr

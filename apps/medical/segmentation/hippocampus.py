@@ -16,12 +16,11 @@ from apps.medical.errors import InputError, NotHeadError
 from apps.medical.preprocessing.normalise import normalise_mr
 from apps.medical.segmentation.locate import Registration, register, tissue_contrast
 from apps.medical.segmentation.views import merged, views
-from apps.medical.segmentation.window import CROP, WINDOW, place_in_window
+from apps.medical.segmentation.window import CROP, MODEL, WINDOW, place_in_window
 from apps.medical.volume import Volume
 
 Array = NDArray[np.float64]
 
-MODEL = "hippocampus-t1"
 CENTRES_MM = {"left": (-27.0, -21.0, -14.0), "right": (27.0, -21.0, -14.0)}
 """Middle of each hippocampus in the template [mm, RAS]."""
 CROP_LIMIT_MM = 90.0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MODEL = "hippocampus-t1"
 WINDOW: tuple[int, int, int] = (48, 64, 48)
 """Voxels of 1 mm along right, anterior, superior; a multiple of the network's stride of 8."""
 CROP: tuple[int, int, int] = (34, 48, 34)
