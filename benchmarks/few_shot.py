@@ -41,15 +41,18 @@ def few_shot() -> dict[str, Any]:
     """Cross-validation by tile: learn from n labelled defects of the other tiles, judge the held-out ones and good tiles.
 
     As `teach` does it on a GPU, or on two cores where there is none or FEW_SHOT_DEVICE=cpu. FEW_SHOT_WORKERS recipes are taught side by side;
-    where they share a GPU each has as many times the time to learn. FEW_SHOT_GOOD=split or folds runs those rows alone.
+    where they share a GPU each has as many times the time to learn. FEW_SHOT_GOOD=split or folds and FEW_SHOT_DEFECTS (as "50 all") run those
+    rows alone.
     """
     import torch
 
     device = os.environ.get("FEW_SHOT_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     workers = int(os.environ.get("FEW_SHOT_WORKERS", "1"))
     which = os.environ.get("FEW_SHOT_GOOD", "split folds").split()
-    seconds = LEARN_SECONDS * workers / torch.cuda.device_count() if device == "cuda" else None
-    jobs = [(number, known, tiles, fold, device, seconds) for number, known, tiles in FEW if tiles in which for fold in range(FOLDS_RUN)]
+    numbers = os.environ.get("FEW_SHOT_DEFECTS", " ".join(map(_number, NUMBERS))).split()
+    few = [row for row in FEW if row[2] in which and _number(row[0]) in numbers]
+    seconds = LEARN_SECONDS * max(1, workers / torch.cuda.device_count()) if device == "cuda" else None
+    jobs = [(*row, fold, device, seconds) for row in few for fold in range(FOLDS_RUN)]
     context, rows = multiprocessing.get_context("spawn"), []
     turns = context.Value("i", 0)
     with ProcessPoolExecutor(workers, context, initializer=_pin, initargs=(turns, device)) as pool:
@@ -58,6 +61,10 @@ def few_shot() -> dict[str, Any]:
             rows.append(row)
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__} if device == "cuda" else None
     return {"device": device, "gpu": gpu, "cores_each": CORES, "side_by_side": workers, "rows": rows}
+
+
+def _number(defects: int | None) -> str:
+    return "all" if defects is None else str(defects)
 
 
 def _pin(turns: Any, device: str) -> None:
