@@ -29,7 +29,7 @@ HELD_BACK, FEW = 5, 10
 """Every fifth good part is held back from what the learned network sees, in blocks of neighbours; more of few parts, FEW where there
 are as many again to learn from: thresholds from one or two parts would fail every second good one."""
 LEARN_SECONDS = 25.0
-"""How long the network may learn from defects on a GPU; a current one is done in less than half of it."""
+"""How long the network may learn from defects on a GPU; an H200 is done in less than half of it."""
 WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
 """On a CPU it learns until so long after teaching began, LEAST_SECONDS at least: all of it ends within five minutes on two cores."""
 SHIPPED_LAYERS = ("fine", "half")

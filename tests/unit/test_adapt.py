@@ -48,7 +48,7 @@ def test_half_of_what_is_drawn_is_good() -> None:
 
 def test_a_batch_says_of_each_image_what_its_pixels_show() -> None:
     torch.manual_seed(1)
-    pool, defective, whole = _Pool(examples(), CPU), [], 0
+    pool, defective = _Pool(examples(), CPU), []
     for _ in range(20):
         images, masks, known, bad = pool.batch()
         assert images.shape == (BATCH, 3, WINDOW, WINDOW)
@@ -59,7 +59,6 @@ def test_a_batch_says_of_each_image_what_its_pixels_show() -> None:
         outlined = masks.amax(dim=(1, 2)) > 0.5
         assert bool((outlined == (bad > 0)).all())
         defective.append(float(bad.mean()))
-        whole += int(outlined.sum())
     assert 0.45 < np.mean(defective) < 0.8  # half of them, the windows beside a defect fewer, and some of the good ones by a paste
 
 

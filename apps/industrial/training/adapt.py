@@ -38,7 +38,8 @@ RATES = (1.0, 1.0, 0.5)
 """Learning rates of the heads, the late and the early layers, as shares."""
 MEMBERS, PARTED = 4, 0.2
 """So many copies learn on a GPU, each from batches of its own, and the mean of their weights is what was learned: about as good as the mean
-of what they say, in the time of one. They part after a share of the time: copies that part sooner need not have a mean that is any good.
+of what they say, and no larger or slower than one. They part after a share of the time: networks that never learned together
+may have a mean that is worse than each.
 After Wortsman et al., "Model soups", ICML 2022; Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020."""
 AVERAGED = 0.99
 """What is kept of the running average of the weights with each step; the average is what was learned."""
@@ -149,10 +150,8 @@ class _Member:
         self.network.trunk.layers[:SHARED].requires_grad_(False)
         early, late = self.network.trunk.layers[SHARED : network.SPLIT + 1], self.network.trunk.layers[network.SPLIT + 1 :]
         heads = [p for name, p in self.network.named_parameters() if not name.startswith(("trunk.", "fine.", "coarse."))]
-        groups = [
-            {"params": part, "lr": rate}
-            for part, rate in zip((heads, list(late.parameters()), list(early.parameters())), settings, strict=False)
-        ]
+        parts = (heads, list(late.parameters()), list(early.parameters()))
+        groups = [{"params": part, "lr": rate} for part, rate in zip(parts, settings[:-1], strict=True)]
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.05, fused=True, capturable=settings.is_cuda)
         self.moved = settings[-1]
         self.weights = [p for group in groups for p in group["params"]]
