@@ -11,6 +11,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import event
 
 import apps.common.database
 from apps.common.database import metadata, open_database
@@ -19,6 +20,7 @@ from apps.finance.bootstrap import open_finance
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.messages import VerdictMessage
 from apps.industrial.spc import p_chart
+from apps.industrial.store import IndustrialStore
 from apps.medical.bootstrap import open_medical
 
 MIGRATIONS = Path(apps.common.database.__file__).parent / "migrations"
@@ -74,6 +76,8 @@ def test_every_step_up_and_the_tables_are_those_of_the_code(url: str) -> None:
         for table in metadata.sorted_tables:
             stored = {column["name"] for column in inspector.get_columns(table.name)}
             assert stored == {column.name for column in table.columns}, table.name
+            indexes = {index["name"] for index in inspector.get_indexes(table.name)}
+            assert {index.name for index in table.indexes} <= indexes, table.name
     engine.dispose()
 
 
@@ -124,6 +128,33 @@ def test_pictures_that_nothing_needs_any_more(url: str, settings: Settings) -> N
     store._engine.dispose()
     service.close()
     log.close()
+
+
+def test_what_the_station_asks_every_second_is_read_from_indexes(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path}/triscope.sqlite")
+    store, asked = IndustrialStore(engine), []
+    for number in range(3):
+        store.add(VerdictMessage(f"f{number}", "2026-01-01T00:00:00Z", "s", "plate", "review", 0.0, []))
+    event.listen(engine, "before_cursor_execute", lambda _c, _k, statement, parameters, *_: asked.append((statement, parameters)))
+    for ask in (
+        lambda: store.counts("plate", "lot"),
+        lambda: store.counts("plate"),
+        store.counts,
+        store.undecided,
+        store.to_review,
+        lambda: store.latest(20, recipe="plate"),
+        lambda: store.judged("plate"),
+        lambda: store.series("plate"),
+    ):
+        ask()
+    queries = list(asked)
+    with engine.connect() as connection:
+        steps = [str(row.detail) for text, given in queries for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given)]
+    reads = [step for step in steps if "industrial_verdicts" in step]
+    assert len(reads) >= len(queries) >= 8
+    assert [step for step in reads if "INDEX" not in step] == []
+    assert not [step for step in steps if "ORDER BY" in step], "nothing is sorted"
+    engine.dispose()
 
 
 def test_the_industrial_store(url: str, settings: Settings) -> None:
