@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +19,7 @@ import apps.common.database
 from apps.common.database import metadata, open_database
 from apps.common.settings import Settings
 from apps.finance.bootstrap import open_finance
+from apps.finance.store import FinanceStore
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.messages import VerdictMessage
 from apps.industrial.spc import p_chart
@@ -130,30 +133,48 @@ def test_pictures_that_nothing_needs_any_more(url: str, settings: Settings) -> N
     log.close()
 
 
-def test_what_the_station_asks_every_second_is_read_from_indexes(tmp_path: Path) -> None:
-    engine = open_database(f"sqlite:///{tmp_path}/triscope.sqlite")
-    store, asked = IndustrialStore(engine), []
-    for number in range(3):
-        store.add(VerdictMessage(f"f{number}", "2026-01-01T00:00:00Z", "s", "plate", "review", 0.0, []))
+def read_steps(engine: sa.Engine, asks: Sequence[Callable[[], object]]) -> list[str]:
+    """How SQLite reads what these ask."""
+    asked: list[tuple[str, Any]] = []
     event.listen(engine, "before_cursor_execute", lambda _c, _k, statement, parameters, *_: asked.append((statement, parameters)))
-    for ask in (
-        lambda: store.counts("plate", "lot"),
-        lambda: store.counts("plate"),
-        store.counts,
-        store.undecided,
-        store.to_review,
-        lambda: store.latest(20, recipe="plate"),
-        lambda: store.judged("plate"),
-        lambda: store.series("plate"),
-    ):
+    for ask in asks:
         ask()
     queries = list(asked)
+    assert len(queries) >= len(asks)
     with engine.connect() as connection:
-        steps = [str(row.detail) for text, given in queries for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given)]
-    reads = [step for step in steps if "industrial_verdicts" in step]
-    assert len(reads) >= len(queries) >= 8
-    assert [step for step in reads if "INDEX" not in step] == []
+        return [str(row.detail) for text, given in queries for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", given)]
+
+
+def test_what_the_station_asks_every_second_is_read_from_indexes(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path}/triscope.sqlite")
+    store = IndustrialStore(engine)
+    steps = read_steps(
+        engine,
+        [
+            lambda: store.counts("plate", "lot"),
+            lambda: store.counts("plate"),
+            store.counts,
+            store.undecided,
+            store.to_review,
+            lambda: store.latest(20, recipe="plate"),
+            lambda: store.judged("plate"),
+            lambda: store.series("plate"),
+        ],
+    )
+    assert [step for step in steps if "industrial_verdicts" in step and "INDEX" not in step] == []
+    for name in ("of_lot", "outcome", "undecided", "decided", "of_recipe"):
+        assert any(f"ix_industrial_verdicts_{name}" in step for step in steps), name
     assert not [step for step in steps if "ORDER BY" in step], "nothing is sorted"
+    engine.dispose()
+
+
+def test_what_a_finance_worker_asks_first_is_read_from_indexes(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path}/triscope.sqlite")
+    store = FinanceStore(engine)
+    steps = read_steps(engine, [store.unpublished, lambda: store.compromised(0), store.alerts, lambda: store.alerts_between(0, 1)])
+    assert [step for step in steps if "finance_" in step and "INDEX" not in step] == []
+    for name in ("finance_unpublished", "finance_frauds", "finance_by_decision"):
+        assert any(name in step for step in steps), name
     engine.dispose()
 
 
