@@ -29,6 +29,8 @@ from pipelines.messages import now_rfc3339
 from shared_runtime.host import host
 
 FEWEST, ENOUGH = 8, 30
+MOST_GOOD = 1000
+"""Good images that are learned from; of more, so many spread evenly over them. A thousand take some 2 GiB of memory."""
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 60.0), (5, 74.5), (20, 78.1), (50, 89.6), (258, 91.0))
@@ -60,9 +62,11 @@ def teach(
 ) -> Taught:
     """Teach recipe `name`. `open_session` gives a session of a model folder, or of the shipped network for None.
 
-    `seconds`: how long the network may learn from `defects`. Raises InputError where too few images are usable.
+    `seconds`: how long the network may learn from `defects`. Of more than MOST_GOOD good images, so many are learned from.
+    Raises InputError where too few are usable.
     """
-    start = time.monotonic()
+    start, given = time.monotonic(), len(good)
+    good = _spread(good, MOST_GOOD)
     white = deepest(sample.path for sample in good)
     kept, skipped = _read(good, white, report)
     images = [one.image for one in kept]
@@ -106,7 +110,7 @@ def teach(
         learned_scale=scale,
         map_scale=map_scale,
         kinds=kinds.names if kinds else (),
-        warnings=tuple(_warnings(kept, bad, apart)),
+        warnings=tuple(_warnings(given, kept, bad, apart)),
     )
     times["judge"] = times.get("judge", 0.0) + time.monotonic() - begin
     times["total"] = time.monotonic() - start
@@ -115,7 +119,19 @@ def teach(
     return Taught(recipe, apart, skipped + bad_skipped, times, found.folder)
 
 
-def _warnings(kept: Sequence[_Usable], bad: Sequence[_Usable], apart: Sequence[str]) -> Iterator[str]:
+def _spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
+    """At most so many, in order: those that an operator decided on, the last ones first, and others spread evenly."""
+    if len(samples) <= most:
+        return samples
+    decided = [place for place, sample in enumerate(samples) if sample.decided][-most:]
+    others = [place for place, sample in enumerate(samples) if not sample.decided]
+    chosen = np.linspace(0, len(others) - 1, min(len(others), most - len(decided))).round().astype(int)
+    return [samples[place] for place in sorted([*decided, *(others[i] for i in chosen)])]
+
+
+def _warnings(given: int, kept: Sequence[_Usable], bad: Sequence[_Usable], apart: Sequence[str]) -> Iterator[str]:
+    if given > MOST_GOOD:
+        yield f"{given} good images were given; {MOST_GOOD} of them, spread evenly, were learned from"
     if len(kept) < ENOUGH:
         yield f"only {len(kept)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)"
     if apart:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shared_runtime as rt
-from apps.industrial.features import MAP, MODEL, SIZE
+from apps.industrial.features import MAP, MODEL, SIZE, prepared
 from apps.industrial.training import adapt as module
 from apps.industrial.training.adapt import BATCH, MOST_PASTED, WINDOW, Examples, _Pool, adapt
 from apps.industrial.training.augment import _mean, _widest
@@ -38,12 +38,24 @@ def shipped() -> TextureNetwork:
 
 def test_half_of_what_is_drawn_is_good() -> None:
     made = examples(outlined=1)
-    assert made.images.shape == (GOOD + BAD, 3, SIZE, SIZE)
+    assert made.images.shape == (GOOD + BAD, 1, SIZE, SIZE), "all are grey"
     assert made.share[:GOOD].sum() == pytest.approx(0.5)
     assert made.share.sum() == pytest.approx(1)
     assert made.known.tolist() == [True] * GOOD + [True, False, False, False]
     assert made.masks[GOOD].sum() == 12 * 12
     assert made.masks[GOOD + 1 :].sum() == 0
+
+
+def test_one_image_in_colour_and_all_have_three_channels() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE)).astype(np.uint8)
+    alike = np.repeat(grey[:, :, None], 3, axis=2)
+    assert Examples.of([grey], [alike], [None]).images.shape[1] == 1
+    coloured = alike.copy()
+    coloured[..., 2] //= 2
+    made = Examples.of([grey], [coloured], [None])
+    assert made.images.shape[1] == 3
+    np.testing.assert_array_equal(made.images[0], prepared(grey))
+    np.testing.assert_array_equal(made.images[1], prepared(coloured))
 
 
 def test_a_batch_says_of_each_image_what_its_pixels_show() -> None:
@@ -128,7 +140,7 @@ def test_on_a_gpu_copies_learn_at_the_same_time_as_one_graph(shipped: TextureNet
     made = examples()
     learned = adapt(shipped, made, 60.0, torch.device("cuda"), most_steps=60)
     with torch.no_grad():
-        logits = learned(torch.from_numpy(made.images))["image"]
+        logits = learned(torch.from_numpy(made.images).expand(-1, 3, -1, -1))["image"]
     assert logits[GOOD:].min() > logits[:GOOD].max()
 
 

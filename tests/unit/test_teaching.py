@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -29,7 +30,7 @@ from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.service import IndustrialService
 from apps.industrial.store import Part
 from apps.industrial.synthesis.textures import good_part
-from apps.industrial.teaching import advice, learned_weight
+from apps.industrial.teaching import _spread, advice, learned_weight
 from apps.industrial.worker import run_worker
 from pipelines import PermanentError
 
@@ -112,6 +113,25 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
         Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.probe, recipe.kinds, recipe.model), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
+    service.close()
+    log.close()
+
+
+def test_of_very_many_good_images_some_are_learned_from(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [Sample(Path(f"{number}.png"), "good", decided=number in (7, 8)) for number in range(101)]
+    chosen = [int(sample.path.stem) for sample in _spread(given, 22)]
+    assert len(chosen) == 22
+    assert {0, 7, 8, 100} <= set(chosen)
+    assert chosen == sorted(chosen)
+    assert np.diff([number for number in chosen if number not in (7, 8)]).max() <= 8, "spread evenly"
+    assert _spread(given[:22], 22) == given[:22]
+    assert [int(sample.path.stem) for sample in _spread([replace(one, decided=True) for one in given], 3)] == [98, 99, 100]
+    monkeypatch.setattr("apps.industrial.teaching.MOST_GOOD", 30)
+    service, log = open_industrial(settings)
+    write_dataset(tmp_path, "cast", good=40, each=1)
+    taught = service.teach("cast", good_samples(tmp_path / "train" / "good"))
+    assert taught.recipe.facts.good == 30
+    assert taught.recipe.facts.warnings[0] == "40 good images were given; 30 of them, spread evenly, were learned from"
     service.close()
     log.close()
 

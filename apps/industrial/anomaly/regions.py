@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -33,7 +34,7 @@ FEWEST = 50
 EACH, PATCHED, CELLS, STEPS, BATCH = 10, 600, 128, 900, 1024
 """Patched images for each good one of a half, but at most PATCHED; places of each that are learned from; steps of learning."""
 HIDDEN, PENALTY, RATE = 32, 10.0, 2e-3
-CORES_FOR_BOTH = 4
+CORES_FOR_BOTH, AT_ONCE = 4, 32
 CLIP, SOFT, WEIGHT = 6.0, 2.5, 3.0
 """`SOFT`: sigma in cells that the map is smoothed by; `WEIGHT`: its say beside the statistics of places."""
 Look = Callable[[Sequence[Pixels]], Mapping[str, Array]]
@@ -100,10 +101,9 @@ class Regions:
             patches = _patches([images[i] for i in own], look, np.random.default_rng([seed, int(own[0])]), of_half, names)
             learned = []
             for level, name in enumerate(names):
-                unseen = plain._described(level, seen[name][rest])
-                learned.append(_learned(plain._described(level, patches[name]), patches["outline"], unseen, seed))
+                learned.append(_learned(partial(plain._described, level), patches[name], patches["outline"], seen[name][rest], seed))
             alone = replace(plain, heads=tuple((head,) for head in learned))
-            maps[rest] = alone.maps({name: seen[name][rest] for name in names})
+            maps[rest] = alone.maps({name: seen[name] for name in names}, rest)
             return learned
 
         # Products as small as these gain little from more threads, and lose much where two kinds of threads share the cores.
@@ -113,14 +113,17 @@ class Regions:
             heads = [taught_by(0), other.result() if other else taught_by(1)]
         return replace(plain, heads=tuple(zip(*heads, strict=True))), maps
 
-    def maps(self, seen: Mapping[str, Array]) -> Array:
-        """(N, MAP, MAP) how much each place looks like a region that does not belong; 0 is usual for good parts."""
-        total = np.zeros((len(seen["fine"]), GRID, GRID), np.float32)
+    def maps(self, seen: Mapping[str, Array], rows: NDArray[np.int64] | None = None) -> Array:
+        """(N, MAP, MAP) how much each place looks like a region that does not belong; 0 is usual for good parts. `rows`: of which images,
+        all without."""
+        rows = np.arange(len(seen["fine"])) if rows is None else rows
+        total = np.zeros((len(rows), GRID, GRID), np.float32)
         say = sum(LAYERS[name] for name in self.layers)
         for level, (name, heads) in enumerate(zip(self.layers, self.heads, strict=True)):
-            described = self._described(level, seen[name])
-            for head in heads:
-                total += (head.logits(described) - head.usual[0]) / head.usual[1] * (LAYERS[name] / say / len(heads))
+            for part in _parts(len(rows)):
+                described = self._described(level, seen[name][rows[part]])
+                for head in heads:
+                    total[part] += (head.logits(described) - head.usual[0]) / head.usual[1] * (LAYERS[name] / say / len(heads))
         smooth = [cv2.resize(cv2.GaussianBlur(one, (0, 0), SOFT), (MAP, MAP), interpolation=cv2.INTER_LINEAR) for one in total]
         return np.asarray(smooth, np.float32).reshape(-1, MAP, MAP) * WEIGHT
 
@@ -176,11 +179,18 @@ def _patches(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _learned(described: Array, outline: Array, unseen: Array, seed: int) -> _Head:
-    """A head from patched images (N, GRID, GRID, D), with what is usual on the good ones `unseen`."""
+def _parts(number: int) -> list[slice]:
+    """AT_ONCE images at a time: what describes their places is some ten times as large as what the network said of them."""
+    return [slice(start, start + AT_ONCE) for start in range(0, number, AT_ONCE)]
+
+
+def _learned(described: Callable[[Array], Array], patches: Array, outline: Array, good: Array, seed: int) -> _Head:
+    """A head from `patches`, a layer of patched images, and the `outline` of each (N, GRID, GRID), with what is usual on `good`, the same
+    layer of good ones. `described`: as `Regions._described`."""
     rng = np.random.default_rng(seed)
-    chosen = rng.random((len(described), GRID * GRID)).argsort(axis=1)[:, :CELLS]
-    x = np.take_along_axis(described.reshape(len(described), GRID * GRID, -1), chosen[:, :, None], axis=1).reshape(-1, described.shape[3])
+    chosen = rng.random((len(patches), GRID * GRID)).argsort(axis=1)[:, :CELLS]
+    parts = [np.take_along_axis(_rows(described(patches[part])), chosen[part, :, None], axis=1) for part in _parts(len(patches))]
+    x = np.concatenate(parts).reshape(chosen.size, -1)
     y = np.take_along_axis(outline.reshape(len(outline), -1) > 0.5, chosen, axis=1).ravel()
     order = np.random.RandomState(seed)
     network = MLPClassifier((HIDDEN,), batch_size=BATCH, alpha=PENALTY, max_iter=1, warm_start=True, random_state=order)
@@ -189,8 +199,13 @@ def _learned(described: Array, outline: Array, unseen: Array, seed: int) -> _Hea
         network.set_params(learning_rate_init=RATE * (1 - done / passes)).fit(x, y)
     (first, second), (first_bias, second_bias) = network.coefs_, network.intercepts_
     head = _Head(*(np.asarray(v, np.float32) for v in (first, first_bias, second, second_bias, [0, 1])))
-    logits = head.logits(unseen)
+    logits = np.concatenate([head.logits(described(good[part])) for part in _parts(len(good))])
     return replace(head, usual=np.array([np.median(logits), logits.std() + 1e-3], np.float32))
+
+
+def _rows(places: Array) -> Array:
+    """(N, GRID, GRID, D) -> (N, GRID * GRID, D)."""
+    return places.reshape(len(places), GRID * GRID, -1)
 
 
 def _on_grid(layer: Array) -> Array:

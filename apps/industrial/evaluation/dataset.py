@@ -25,12 +25,14 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set. `mask`: its file, or None; `boxes`: x, y, width, height in pixels where there is no mask."""
+    """One image of a data set. `mask`: its file, or None; `boxes`: x, y, width, height in pixels where there is no mask; `decided`: whether
+    an operator decided on it at the line."""
 
     path: Path
     kind: str
     mask: Path | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()
+    decided: bool = False
 
     @property
     def defective(self) -> bool:

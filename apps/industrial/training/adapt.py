@@ -49,9 +49,9 @@ AVERAGED = 0.99
 class Examples:
     """What a part looks like, good and defective.
 
-    `images` (N, 3, SIZE, SIZE) float32 as `features.prepared` makes them; `masks` (N, MAP, MAP) 0..1, all zero
-    for good parts; `known` (N,): whether the mask is known, or the image's label alone; `defective` (N,);
-    `share` (N,): how often each is drawn.
+    `images` (N, 3, SIZE, SIZE) float32 as `features.prepared` makes them, or (N, 1, SIZE, SIZE) where all are grey;
+    `masks` (N, MAP, MAP) 0..1, all zero for good parts; `known` (N,): whether the mask is known, or the image's label alone;
+    `defective` (N,); `share` (N,): how often each is drawn.
     """
 
     images: NDArray[np.float32]
@@ -63,9 +63,13 @@ class Examples:
     @classmethod
     def of(cls, good: Sequence[Pixels], bad: Sequence[Pixels], outlines: Sequence[NDArray[np.float32] | None]) -> Examples:
         """Good and defective images, each kind drawn half of the time. `outlines`: (MAP, MAP) of each defective one, as `Sample.cells`."""
-        nothing = np.zeros((MAP, MAP), np.float32)
+        nothing, given = np.zeros((MAP, MAP), np.float32), (*good, *bad)
+        grey = all(image.ndim == 2 or bool((image == image[..., :1]).all()) for image in given)
+        images = np.empty((len(given), 1 if grey else 3, SIZE, SIZE), np.float32)
+        for into, image in zip(images, given, strict=True):
+            into[:] = prepared(image)[: len(into)]
         return cls(
-            np.stack([prepared(image) for image in (*good, *bad)]),
+            images,
             np.stack([*[nothing] * len(good), *[nothing if cells is None else cells for cells in outlines]]),
             np.array([*[True] * len(good), *[cells is not None for cells in outlines]]),
             np.array([*[False] * len(good), *[True] * len(bad)]),
@@ -90,9 +94,7 @@ class _Pool:
     """Examples on the device that learns, from which batches are drawn there: nothing that is drawn is known to the host."""
 
     def __init__(self, examples: Examples, device: torch.device) -> None:
-        images, self.masks = torch.from_numpy(examples.images), torch.from_numpy(examples.masks).to(device)
-        grey = bool((images == images[:, :1]).all())
-        self.images = (images[:, :1] if grey else images).to(device)  # grey: one channel is turned and lit
+        self.images, self.masks = torch.from_numpy(examples.images).to(device), torch.from_numpy(examples.masks).to(device)
         self.known, self.bad = (torch.from_numpy(some).float().to(device) for some in (examples.known, examples.defective))
         chances = torch.from_numpy(examples.share)
         self.until = (chances.cumsum(0) / chances.sum()).to(device)
