@@ -82,10 +82,7 @@ class Regions:
         Neighbours in order stay in one half. Also the maps (N, MAP, MAP) of each half by what the other one taught. Where there are
         cores enough both halves learn at once: `look` is then called from two threads, `report` from the caller's alone.
         """
-        layers = [_on_grid(seen[name]) for name in names]
-        mean = tuple(layer.mean(axis=0) for layer in layers)
-        spread = [layer.std(axis=(0, 2, 3))[:, None, None] for layer in layers]
-        deviation = tuple(np.asarray(layer.std(axis=0) + 0.1 * s + 1e-4, np.float32) for layer, s in zip(layers, spread, strict=True))
+        mean, deviation = zip(*(_usual(_on_grid(seen[name])) for name in names), strict=True)
         plain, halves = cls(tuple(names), mean, deviation, ()), np.array_split(np.arange(len(images)), 2)
         maps, at_once = np.zeros((len(images), MAP, MAP), np.float32), host().cores >= CORES_FOR_BOTH
 
@@ -177,6 +174,12 @@ def _patches(
         parts["outline"].append(np.stack([cv2.resize(m, (GRID, GRID), interpolation=cv2.INTER_AREA) for _, m in made]).astype(np.float16))
         report(min(1.0, (start + 32) / number))
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _usual(layer: Array) -> tuple[Array, Array]:
+    """Mean and deviation of each place (C, GRID, GRID), the latter with a share of the whole channel's."""
+    spread = layer.std(axis=(0, 2, 3))[:, None, None]
+    return layer.mean(axis=0), np.asarray(layer.std(axis=0) + 0.1 * spread + 1e-4, np.float32)
 
 
 def _parts(number: int) -> list[slice]:
