@@ -41,7 +41,6 @@ inspection_seconds = Histogram(
 SOURCE = "triscope/industrial"
 MOST_STATIONS, OTHERS = 200, "others"
 """Stations that a worker's metrics tell apart: a camera that sends its serial number as the station must not fill Prometheus."""
-MOST_DECIDED = 2000
 LEAST_DAYS, MOST_DAYS = 0.1, 36_500.0
 """Pictures are kept so long at least: those that were just sent may be on their way to the worker."""
 LOADED_RECIPES = 8
@@ -185,10 +184,10 @@ class IndustrialService:
         self.store.judge(frame_id, judged, actor, note)
 
     def learned_from_line(self, recipe: str, folder: Path) -> tuple[list[Sample], list[Sample]]:
-        """Good and defective parts that the operator decided on, the last MOST_DECIDED, written to `folder` as samples for teaching."""
+        """Good and defective parts that the operator decided on, written to `folder` as samples for teaching."""
         good, bad = [], []
         white = self.recipes.facts(recipe).white if recipe in self.recipes.names() else None
-        for number, part in enumerate(self.store.judged(recipe)[-MOST_DECIDED:]):
+        for number, part in enumerate(self.store.judged(recipe)):
             if not part.verdict.blob:
                 continue
             path = folder / f"{number:06d}-{re.sub(r'[^0-9A-Za-z-]', '_', part.verdict.frame_id)[:60]}.png"
@@ -202,7 +201,7 @@ class IndustrialService:
             if part.judged == GOOD:
                 good.append(Sample(path, "good", decided=True))
             elif part.judged == DEFECT:
-                bad.append(Sample(path, part.verdict.kind or "defect", decided=True))
+                bad.append(Sample(path, part.verdict.kind or "defect"))
         return good, bad
 
     def tidy(self, days: float, stop: threading.Event | None = None) -> int:

@@ -30,7 +30,7 @@ from shared_runtime.host import host
 
 FEWEST, ENOUGH = 8, 30
 MOST_GOOD = 1000
-"""Good images that are learned from; of more, so many spread evenly over them. A thousand take some 2 GiB of memory."""
+"""Good images that are learned from; of more, so many spread evenly over them: memory grows with their number."""
 KIND_SAMPLES = 3
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 60.0), (5, 74.5), (20, 80.9), (50, 89.6), (258, 91.0))
@@ -120,7 +120,7 @@ def teach(
 
 
 def _spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
-    """At most so many, in order: those that an operator decided on, the last ones first, and others spread evenly."""
+    """At most so many, in order: those that an operator found good, the last ones first, and others spread evenly."""
     if len(samples) <= most:
         return samples
     decided = [place for place, sample in enumerate(samples) if sample.decided][-most:]

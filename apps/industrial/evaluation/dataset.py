@@ -26,7 +26,7 @@ Array = NDArray[np.float32]
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set. `mask`: its file, or None; `boxes`: x, y, width, height in pixels where there is no mask; `decided`: whether
-    an operator decided on it at the line."""
+    an operator found it good at the line."""
 
     path: Path
     kind: str
