@@ -120,11 +120,11 @@ def teach(
 
 
 def _spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
-    """At most so many, in order: those that an operator found good, the last ones first, and others spread evenly."""
+    """At most so many, in order: those that an operator found good, the last half of it where there are more, and others spread evenly."""
     if len(samples) <= most:
         return samples
-    decided = [place for place, sample in enumerate(samples) if sample.decided][-most:]
     others = [place for place, sample in enumerate(samples) if not sample.decided]
+    decided = [place for place, sample in enumerate(samples) if sample.decided][-max(most // 2, most - len(others)) :]
     chosen = np.linspace(0, len(others) - 1, min(len(others), most - len(decided))).round().astype(int)
     return [samples[place] for place in sorted([*decided, *(others[i] for i in chosen)])]
 

@@ -126,6 +126,8 @@ def test_of_very_many_good_images_some_are_learned_from(settings: Settings, tmp_
     assert np.diff([number for number in chosen if number not in (7, 8)]).max() <= 8, "spread evenly"
     assert _spread(given[:22], 22) == given[:22]
     assert [int(sample.path.stem) for sample in _spread([replace(one, decided=True) for one in given], 3)] == [98, 99, 100]
+    late = [replace(one, decided=number > 20) for number, one in enumerate(given)]
+    assert [int(sample.path.stem) for sample in _spread(late, 4)] == [0, 20, 99, 100], "half of them as they were given"
     monkeypatch.setattr("apps.industrial.teaching.MOST_GOOD", 30)
     service, log = open_industrial(settings)
     write_dataset(tmp_path, "cast", good=40, each=1)
