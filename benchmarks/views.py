@@ -19,9 +19,9 @@ from apps.industrial.classification.probe import Probe
 from apps.industrial.evaluation.dataset import good_samples, labelled_samples
 from apps.industrial.evaluation.metrics import auroc
 from apps.industrial.features import PEAK, SIZE, prepared
-from apps.industrial.inspection.inspector import combined, features
+from apps.industrial.inspection.inspector import combined, features, scale_of
 from apps.industrial.learning import held_back
-from apps.industrial.teaching import learned_weight, scale_of
+from apps.industrial.teaching import learned_weight
 from apps.industrial.training.adapt import Examples, adapt
 from apps.industrial.training.export import VIEWS, network_from
 from apps.industrial.training.network import TextureNetwork
@@ -69,7 +69,7 @@ def _texture(texture: str, folder: Path) -> dict[str, float]:
     network = adapt(network_from(shipped), examples, SECONDS, torch.device("cpu"))
     held = [image for image, out in zip(good, unseen, strict=True) if out]
     logits = {view: _logits(network, [*held, *images], *view) for view in {view for row in ROWS.values() for view in row}}
-    truth, weight, result = [s.defective for s in judged], learned_weight(defects), {}
+    truth, weight, result = [s.defective for s in judged], learned_weight(len(defects)), {}
     for name, row in ROWS.items():
         mean = np.mean([logits[view] for view in row], axis=0)
         scores = combined(unlike, mean[len(held) :], weight, scale_of(mean[: len(held)]))

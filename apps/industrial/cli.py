@@ -50,27 +50,34 @@ def _bars() -> Iterator[Any]:
 
 @app.command()
 def teach(
-    good: Annotated[Path, typer.Option(metavar="DIR", help="Images of good parts.")],
     recipe: RecipeName,
+    good: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Images of good parts; without them, what the recipe was taught from before.")
+    ] = None,
     defects: Defects = None,
     seconds: Seconds = None,
     device: Device = "auto",
     from_line: Annotated[bool, typer.Option("--from-line", help="Add the parts that the operator decided on.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Add to --good and --defects what the recipe was taught from before.")] = False,
     json: Json = None,
 ) -> None:
-    """Teach a recipe from good parts, and from labelled defects where there are some."""
+    """Teach a recipe from good parts, and from labelled defects where there are some; or again, with what came later."""
     from apps.industrial.bootstrap import open_industrial
     from apps.industrial.evaluation.dataset import good_samples, labelled_samples
     from apps.industrial.teaching import advice
 
     service, log = open_industrial(load_settings().settings)
-    samples = good_samples(good)
+    samples = good_samples(good) if good else []
+    if not good:
+        service.recipes.folder(recipe)
     bad = labelled_samples(defects, defects_only=True) if defects else []
     with tempfile.TemporaryDirectory() as folder, _bars() as report:
         if from_line:
             more_good, more_bad = service.learned_from_line(recipe, Path(folder))
             samples, bad = samples + more_good, bad + more_bad
-        taught = service.teach(recipe, samples, bad, seconds=seconds, device=learning_device(device), report=report)
+        taught = service.teach(
+            recipe, samples, bad, again=again or not good, seconds=seconds, device=learning_device(device), report=report
+        )
     service.close()
     log.close()
     facts = taught.recipe.facts

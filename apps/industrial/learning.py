@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,9 +22,8 @@ from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError
 from apps.industrial.images import Pixels
-from apps.industrial.inspection.inspector import features
+from apps.industrial.inspection.inspector import features, scale_of
 from apps.industrial.inspection.recipe import MODEL_FOLDER
-from shared_runtime.host import host
 
 logger = logging.getLogger(__name__)
 HELD_BACK, FEW = 5, 10
@@ -32,6 +33,9 @@ LEARN_SECONDS = 25.0
 """How long the network may learn from defects on a GPU; an H200 is done in less than half of it."""
 WHOLE_SECONDS, LEAST_SECONDS = 250.0, 60.0
 """On a CPU it learns until so long after teaching began, LEAST_SECONDS at least: all of it ends within five minutes on two cores."""
+NEAR_PEAK, SHOWN = 0.6, 2.0
+"""How far about its peak a defect without an outline is supposed, and what the shipped network's map has to say there, which knows
+synthetic defects alone, beside the statistics: both chosen by the outlines of magnetic tiles and generated parts."""
 SHIPPED_LAYERS = ("fine", "half")
 """Layers that regions are learned from beside a network of the recipe's own: what it says as the shipped one does."""
 Report = Callable[[str, float], None]
@@ -80,7 +84,7 @@ def from_defects(
     """From good images as the shipped network describes them, and from a copy of it that learns the defects at `place`.
 
     The copy does not see the good images that are judged. `outlines`: of the defects as `Sample.cells` gives them. `seconds`: how long
-    it learns; without, what is left since `start`.
+    it learns; without, what is left since `start`. Defects without outlines are learned where the statistics of good parts suppose them.
     """
     unseen = held_back(len(images))
     with open_session(None) as session:
@@ -89,18 +93,19 @@ def from_defects(
         def fit(report: Report) -> _Fitted:
             return _fitted(session, images, seen, SHIPPED_LAYERS, times, report)
 
-        def learn(report: Report) -> tempfile.TemporaryDirectory[str]:
+        def learn(outlines: Sequence[Array], report: Report) -> tempfile.TemporaryDirectory[str]:
             begin = time.monotonic()
             left = LEARN_SECONDS if place == "cuda" else max(LEAST_SECONDS, WHOLE_SECONDS - (begin - start))
             folder = _learned(images, ~unseen, bad_images, outlines, shipped, seconds or left, place, report)
             times["learn"] = time.monotonic() - begin
             return folder
 
-        if place == "cuda" and host().cores >= regions.CORES_FOR_BOTH:
-            folder, fitted = _at_once(learn, fit, report)
+        known = [outline for outline in outlines if outline is not None]
+        if place == "cuda" and len(known) == len(outlines):
+            folder, fitted = _at_once(partial(learn, known), fit, report)
         else:
             fitted = fit(report)
-            folder = learn(report)
+            folder = learn(_supposed(session, bad_images, outlines, seen, fitted), report)
     begin = time.monotonic()
     with open_session(Path(folder.name) / MODEL_FOLDER) as session:
         judged = _with_progress(session, [image for image, held in zip(images, unseen, strict=True) if held], report)
@@ -138,6 +143,23 @@ def _fitted(
         maps += places
     times["fit"] = time.monotonic() - begin
     return parts, scores, maps, found
+
+
+def _supposed(
+    session: rt.Session, images: Sequence[Pixels], outlines: Sequence[Array | None], seen: dict[str, np.ndarray], fitted: _Fitted
+) -> list[Array]:
+    """The `outlines`, and for None the place that looks least like good parts, of which the network said `seen`, with all
+    that joins it and stands out from the image's median at least NEAR_PEAK as far. Where that is wrong the image's label is still right."""
+    supposed: dict[int, Array] = {}
+    if unknown := [i for i, outline in enumerate(outlines) if outline is None]:
+        said, usual, (parts, _, _, found) = features(session, [images[i] for i in unknown]), scale_of(seen["map"]), fitted
+        maps = parts.judged(said["fine"], said["whole"])[1] + SHOWN * np.maximum((said["map"] - usual[0]) / usual[1], 0)
+        if found:
+            maps += found.maps(said)
+        for i, places in zip(unknown, maps - np.median(maps, axis=(1, 2), keepdims=True), strict=True):
+            labels = cv2.connectedComponents((places >= NEAR_PEAK * places.max()).astype(np.uint8))[1]
+            supposed[i] = (labels == labels.flat[places.argmax()]).astype(np.float32)
+    return [supposed[i] if outline is None else outline for i, outline in enumerate(outlines)]
 
 
 def _at_once(
@@ -180,7 +202,7 @@ def _learned(
     images: Sequence[Pixels],
     rows: np.ndarray,
     bad_images: Sequence[Pixels],
-    outlines: Sequence[Array | None],
+    outlines: Sequence[Array],
     base: rt.Model,
     seconds: float,
     place: str,

@@ -22,6 +22,7 @@ from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import PASS, Inspection, Inspector, overlay
 from apps.industrial.inspection.recipe import RecipeBook, checked_name
+from apps.industrial.inspection.taught_images import TaughtImage
 from apps.industrial.learning import Report
 from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage, VerdictMessage
 from apps.industrial.store import DEFECT, GOOD, IndustrialStore, Part
@@ -109,14 +110,31 @@ class IndustrialService:
         good: Sequence[Sample],
         defects: Sequence[Sample] = (),
         *,
+        again: bool = False,
         seconds: float | None = None,
         device: str = "auto",
         actor: str = "operator",
         report: Report = lambda step, share: None,
     ) -> Taught:
-        """Teach a recipe and keep it. Raises InputError."""
-        checked_name(name)
-        taught = teach(name, good, defects, self._open_session, seconds=seconds, device=device, report=report)
+        """Teach a recipe and keep it; `again`: from what it was taught from before as well, where there is such a recipe. Raises
+        InputError."""
+        before: list[TaughtImage] = []
+        white: float | None = None
+        if again and checked_name(name) in self.recipes.names():
+            before, white = self.recipes.images(name), self.recipes.facts(name).white
+            if not before and not good:
+                raise InputError(f"recipe {name!r} kept no images, as an earlier version taught it; give images of good parts")
+        taught = teach(
+            checked_name(name),
+            good,
+            defects,
+            self._open_session,
+            before=before,
+            white_before=white,
+            seconds=seconds,
+            device=device,
+            report=report,
+        )
         self.recipes.save(taught.recipe)
         facts = taught.recipe.facts
         self.store.note(actor, "industrial.teach", name, good=facts.good, defects=facts.defects)
@@ -199,9 +217,9 @@ class IndustrialService:
                 logger.warning("a judged part can't be used: %s", error)
                 continue
             if part.judged == GOOD:
-                good.append(Sample(path, "good", decided=True))
+                good.append(Sample(path, "good", decided=True, called=_called(part)))
             elif part.judged == DEFECT:
-                bad.append(Sample(path, part.verdict.kind or "defect"))
+                bad.append(Sample(path, part.verdict.kind or "defect", called=_called(part)))
         return good, bad
 
     def tidy(self, days: float, stop: threading.Event | None = None) -> int:
@@ -234,6 +252,11 @@ class IndustrialService:
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
+
+
+def _called(part: Part) -> str:
+    """A part's name for the operator."""
+    return part.verdict.serial or part.verdict.frame_id
 
 
 def _message(frame: FrameMessage, result: Inspection, drawn: str, model: str, milliseconds: float) -> VerdictMessage:

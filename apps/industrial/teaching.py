@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apps.industrial.anomaly import regions
 from apps.industrial.anomaly.calibration import calibrate
@@ -21,9 +21,10 @@ from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.features import shrunk
-from apps.industrial.images import Pixels, deepest, sharpness, unusable
-from apps.industrial.inspection.inspector import combined, learned_scores, lifted
+from apps.industrial.images import deepest, sharpness, unusable
+from apps.industrial.inspection.inspector import combined, learned_scores, lifted, scale_of
 from apps.industrial.inspection.recipe import MODEL_FOLDER, Facts, Recipe, side_of, unusual
+from apps.industrial.inspection.taught_images import TaughtImage
 from apps.industrial.learning import OpenSession, Report, from_defects, from_good, place_to_learn
 from pipelines.messages import now_rfc3339
 from shared_runtime.host import host
@@ -32,6 +33,7 @@ FEWEST, ENOUGH = 8, 30
 MOST_GOOD = 1000
 """Good images that are learned from; of more, so many spread evenly over them: memory grows with their number."""
 KIND_SAMPLES = 3
+Given = TypeVar("Given", bound="Sample | TaughtImage")
 MAP_QUANTILE = 0.995
 FOUND_BY_DEFECTS = ((0, 60.0), (5, 74.5), (20, 80.9), (50, 89.6), (258, 91.0))
 
@@ -56,25 +58,32 @@ def teach(
     defects: Sequence[Sample],
     open_session: OpenSession,
     *,
+    before: Sequence[TaughtImage] = (),
+    white_before: float | None = None,
     seconds: float | None = None,
     device: str = "auto",
     report: Report = lambda step, share: None,
 ) -> Taught:
     """Teach recipe `name`. `open_session` gives a session of a model folder, or of the shipped network for None.
 
-    `seconds`: how long the network may learn from `defects`. Of more than MOST_GOOD good images, so many are learned from.
-    Raises InputError where too few are usable.
+    `before`: what it was taught from earlier and learns again, with its `white_before` of images of more than 8 bits; what is given anew
+    as well, perhaps with another label, counts as it is given. `seconds`: how long the network may learn from defects. Of more than
+    MOST_GOOD good images, so many are learned from. Raises InputError where too few are usable.
     """
-    start, given = time.monotonic(), len(good)
-    good = _spread(good, MOST_GOOD)
-    white = deepest(sample.path for sample in good)
-    kept, skipped = _read(good, white, report)
+    start = time.monotonic()
+    every: list[Sample | TaughtImage] = [*(one for one in before if not one.defective), *good]
+    chosen, given = _spread(every, MOST_GOOD), len(every)
+    fresh = [one for one in chosen if isinstance(one, Sample)]
+    white = deepest(sample.path for sample in fresh) or white_before
+    kept, skipped = _read(fresh, white, report)
+    bad, bad_skipped = _read(defects, white, lambda step, share: None)
+    anew = {one.digest for one in (*kept, *bad)}
+    kept = [*(one for one in chosen if isinstance(one, TaughtImage) and one.digest not in anew), *kept]
+    bad = [*(one for one in before if one.defective and one.digest not in anew), *bad]
     images = [one.image for one in kept]
     if len(kept) < FEWEST:
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{len(kept)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
-    bad, bad_skipped = _read(defects, white, lambda step, share: None)
-    bad_samples = [one.sample for one in bad]
     if defects and not bad:
         raise InputError(f"none of {len(defects)} defective images can be used; left out: {bad_skipped[0][0]}: {bad_skipped[0][1]}")
     place = place_to_learn(device) if bad else ""
@@ -84,20 +93,20 @@ def teach(
         found = from_defects(images, bad_images, outlines, open_session, place, seconds, start, times, report)
     else:
         found = from_good(images, open_session, times, report)
-    begin = time.monotonic()
-    weight, scale = learned_weight(bad_samples), scale_of(learned_scores(found.judged))
-    map_scale = scale if bad_samples else scale_of(found.judged["map"])
+    begin, outlined = time.monotonic(), sum(one.outline is not None for one in bad)
+    weight, scale = learned_weight(outlined, len(bad) - outlined), scale_of(learned_scores(found.judged))
+    map_scale = scale if bad else scale_of(found.judged["map"])
     peaks = combined(lifted(found.maps, found.scores), found.judged["map"], weight, map_scale).max(axis=(1, 2))
     scores = combined(found.scores, learned_scores(found.judged), weight, scale)
     if found.probe:
         scores = found.probe.joined(scores, found.judged["whole"])
-    apart = [kept[i].sample.path.name for i in outliers(scores.tolist())] if not bad_samples else []
-    kinds = _kinds(bad_samples, found.bad_seen)
+    apart = [kept[i].name for i in outliers(scores.tolist())] if not bad else []
+    kinds = _kinds(bad, found.bad_seen)
     facts = Facts(
         name=name,
         taught=now_rfc3339(),
         good=len(images),
-        defects=len(bad_samples),
+        defects=len(bad),
         calibration=calibrate([float(score) for score in scores]),
         map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6,
         sharpness=float(np.median([one.sharpness for one in kept])),
@@ -115,11 +124,11 @@ def teach(
     times["judge"] = times.get("judge", 0.0) + time.monotonic() - begin
     times["total"] = time.monotonic() - start
     model = None if found.folder is None else Path(found.folder.name) / MODEL_FOLDER
-    recipe = Recipe(facts, found.parts, found.regions, found.probe, kinds, model)
+    recipe = Recipe(facts, found.parts, found.regions, found.probe, kinds, model, [*kept, *bad])
     return Taught(recipe, apart, skipped + bad_skipped, times, found.folder)
 
 
-def _spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
+def _spread(samples: Sequence[Given], most: int) -> Sequence[Given]:
     """At most so many, in order: those that an operator found good, the last half of it where there are more, and others spread evenly."""
     if len(samples) <= most:
         return samples
@@ -129,9 +138,9 @@ def _spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
     return [samples[place] for place in sorted([*decided, *(others[i] for i in chosen)])]
 
 
-def _warnings(given: int, kept: Sequence[_Usable], bad: Sequence[_Usable], apart: Sequence[str]) -> Iterator[str]:
+def _warnings(given: int, kept: Sequence[TaughtImage], bad: Sequence[TaughtImage], apart: Sequence[str]) -> Iterator[str]:
     if given > MOST_GOOD:
-        yield f"{given} good images were given; {MOST_GOOD} of them, spread evenly, were learned from"
+        yield f"{given} good images were given; {len(kept)} of them, spread evenly, were learned from"
     if len(kept) < ENOUGH:
         yield f"only {len(kept)} good parts: thresholds are coarse, add more (from {ENOUGH} on they can be trusted)"
     if apart:
@@ -154,11 +163,6 @@ def _warnings(given: int, kept: Sequence[_Usable], bad: Sequence[_Usable], apart
             f"{foreign} of {len(bad)} defective images have another size than the good ones (about {size[0]:.0f} pixels a side): "
             "frames like them go to REVIEW; use one camera"
         )
-
-
-def scale_of(logits: np.ndarray) -> tuple[float, float]:
-    """Median and spread of logits on good parts."""
-    return float(np.median(logits)), float(logits.std() + 0.5)
 
 
 def found_of_hundred(defects: int) -> float:
@@ -189,54 +193,37 @@ def _advice(defects: int) -> str:
     )
 
 
-def learned_weight(defects: Sequence[Sample]) -> float:
+def learned_weight(outlined: int, labels: int = 0) -> float:
     """How much the learned network has to say beside the statistics of good parts, by the defects it learned from.
 
     Near the best weights at 5, 20, 50 and 260 outlined defects of magnetic tiles: more defects, more say. A label
     without an outline counts as a quarter of one.
     """
-    if not defects:
+    number = outlined + labels / 4
+    if not number:
         return 0.0
-    outlined = sum(sample.mask is not None or bool(sample.boxes) for sample in defects)
-    number = outlined + (len(defects) - outlined) / 4
     return float(np.clip(0.35 + 0.25 * np.log10(number / 5), 0.35, 0.7))
 
 
-@dataclass(frozen=True)
-class _Usable:
-    """What teaching keeps of an image: `image` is shrunk, so that memory does not grow with the camera's pixels.
-
-    `outline`: as `Sample.cells`; `aspect`: width over height; `side`: as `side_of`; `digest`: of the whole picture.
-    """
-
-    sample: Sample
-    image: Pixels
-    outline: NDArray[np.float32] | None
-    sharpness: float
-    aspect: float
-    side: float
-    digest: bytes
-
-
-def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tuple[list[_Usable], list[tuple[str, str]]]:
+def _read(samples: Sequence[Sample], white: float | None, report: Report) -> tuple[list[TaughtImage], list[tuple[str, str]]]:
     """Images that can be used, and names of the others with the reason. Of equal pictures one is used: a part that was held back would
     else have been taught all the same."""
     kept, skipped = [], []
-    seen: dict[bytes, str] = {}
+    seen: dict[str, str] = {}
     with ThreadPoolExecutor(host().cores) as pool:
         for number, (sample, one) in enumerate(zip(samples, pool.map(lambda sample: _usable(sample, white), samples), strict=True)):
             if isinstance(one, str):
-                skipped.append((sample.path.name, one))
+                skipped.append((sample.name, one))
             elif one.digest in seen:
-                skipped.append((sample.path.name, f"the same picture as {seen[one.digest]}"))
+                skipped.append((sample.name, f"the same picture as {seen[one.digest]}"))
             else:
-                seen[one.digest] = sample.path.name
+                seen[one.digest] = sample.name
                 kept.append(one)
             report("reading", (number + 1) / len(samples))
     return kept, skipped
 
 
-def _usable(sample: Sample, white: float | None) -> _Usable | str:
+def _usable(sample: Sample, white: float | None) -> TaughtImage | str:
     """What is kept of an image, or why it can't be used."""
     try:
         image = sample.read(white)
@@ -245,9 +232,10 @@ def _usable(sample: Sample, white: float | None) -> _Usable | str:
         return str(error)
     if why := unusable(image):
         return why
-    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
     height, width = image.shape[:2]
-    return _Usable(sample, shrunk(image), outline, sharpness(image), width / height, side_of(width, height), digest)
+    shape = (sharpness(image), width / height, side_of(width, height))
+    return TaughtImage(sample.name, sample.kind, shrunk(image), outline, *shape, digest, sample.defective, sample.decided)
 
 
 def _usual(values: Sequence[float]) -> tuple[float, float]:
@@ -256,7 +244,7 @@ def _usual(values: Sequence[float]) -> tuple[float, float]:
     return float(np.exp(np.median(logs))), float(logs.std())
 
 
-def _kinds(samples: Sequence[Sample], seen: dict[str, np.ndarray]) -> KindClassifier | None:
+def _kinds(samples: Sequence[TaughtImage], seen: dict[str, np.ndarray]) -> KindClassifier | None:
     """A classifier of the kinds that have samples enough; None where there are not two."""
     counts = Counter(sample.kind for sample in samples)
     known = [i for i, sample in enumerate(samples) if counts[sample.kind] >= KIND_SAMPLES]

@@ -96,6 +96,14 @@ def test_the_operator_overrules_and_the_next_teaching_takes_it(line: tuple[Indus
     assert any("good, says" in success.value and "only oil" in success.value for success in app.success)
     good, bad = service.learned_from_line(RECIPE, tmp_path)
     assert ([sample.path.stem.partition("-")[2] for sample in good], bad) == ([frame], [])
+    app.session_state["industrial_tab"] = "Teach"
+    app.run()
+    next(button for button in app.button if button.label == "Teach").click().run()
+    assert not app.exception
+    deadline = time.monotonic() + 90
+    while service.recipes.facts(RECIPE).good != 41:  # the 40 of before, which no one handed in again, and this one
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     queue = service.store.to_review()
     assert frame not in [waiting.verdict.frame_id for waiting in queue]
     app.button(key=f"defect_queue_{queue[0].verdict.frame_id}").click().run()

@@ -53,6 +53,15 @@ def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_
     assert taught["recipe"]["good"] == 24
     assert "only 24 good parts" in done.stderr
     assert "ten more held about" in taught["advice"]
+    done = commands.run("industrial", "teach", "--recipe", "plate", "--good", parts / "test" / "good", "--again", "--json", "-")
+    assert json.loads(done.stdout)["recipe"]["good"] == 28
+    (parts / "train").rename(parts / "away")
+    done = commands.run("industrial", "teach", "--recipe", "plate", "--from-line", "--json", "-")
+    assert json.loads(done.stdout)["recipe"]["good"] == 28, "as before: there is no line yet"
+    (parts / "away").rename(parts / "train")
+    done = commands.run("industrial", "teach", "--recipe", "plaet")
+    assert done.returncode == 2
+    assert "no recipe 'plaet'; did you mean 'plate'? Teach one with 'triscope industrial teach --good DIR" in " ".join(done.stderr.split())
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "hole.png").write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 import tracemalloc
@@ -22,15 +23,17 @@ from apps.industrial.bootstrap import open_industrial
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
 from apps.industrial.evaluation.dataset import Sample, good_samples, labelled_samples
+from apps.industrial.features import MAP
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import Inspector, relative
-from apps.industrial.inspection.recipe import Recipe
+from apps.industrial.inspection.recipe import IMAGES_FILE, Recipe
 from apps.industrial.learning import held_back
 from apps.industrial.messages import FRAMES, FrameMessage
 from apps.industrial.service import IndustrialService
 from apps.industrial.store import Part
 from apps.industrial.synthesis.textures import good_part
 from apps.industrial.teaching import _spread, advice, learned_weight
+from apps.industrial.training.adapt import Examples
 from apps.industrial.worker import run_worker
 from pipelines import PermanentError
 
@@ -178,13 +181,11 @@ def test_a_probe_tells_defects_from_good_parts_and_is_stored() -> None:
 
 
 def test_more_outlined_defects_have_more_say() -> None:
-    outlined = [Sample(Path("a.png"), "hole", Path("a_mask.png"))]
-    labelled = [Sample(Path("a.png"), "hole")]
-    assert learned_weight([]) == 0
-    weights = [learned_weight(outlined * n) for n in (5, 20, 50, 300)]
+    assert learned_weight(0) == 0
+    weights = [learned_weight(n) for n in (5, 20, 50, 300)]
     assert weights == sorted(weights)
     assert weights[-1] < 1
-    assert learned_weight(labelled * 40) < learned_weight(outlined * 40)
+    assert learned_weight(0, 40) < learned_weight(40)
     assert "ten more held about" in advice(200, 0)
     assert "brought little" in advice(200, 500)
     assert "from 50 good parts on (48 now)" in advice(48, 0)
@@ -287,6 +288,91 @@ def test_a_frame_that_no_database_keeps_is_a_dead_letter_at_once(settings: Setti
         service.process(msgspec.structs.replace(frame, **change))
     service.close()
     log.close()
+
+
+def test_a_recipe_is_taught_again_with_what_came_later(settings: Settings, tmp_path: Path) -> None:
+    """Without the images of then: they lie with the recipe. What is given anew counts as it is given."""
+    write_dataset(tmp_path, "cast", good=14, each=1)
+    service, log = open_industrial(settings)
+    good = good_samples(tmp_path / "train" / "good")
+    defects = labelled_samples(tmp_path, defects_only=True)
+    first = service.teach("cast", good[:12], seconds=1, device="cpu").recipe
+    shutil.move(good[0].path, good[0].path.with_suffix(".away"))
+    kept = service.recipes.images("cast")
+    assert [one.name for one in kept] == [sample.path.name for sample in good[:12]]
+    for mine, theirs in zip(kept, first.images, strict=True):
+        np.testing.assert_array_equal(mine.image, theirs.image)
+        assert replace(mine, image=theirs.image, outline=None) == replace(theirs, outline=None)
+    same = service.teach("cast", [], again=True).recipe
+    assert (same.facts.good, same.facts.calibration, same.facts.map_threshold) == (12, first.facts.calibration, first.facts.map_threshold)
+    service.teach("cast", good[12:], defects[:3], again=True, seconds=1, device="cpu")
+    wrong = replace(good[12], kind="stain")
+    last = service.teach("cast", [], [wrong, replace(defects[0], kind="scratch")], again=True, seconds=1, device="cpu").recipe
+    assert (last.facts.good, last.facts.defects) == (13, 4)
+    again = service.recipes.images("cast")
+    assert sorted(one.kind for one in again if one.defective) == sorted(["stain", "scratch", defects[1].kind, defects[2].kind])
+    outlines = {one.kind: one.outline for one in again if one.defective}
+    wanted = defects[1].cells(defects[1].read().shape)
+    np.testing.assert_allclose(outlines[defects[1].kind], wanted, atol=1 / 255)
+    assert outlines["stain"] is None
+    assert service.teach("cast", good[5:13]).recipe.facts.good == 8, "from these alone"
+    service.close()
+    log.close()
+
+
+def test_images_that_a_recipe_was_taught_from_are_refused_where_they_are_damaged(cast: tuple[IndustrialService, Recipe]) -> None:
+    service, _ = cast
+    path = service.recipes.root / "cast" / IMAGES_FILE
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for content in (b"", b"PK", whole[:middle], whole[:middle] + bytes(200) + whole[middle + 200 :]):
+        path.write_bytes(content)
+        with pytest.raises(
+            InputError, match=r"what recipe 'cast' was taught from can't be read: the images are damaged: .*; teach it from"
+        ):
+            service.teach("cast", [], again=True)
+    path.unlink()
+    with pytest.raises(InputError, match="kept no images, as an earlier version taught it"):
+        service.teach("cast", [], again=True)
+    assert service.inspector("cast").recipe.facts.good == 10, "it judges all the same"
+
+
+def test_a_recipe_that_can_not_be_written_leaves_nothing(cast: tuple[IndustrialService, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    service, recipe = cast
+
+    def full(images: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("apps.industrial.inspection.recipe.packed", full)
+    with pytest.raises(OSError, match="No space"):
+        service.recipes.save(recipe)
+    assert [path.name for path in service.recipes.root.iterdir()] == ["cast"]
+
+
+def test_a_defect_without_an_outline_is_learned_where_it_stands_out(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, "brushed", good=20, each=2)
+    defects = labelled_samples(tmp_path, defects_only=True)
+    outlines = [sample.cells(sample.read().shape) for sample in defects]
+    labels = [Sample(sample.path, sample.kind) if number else sample for number, sample in enumerate(defects)]
+    learned: list[np.ndarray] = []
+
+    def watched(good: object, bad: object, cells: list[np.ndarray]) -> Examples:
+        learned.extend(cells)
+        raise InputError("seen")
+
+    monkeypatch.setattr("apps.industrial.training.adapt.Examples.of", watched)
+    service, log = open_industrial(settings)
+    with pytest.raises(InputError, match="seen"):
+        service.teach("brushed", good_samples(tmp_path / "train" / "good"), labels, device="cpu")
+    service.close()
+    log.close()
+    np.testing.assert_array_equal(learned[0], outlines[0])
+    assert all(cells.shape == (MAP, MAP) and set(np.unique(cells)) == {0, 1} for cells in learned[1:])
+    found = [bool((cells * cv2.dilate(outline, np.ones((5, 5)))).any()) for cells, outline in zip(learned[1:], outlines[1:], strict=True)]
+    assert np.mean(found) > 0.6
+    assert np.mean([cells.mean() for cells in learned[1:]]) < 0.15
 
 
 def test_a_mask_that_does_not_fit_is_refused_before_anything_is_learned(settings: Settings, tmp_path: Path) -> None:

@@ -26,13 +26,19 @@ Array = NDArray[np.float32]
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set. `mask`: its file, or None; `boxes`: x, y, width, height in pixels where there is no mask; `decided`: whether
-    an operator found it good at the line."""
+    an operator found it good at the line; `called`: its name for the operator, where that is not the file's."""
 
     path: Path
     kind: str
     mask: Path | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     decided: bool = False
+    called: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the operator calls it."""
+        return self.called or self.path.name
 
     @property
     def defective(self) -> bool:

@@ -77,6 +77,11 @@ def combined(good: Array, learned: Array, weight: float, scale: tuple[float, flo
     return np.asarray((1 - weight) * good + weight * standard, np.float32)
 
 
+def scale_of(logits: np.ndarray) -> tuple[float, float]:
+    """Median and spread of logits on good parts."""
+    return float(np.median(logits)), float(logits.std() + 0.5)
+
+
 def lifted(maps: Array, scores: Array) -> Array:
     """Maps (N, MAP, MAP) of how far places are from good parts, raised by the `scores` (N,) of their images."""
     return np.asarray(maps + LIFT * np.clip(scores, *LIFTED)[:, None, None], np.float32)

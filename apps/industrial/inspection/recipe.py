@@ -1,5 +1,5 @@
-"""A recipe: what the station knows about one part. A folder with `recipe.json`, `statistics.npz` and, where it learned
-from labelled defects, a model of its own."""
+"""A recipe: what the station knows about one part. A folder with `recipe.json`, `statistics.npz`, the images that it was taught from
+and, where it learned from labelled defects, a model of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,10 +22,11 @@ from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.classification.probe import Probe
 from apps.industrial.errors import InputError, RecipeNotFoundError
+from apps.industrial.inspection.taught_images import TaughtImage, packed, unpacked
 from shared_runtime.errors import NOT_JSON
 from shared_runtime.folders import replace_folder, settled
 
-RECIPE_FILE, STATISTICS_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "model"
+RECIPE_FILE, STATISTICS_FILE, IMAGES_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "images.zip", "model"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
@@ -61,13 +63,21 @@ class Recipe:
     """A recipe in memory.
 
     `regions`: None where too few good parts were known; `probe`: None without defects, and of recipes of version 2; `model`: the folder
-    of its own model, or None for the shipped one.
+    of its own model, or None for the shipped one; `images`: what it was taught from, of a recipe that was just taught.
     """
 
     def __init__(
-        self, facts: Facts, good: GoodParts, regions: Regions | None, probe: Probe | None, kinds: KindClassifier | None, model: Path | None
+        self,
+        facts: Facts,
+        good: GoodParts,
+        regions: Regions | None,
+        probe: Probe | None,
+        kinds: KindClassifier | None,
+        model: Path | None,
+        images: Sequence[TaughtImage] = (),
     ) -> None:
         self.facts, self.good, self.regions, self.probe, self.kinds, self.model = facts, good, regions, probe, kinds, model
+        self.images = images
 
 
 def checked_name(name: str) -> str:
@@ -113,6 +123,17 @@ class RecipeBook:
         """A recipe, its statistics verified against their hash."""
         return settled([self.root / checked_name(name)], lambda: self._load(name))
 
+    def images(self, name: str) -> list[TaughtImage]:
+        """What a recipe was taught from; empty for recipes of earlier versions, which kept none."""
+        return settled([self.root / checked_name(name)], lambda: self._images(name))
+
+    def _images(self, name: str) -> list[TaughtImage]:
+        path = self.folder(name) / IMAGES_FILE
+        try:
+            return unpacked(path.read_bytes()) if path.exists() else []
+        except (OSError, InputError) as error:
+            raise InputError(f"what recipe {name!r} was taught from can't be read: {error}; teach it from images") from error
+
     def _facts(self, name: str) -> Facts:
         try:
             return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
@@ -140,6 +161,15 @@ class RecipeBook:
         self.root.mkdir(parents=True, exist_ok=True)
         part, target = self.root / f".{name}.{uuid.uuid4().hex}", self.root / name
         part.mkdir()
+        try:
+            self._write(recipe, part)
+            replace_folder(part, target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return target
+
+    def _write(self, recipe: Recipe, part: Path) -> None:
         buffer = io.BytesIO()
         learned = [part.arrays() for part in (recipe.good, recipe.regions, recipe.probe, recipe.kinds) if part]
         np.savez(buffer, allow_pickle=False, **{name: array for arrays in learned for name, array in arrays.items()})
@@ -147,7 +177,6 @@ class RecipeBook:
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
         facts = msgspec.structs.replace(recipe.facts, statistics_sha256=digest)
         (part / RECIPE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+        (part / IMAGES_FILE).write_bytes(packed(recipe.images))
         if recipe.model is not None:
             shutil.copytree(recipe.model, part / MODEL_FOLDER)
-        replace_folder(part, target)
-        return target

@@ -31,7 +31,7 @@ STILL, IN_PLACE, MANY = 0.7, 0.5, 50
 they were: small defects at an edge are the last to be learned. Below MANY labelled defects less, as variety matters more then."""
 MOST_STEPS = 1500
 PASTED = 0.3
-"""Share of the good images that get a defect of a labelled one, where outlines are known: few defects are then seen in many places."""
+"""Share of the good images that get a defect of a labelled one: few defects are then seen in many places."""
 MOST_PASTED = 4
 """Pasted in one batch at most: more than that are drawn in one of twenty."""
 RATES = (1.0, 1.0, 0.5)
@@ -50,18 +50,17 @@ class Examples:
     """What a part looks like, good and defective.
 
     `images` (N, 3, SIZE, SIZE) float32 as `features.prepared` makes them, or (N, 1, SIZE, SIZE) where all are grey;
-    `masks` (N, MAP, MAP) 0..1, all zero for good parts; `known` (N,): whether the mask is known, or the image's label alone;
-    `defective` (N,); `share` (N,): how often each is drawn.
+    `masks` (N, MAP, MAP) 0..1, all zero for good parts; `defective` (N,); `share` (N,): how often each
+    is drawn.
     """
 
     images: NDArray[np.float32]
     masks: NDArray[np.float32]
-    known: NDArray[np.bool_]
     defective: NDArray[np.bool_]
     share: NDArray[np.float32]
 
     @classmethod
-    def of(cls, good: Sequence[Pixels], bad: Sequence[Pixels], outlines: Sequence[NDArray[np.float32] | None]) -> Examples:
+    def of(cls, good: Sequence[Pixels], bad: Sequence[Pixels], outlines: Sequence[NDArray[np.float32]]) -> Examples:
         """Good and defective images, each kind drawn half of the time. `outlines`: (MAP, MAP) of each defective one, as `Sample.cells`."""
         nothing, given = np.zeros((MAP, MAP), np.float32), (*good, *bad)
         grey = all(image.ndim == 2 or bool((image == image[..., :1]).all()) for image in given)
@@ -70,8 +69,7 @@ class Examples:
             into[:] = prepared(image)[: len(into)]
         return cls(
             images,
-            np.stack([*[nothing] * len(good), *[nothing if cells is None else cells for cells in outlines]]),
-            np.array([*[True] * len(good), *[cells is not None for cells in outlines]]),
+            np.stack([*[nothing] * len(good), *outlines]),
             np.array([*[False] * len(good), *[True] * len(bad)]),
             np.array([*[0.5 / len(good)] * len(good), *[0.5 / len(bad)] * len(bad)], np.float32),
         )
@@ -95,25 +93,25 @@ class _Pool:
 
     def __init__(self, examples: Examples, device: torch.device) -> None:
         self.images, self.masks = torch.from_numpy(examples.images).to(device), torch.from_numpy(examples.masks).to(device)
-        self.known, self.bad = (torch.from_numpy(some).float().to(device) for some in (examples.known, examples.defective))
+        self.bad = torch.from_numpy(examples.defective).float().to(device)
         chances = torch.from_numpy(examples.share)
         self.until = (chances.cumsum(0) / chances.sum()).to(device)
         self.lifelike = min(1.0, float(self.bad.sum()) / MANY)
-        self.donors = torch.nonzero((self.bad > 0) & (self.known > 0) & (self.masks.amax(dim=(1, 2)) > 0.3)).flatten()
+        self.donors = torch.nonzero((self.bad > 0) & (self.masks.amax(dim=(1, 2)) > 0.3)).flatten()
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images (BATCH, 3, WINDOW, WINDOW), masks (BATCH, WINDOW / 4, WINDOW / 4), whether those are known, and whether defective."""
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (BATCH, 3, WINDOW, WINDOW), masks (BATCH, WINDOW / 4, WINDOW / 4), and whether defective."""
         device = self.images.device
         chosen = torch.searchsorted(self.until, torch.rand(BATCH, device=device)).clamp(max=len(self.until) - 1)
-        seen, target, known, defective = self.images[chosen], self.masks[chosen], self.known[chosen], self.bad[chosen]
+        seen, target, defective = self.images[chosen], self.masks[chosen], self.bad[chosen]
         if len(self.donors):
             self._paste(seen, target, defective)
         seen, target = turned(seen, target, quarter=False, still=self.lifelike * STILL)
-        cut = (torch.rand(BATCH, device=device) < 0.7) & (known > 0)
+        cut = torch.rand(BATCH, device=device) < 0.7
         seen, target = _windows(seen, target, cut)
         defective = torch.where(cut, (target.amax(dim=(1, 2)) > 0.5).float(), defective)
         seen = light(seen, 0.7).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        return seen, target, known, defective
+        return seen, target, defective
 
     def _paste(self, seen: Tensor, target: Tensor, defective: Tensor) -> None:
         """Defects of other images on a share PASTED of the good ones, in place; MOST_PASTED in a batch."""
@@ -161,10 +159,10 @@ class _Member:
 
     def learn(self, pool: _Pool) -> None:
         """One step on a batch of the pool."""
-        images, masks, known, defective = pool.batch()
+        images, masks, defective = pool.batch()
         with _reduced(images.device):
             logits, whole = _said(self.network, images)
-        loss = map_loss(logits, masks, known) + image_loss(whole, defective)
+        loss = map_loss(logits, masks) + image_loss(whole, defective)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 5.0)
@@ -211,7 +209,13 @@ def _side_by_side(steps: Sequence[Callable[[], None]], device: torch.device) -> 
     torch.cuda.current_stream(device).wait_stream(aside)
     with torch.cuda.graph(graph):
         together()
-    replay: Callable[[], None] = graph.replay
+    done = torch.cuda.Event(blocking=True)
+
+    def replay() -> None:
+        graph.replay()
+        done.record()
+        done.synchronize()  # sleeps: a wait that spins would take one of two cores from what is fitted beside
+
     return replay
 
 
@@ -245,7 +249,7 @@ def adapt(
         factor = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * progress))
         step += 1
         now = [*(learning_rate * factor * rate for rate in RATES), 1 - min(AVERAGED, step / (step + 10))]
-        settings.copy_(torch.tensor(now))  # waits for the step before on a GPU
+        settings.copy_(torch.tensor(now))
         advance()
         report(progress)
     for weight, *averages in zip(copies[0].weights, *(member.average for member in copies), strict=True):

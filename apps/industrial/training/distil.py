@@ -139,9 +139,8 @@ def train(
             read = {name: layer(out["fine" if "fine" in name else "coarse"]) for name, layer in readings.items()}
         targets = {"v2_fine": seen[18], "v1_fine": old_fine, "v2_coarse": seen[39], "v1_coarse": old_coarse}
         matched = sum(_alike(read[name].float(), target) for name, target in targets.items()) + _alike(out["sixteenth"].float(), seen[39])
-        known = torch.ones(len(mask), device=device)
         defective = (mask.amax(dim=(1, 2)) > 0.3).float()
-        found = map_loss(out["map"].float(), mask, known) + 0.5 * image_loss(out["image"].float(), defective)
+        found = map_loss(out["map"].float(), mask) + 0.5 * image_loss(out["image"].float(), defective)
         loss = found + recipe.distillation * matched / 5
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

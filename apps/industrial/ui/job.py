@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from apps.industrial.errors import IndustrialError, InputError
@@ -25,10 +25,9 @@ Work = Callable[[Path, Report], Taught]
 
 @dataclass
 class Teaching:
-    """One teaching: how far it is, then what was taught or what went wrong. `names`: what the operator calls the files."""
+    """One teaching: how far it is, then what was taught or what went wrong."""
 
     recipe: str
-    names: dict[str, str] = field(default_factory=dict)
     step: str = "reading"
     share: float = 0.0
     taught: Taught | None = None

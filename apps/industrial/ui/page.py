@@ -189,7 +189,7 @@ def review() -> None:
     shown = next((part for part in queue if part.verdict.frame_id == st.session_state.get("industrial_queue")), queue[0])
     st.session_state["industrial_queue"] = shown.verdict.frame_id
     st.caption(
-        f"{store.undecided()} parts wait. What you decide joins the recipe's next teaching (`triscope industrial teach --from-line`)."
+        f"{store.undecided()} parts wait. What you decide joins the recipe's next teaching: press Teach when some have come together."
     )
     st.markdown(f"Part **{plain(shown.verdict.serial or shown.verdict.frame_id[:8])}** · recipe {shown.verdict.recipe}")
     decision(shown, "queue")
@@ -231,6 +231,7 @@ def teaching(recipe: str | None) -> None:
         good = st.file_uploader("Images of good parts (30 or more)", accept_multiple_files=True)
         bad = st.file_uploader("Images of defective parts (none are needed; five are a start)", accept_multiple_files=True)
         judged = st.checkbox("Add the parts that were judged on this page", value=True)
+        again = st.checkbox("Add the images that the recipe was taught from before", value=True)
         if not st.form_submit_button("Teach", type="primary"):
             return
     folder = new_folder()
@@ -239,11 +240,10 @@ def teaching(recipe: str | None) -> None:
 
     def work(folder: Path, report: Report) -> Taught:
         more_good, more_bad = service.learned_from_line(name, folder) if judged and name in service.recipes.names() else ([], [])
-        return service.teach(name, samples + more_good, defects + more_bad, actor=actor, report=report)
+        return service.teach(name, samples + more_good, defects + more_bad, again=again, actor=actor, report=report)
 
-    names = {sample.path.name: file.name for sample, file in zip(samples + defects, [*(good or []), *(bad or [])], strict=True)}
     try:
-        jobs().start(Teaching(name, names), folder, work)
+        jobs().start(Teaching(name), folder, work)
     except InputError as error:
         st.error(plain(error))
 
@@ -265,9 +265,9 @@ def taught() -> None:
     expected = f"{100 * facts.calibration.fail.expected:.1f} % of good parts are expected to fail"
     st.success(f"Recipe {job.recipe}: {facts.good} good parts, {facts.defects} defects; {expected}. {advice(facts.good, facts.defects)}.")
     for outlier in job.taught.outliers:
-        st.warning(f"stands apart: {plain(job.names.get(outlier, outlier))}")
+        st.warning(f"stands apart: {plain(outlier)}")
     for left_out, why in job.taught.skipped:
-        st.warning(f"left out: {plain(job.names.get(left_out, left_out))}: {plain(why)}")
+        st.warning(f"left out: {plain(left_out)}: {plain(why)}")
     for warning in facts.warnings:
         st.warning(warning)
     if st.session_state.get("industrial_taught") is not job:  # once: the list of recipes has a new one
@@ -280,7 +280,7 @@ def _saved(files: Sequence[Any], folder: Path, kind: str) -> list[Sample]:
     for number, file in enumerate(files):
         path = folder / f"{kind}-{number:05d}.img"
         path.write_bytes(file.getvalue())
-        samples.append(Sample(path, kind))
+        samples.append(Sample(path, kind, called=file.name))
     return samples
 
 
