@@ -30,10 +30,7 @@ def absent(reason: str) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Each test has its own TRISCOPE_HOME; plans are shared, since measuring them again proves nothing. Contenders whose threads spin rest
-    for a moment between their turns, not until the threads sleep: races are short, and none is about whose threads those are."""
-    for module in ("contenders", "planner"):
-        monkeypatch.setattr(f"shared_runtime.planning.{module}.SPIN_REST", 0.002)
+    """Each test has its own TRISCOPE_HOME; plans are shared, since measuring them again proves nothing."""
     for name in list(os.environ):
         if name.startswith("TRISCOPE_"):
             monkeypatch.delenv(name)

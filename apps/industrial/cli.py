@@ -1,15 +1,16 @@
-"""`triscope industrial`: teach, inspect, evaluate, station, feed, tidy, generate, recipes, train, ui."""
+"""`triscope industrial`: teach, thresholds, inspect, evaluate, station, feed, tidy, generate, recipes, train, ui."""
 
 from __future__ import annotations
 
 import csv
+import getpass
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast, get_args
 
 import msgspec
 import typer
@@ -21,6 +22,9 @@ from apps.common.settings import load_settings
 from apps.industrial.errors import InputError
 from shared_runtime.host import host
 
+if TYPE_CHECKING:
+    from apps.industrial.anomaly.calibration import Calibration, Rates
+
 CLOSE_SECONDS = 8.0
 """How long a source may take to let go of its camera."""
 app = typer.Typer(no_args_is_help=True, help="Inspection stations: taught from good parts, pass / review / fail with a defect map.")
@@ -31,6 +35,10 @@ Defects = Annotated[
     typer.Option("--defects", metavar="DIR", help="Labelled defects: test/KIND with ground_truth/KIND, boxes.csv, or neither."),
 ]
 Seconds = Annotated[Optional[float], typer.Option("--seconds", min=1, help="How long to learn from labelled defects.")]
+ReviewRate = Annotated[
+    Optional[float], typer.Option("--review-rate", metavar="PERCENT", help="Of good parts, so many may go to REVIEW or FAIL (5).")
+]
+FailRate = Annotated[Optional[float], typer.Option("--fail-rate", metavar="PERCENT", help="Of good parts, so many may FAIL (1).")]
 Device = Annotated[str, typer.Option("--device", help="Where to learn: auto, cuda or cpu.")]
 
 
@@ -59,6 +67,8 @@ def teach(
     device: Device = "auto",
     from_line: Annotated[bool, typer.Option("--from-line", help="Add the parts that the operator decided on.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Add to --good and --defects what the recipe was taught from before.")] = False,
+    review_rate: ReviewRate = None,
+    fail_rate: FailRate = None,
     json: Json = None,
 ) -> None:
     """Teach a recipe from good parts, and from labelled defects where there are some; or again, with what came later."""
@@ -76,17 +86,20 @@ def teach(
             more_good, more_bad = service.learned_from_line(recipe, Path(folder))
             samples, bad = samples + more_good, bad + more_bad
         taught = service.teach(
-            recipe, samples, bad, again=again or not good, seconds=seconds, device=learning_device(device), report=report
+            recipe,
+            samples,
+            bad,
+            again=again or not good,
+            rates=_rates(service.rates(recipe), review_rate, fail_rate),
+            seconds=seconds,
+            device=learning_device(device),
+            report=report,
         )
     service.close()
     log.close()
     facts = taught.recipe.facts
-    for name, threshold in (("review", facts.calibration.review), ("fail", facts.calibration.fail)):
-        low, high = threshold.interval
-        console.print(
-            f"{name:6} above {threshold.value:6.2f}: expected of good parts {100 * threshold.expected:.1f} % "
-            f"({100 * low:.1f}-{100 * high:.1f} %)"
-        )
+    for line in _thresholds(facts.calibration):
+        console.print(line)
     for name, why in taught.skipped:
         console.print(f"[yellow]left out[/yellow] {name}: {why}")
     for name in taught.outliers:
@@ -105,6 +118,34 @@ def teach(
         },
         json,
     )
+
+
+def _rates(known: Rates, review: float | None, fail: float | None) -> Rates:
+    """Those that are given [%], and the `known` for the others."""
+    return type(known)(known.review if review is None else review / 100, known.fail if fail is None else fail / 100)
+
+
+def _thresholds(calibration: Calibration) -> Iterator[str]:
+    for name, threshold in (("review", calibration.review), ("fail", calibration.fail)):
+        low, high = threshold.interval
+        expected = f"expected of good parts {100 * threshold.expected:.1f} % ({100 * low:.1f}-{100 * high:.1f} %)"
+        yield f"{name:6} above {threshold.value:6.2f}: {expected}"
+
+
+@app.command()
+def thresholds(recipe: RecipeName, review_rate: ReviewRate = None, fail_rate: FailRate = None, json: Json = None) -> None:
+    """A recipe's thresholds; moves them where a share is given. A station judges by them from its next part on."""
+    from apps.industrial.bootstrap import open_industrial
+
+    service, log = open_industrial(load_settings().settings)
+    facts = service.recipes.facts(recipe)
+    if review_rate is not None or fail_rate is not None:
+        facts = service.set_rates(recipe, _rates(service.rates(recipe), review_rate, fail_rate), getpass.getuser())
+    service.close()
+    log.close()
+    for line in _thresholds(facts.calibration):
+        answers(json).print(line)
+    write_json({"recipe": recipe, "rates": msgspec.to_builtins(facts.rates), **msgspec.to_builtins(facts.calibration)}, json)
 
 
 @app.command()

@@ -17,11 +17,12 @@ from prometheus_client import Counter, Histogram
 import shared_runtime as rt
 from apps.common.blobs import BlobStore, BlobsUnavailableError
 from apps.common.errors import BlobError
+from apps.industrial.anomaly.calibration import USUAL, Rates
 from apps.industrial.errors import IndustrialError, InputError
 from apps.industrial.evaluation.dataset import Sample
 from apps.industrial.images import decode_image, png
 from apps.industrial.inspection.inspector import PASS, Inspection, Inspector, overlay
-from apps.industrial.inspection.recipe import RecipeBook, checked_name
+from apps.industrial.inspection.recipe import Facts, RecipeBook, checked_name
 from apps.industrial.inspection.taught_images import TaughtImage
 from apps.industrial.learning import Report
 from apps.industrial.messages import FRAMES, VERDICTS, BoxMessage, FrameMessage, VerdictMessage
@@ -64,31 +65,37 @@ class IndustrialService:
         self._log, self.store, self.blobs, self.recipes = log, store, blobs, recipes
         self._open_session = open_session
         self._shared: rt.Session | None = None
-        self._inspectors: OrderedDict[str, tuple[str, Inspector]] = OrderedDict()
+        self._inspectors: OrderedDict[str, Inspector] = OrderedDict()
         self._lock = threading.Lock()
         self._stations: set[str] = set()
 
     def inspector(self, name: str) -> Inspector:
-        """The recipe ready to judge; a recipe that was taught again is loaded again. Raises RecipeNotFoundError."""
-        taught = self.recipes.facts(name).taught
+        """The recipe ready to judge; a recipe that was changed is loaded again. Raises RecipeNotFoundError."""
+        facts = self.recipes.facts(name)
         with self._lock:
-            if name in self._inspectors and self._inspectors[name][0] == taught:
+            held = self._inspectors.get(name)
+            if held is not None and held.recipe.facts == facts:
                 self._inspectors.move_to_end(name)
-                return self._inspectors[name][1]
+                return held
             try:
-                made = self._opened(name)
+                made = self._opened(name, held)
             except InputError:
-                if self.recipes.facts(name).taught == taught:
+                if self.recipes.facts(name) == facts:
                     raise
-                made = self._opened(name)  # it was taught anew while it was read
-            self._let_go(self._inspectors.pop(name, None))
-            self._inspectors[name] = (taught, made)
+                made = self._opened(name, held)  # it was taught anew while it was read
+            if held is not None and held.session is not made.session:
+                self._let_go(held)
+            self._inspectors.pop(name, None)
+            self._inspectors[name] = made
             while len(self._inspectors) > LOADED_RECIPES:
                 self._let_go(self._inspectors.popitem(last=False)[1])
             return made
 
-    def _opened(self, name: str) -> Inspector:
+    def _opened(self, name: str, held: Inspector | None) -> Inspector:
+        """The recipe with the session that it is `held` with, where its network is the same."""
         recipe = self.recipes.load(name)
+        if held is not None and held.recipe.facts.network == recipe.facts.network:
+            return Inspector(recipe, held.session)
         if recipe.model is None:
             self._shared = self._shared or self._open_session(None)
             return Inspector(recipe, self._shared)
@@ -99,10 +106,10 @@ class IndustrialService:
             session.close()
             raise
 
-    def _let_go(self, entry: tuple[str, Inspector] | None) -> None:
+    def _let_go(self, held: Inspector) -> None:
         """Free the session of a recipe that has one of its own."""
-        if entry is not None and entry[1].session is not self._shared:
-            entry[1].session.close()
+        if held.session is not self._shared:
+            held.session.close()
 
     def teach(
         self,
@@ -111,13 +118,14 @@ class IndustrialService:
         defects: Sequence[Sample] = (),
         *,
         again: bool = False,
+        rates: Rates | None = None,
         seconds: float | None = None,
         device: str = "auto",
         actor: str = "operator",
         report: Report = lambda step, share: None,
     ) -> Taught:
-        """Teach a recipe and keep it; `again`: from what it was taught from before as well, where there is such a recipe. Raises
-        InputError."""
+        """Teach a recipe and keep it; `again`: from what it was taught from before as well, where there is such a recipe. Its `rates`
+        stay where they are not given. Raises InputError."""
         before: list[TaughtImage] = []
         white: float | None = None
         if again and checked_name(name) in self.recipes.names():
@@ -131,6 +139,7 @@ class IndustrialService:
             self._open_session,
             before=before,
             white_before=white,
+            rates=rates or self.rates(name),
             seconds=seconds,
             device=device,
             report=report,
@@ -140,6 +149,19 @@ class IndustrialService:
         self.store.note(actor, "industrial.teach", name, good=facts.good, defects=facts.defects)
         logger.info("recipe taught", extra={"recipe": name, "good": facts.good, "defects": facts.defects})
         return taught
+
+    def rates(self, name: str) -> Rates:
+        """What a recipe's thresholds were set for; the usual ones where there is no such recipe, or none that can be read."""
+        try:
+            return self.recipes.facts(name).rates
+        except IndustrialError:
+            return USUAL
+
+    def set_rates(self, name: str, rates: Rates, actor: str) -> Facts:
+        """Move a recipe's thresholds, with the audit log; the line judges by them from the next part on. Raises InputError."""
+        facts = self.recipes.set_rates(name, rates)
+        self.store.note(actor, "industrial.thresholds", name, review_rate=rates.review, fail_rate=rates.fail)
+        return facts
 
     def advice(self, name: str) -> str:
         """What more good parts and labelled defects would bring the recipe. Raises RecipeNotFoundError."""
@@ -246,8 +268,8 @@ class IndustrialService:
     def close(self) -> None:
         """Free the sessions."""
         with self._lock:
-            for entry in self._inspectors.values():
-                self._let_go(entry)
+            for held in self._inspectors.values():
+                self._let_go(held)
             self._inspectors.clear()
             if self._shared is not None:
                 self._shared.close()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from apps.industrial.anomaly import regions
-from apps.industrial.anomaly.calibration import calibrate
+from apps.industrial.anomaly.calibration import USUAL, Rates, calibrate
 from apps.industrial.anomaly.statistics import outliers
 from apps.industrial.classification.kinds import KindClassifier
 from apps.industrial.errors import InputError
@@ -60,6 +60,7 @@ def teach(
     *,
     before: Sequence[TaughtImage] = (),
     white_before: float | None = None,
+    rates: Rates = USUAL,
     seconds: float | None = None,
     device: str = "auto",
     report: Report = lambda step, share: None,
@@ -68,7 +69,7 @@ def teach(
 
     `before`: what it was taught from earlier and learns again, with its `white_before` of images of more than 8 bits; what is given anew
     as well, perhaps with another label, counts as it is given. `seconds`: how long the network may learn from defects. Of more than
-    MOST_GOOD good images, so many are learned from. Raises InputError where too few are usable.
+    MOST_GOOD good images, so many are learned from. `rates`: where its thresholds lie. Raises InputError where too few are usable.
     """
     start = time.monotonic()
     every: list[Sample | TaughtImage] = [*(one for one in before if not one.defective), *good]
@@ -80,6 +81,9 @@ def teach(
     anew = {one.digest for one in (*kept, *bad)}
     kept = [*(one for one in chosen if isinstance(one, TaughtImage) and one.digest not in anew), *kept]
     bad = [*(one for one in before if one.defective and one.digest not in anew), *bad]
+    defective = {one.digest: one.name for one in bad}
+    skipped += [(one.name, f"the same picture as the defective {defective[one.digest]}") for one in kept if one.digest in defective]
+    kept = [one for one in kept if one.digest not in defective]
     images = [one.image for one in kept]
     if len(kept) < FEWEST:
         why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -100,14 +104,16 @@ def teach(
     scores = combined(found.scores, learned_scores(found.judged), weight, scale)
     if found.probe:
         scores = found.probe.joined(scores, found.judged["whole"])
-    apart = [kept[i].name for i in outliers(scores.tolist())] if not bad else []
+    of_good: list[float] = scores.tolist()
+    apart = [kept[i].name for i in outliers(of_good)] if not bad else []
     kinds = _kinds(bad, found.bad_seen)
     facts = Facts(
         name=name,
         taught=now_rfc3339(),
         good=len(images),
         defects=len(bad),
-        calibration=calibrate([float(score) for score in scores]),
+        calibration=calibrate(of_good, rates),
+        rates=rates,
         map_threshold=float(np.quantile(peaks, MAP_QUANTILE)) + 1e-6,
         sharpness=float(np.median([one.sharpness for one in kept])),
         aspect=_usual([one.aspect for one in kept]),
@@ -124,7 +130,7 @@ def teach(
     times["judge"] = times.get("judge", 0.0) + time.monotonic() - begin
     times["total"] = time.monotonic() - start
     model = None if found.folder is None else Path(found.folder.name) / MODEL_FOLDER
-    recipe = Recipe(facts, found.parts, found.regions, found.probe, kinds, model, [*kept, *bad])
+    recipe = Recipe(facts, found.parts, found.regions, found.probe, kinds, model, of_good, [*kept, *bad])
     return Taught(recipe, apart, skipped + bad_skipped, times, found.folder)
 
 

@@ -16,6 +16,7 @@ from apps.common.settings import Settings
 from apps.common.ui.server import page_server
 from apps.common.workers import reporting
 from apps.industrial.acquisition.generated import GeneratedSource
+from apps.industrial.anomaly.calibration import Rates
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
@@ -143,6 +144,14 @@ def test_the_station_in_a_real_browser(line: tuple[IndustrialService, Log], sett
         assert page.get_by_role("tab", name="Chosen part").get_attribute("aria-selected") == "true", "a chosen row is shown"
         page.get_by_role("tab", name="Control charts").click()
         page.locator("canvas, svg.marks").first.wait_for(timeout=30_000)
+        page.get_by_role("tab", name="Thresholds").click()
+        page.get_by_label("Good parts that may fail [%]").fill("5")
+        page.get_by_label("Good parts that may be looked at [%]").fill("20")
+        page.get_by_role("button", name="Move the thresholds").click()
+        until(page, lambda: service.recipes.facts(RECIPE).rates == Rates(0.2, 0.05))
+        page.get_by_text("of good parts are expected there").first.wait_for()
+        page.wait_for_timeout(1500)
+        page.screenshot(path=tmp_path / "thresholds.png", full_page=True)
         page.get_by_role("tab", name="Teach").click()
         page.locator('[data-test-script-state="notRunning"]').first.wait_for()  # the page takes no files while it draws the tab
         page.wait_for_timeout(500)

@@ -62,6 +62,12 @@ def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_
     done = commands.run("industrial", "teach", "--recipe", "plaet")
     assert done.returncode == 2
     assert "no recipe 'plaet'; did you mean 'plate'? Teach one with 'triscope industrial teach --good DIR" in " ".join(done.stderr.split())
+    done = commands.run("industrial", "thresholds", "--recipe", "plate", "--review-rate", "20", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rates"] == {"review": 0.2, "fail": 0.01}
+    assert found["review"]["expected"] == pytest.approx(5 / 29, abs=1e-6)
+    assert "review above" in done.stderr
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "hole.png").write_bytes((parts / "test" / "hole" / "0000.png").read_bytes())
@@ -89,6 +95,7 @@ def test_teach_inspect_and_what_is_refused(commands: Commands, parts: Path, tmp_
         (("teach", "--good", parts / "train" / "good", "--recipe", "a/b"), "can't be used"),
         (("teach", "--good", tmp_path / "nothing", "--recipe", "plate"), "nothing"),
         (("evaluate", "--dataset", tmp_path), "has no folder 'test'"),
+        (("thresholds", "--recipe", "plate", "--fail-rate", "30"), "20 % of good parts to REVIEW and 30 % to FAIL can't be set"),
         (("feed", "carrier-pigeon:7", "--recipe", "plate"), "is unknown; expected folder:DIR"),
         (("feed", "http:telephone", "--recipe", "plate"), "is no port"),
         (("feed", f"folder:{folder}", "--recipe", "nobody"), "nobody"),

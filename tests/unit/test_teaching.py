@@ -18,6 +18,7 @@ import pytest
 
 from apps.common.settings import Settings
 from apps.industrial.acquisition.generated import write_dataset
+from apps.industrial.anomaly.calibration import USUAL, Rates, calibrate
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.classification.probe import Probe
@@ -113,7 +114,7 @@ def test_a_recipe_is_taught_and_judges_the_line(settings: Settings, tmp_path: Pa
     recipe = service.recipes.load("cast")
     facts = msgspec.structs.replace(recipe.facts, network="0" * 64)
     with pytest.raises(InputError, match=r"was taught with another network \(0000.*teach it again"):
-        Inspector(Recipe(facts, recipe.good, recipe.regions, recipe.probe, recipe.kinds, recipe.model), service.inspector("cast").session)
+        Inspector(replace(recipe, facts=facts), service.inspector("cast").session)
     service.judge(frame, "defect", "tester", "seen")
     assert [p.verdict.frame_id for p in service.store.judged("cast")] == [frame]
     service.close()
@@ -154,7 +155,7 @@ def test_a_recipe_of_many_parts_knows_regions(settings: Settings, tmp_path: Path
     session = service.inspector("cast").session
     before, after = (Inspector(recipe, session).inspect(image) for recipe in (taught.recipe, stored))
     np.testing.assert_allclose(before.map, after.map, atol=1e-4)
-    plain = Inspector(Recipe(stored.facts, stored.good, None, stored.probe, stored.kinds, stored.model), session).inspect(image)
+    plain = Inspector(replace(stored, regions=None), session).inspect(image)
     assert plain.score == pytest.approx(after.score, abs=1e-4)
     assert np.abs(plain.map - after.map).max() > 0.01
     service.close()
@@ -316,8 +317,48 @@ def test_a_recipe_is_taught_again_with_what_came_later(settings: Settings, tmp_p
     np.testing.assert_allclose(outlines[defects[1].kind], wanted, atol=1 / 255)
     assert outlines["stain"] is None
     assert service.teach("cast", good[5:13]).recipe.facts.good == 8, "from these alone"
+    both = service.teach("cast", good[1:], [replace(good[12], kind="stain")], seconds=1, device="cpu")
+    assert (both.recipe.facts.good, both.recipe.facts.defects) == (12, 1)
+    assert both.skipped == [(good[12].name, f"the same picture as the defective {good[12].name}")]
     service.close()
     log.close()
+
+
+def test_thresholds_move_to_the_rates_that_are_set_and_stay_there(cast: tuple[IndustrialService, Recipe], tmp_path: Path) -> None:
+    service, recipe = cast
+    before = service.inspector("cast")
+    assert recipe.facts.rates == USUAL
+    assert service.recipes.scores("cast").tolist() == recipe.scores
+    facts = service.set_rates("cast", Rates(0.4, 0.2), "tester")
+    assert facts.calibration == calibrate(recipe.scores, Rates(0.4, 0.2))
+    assert np.mean(np.array(recipe.scores) > facts.calibration.review.value) == pytest.approx(0.3)
+    after = service.inspector("cast")
+    assert after.recipe.facts == facts
+    assert after.session is before.session
+    image = labelled_samples(tmp_path)[0].read()
+    assert after.inspect(image).score == before.inspect(image).score
+    assert len(service.recipes.images("cast")) == 10
+    good = good_samples(tmp_path / "train" / "good")
+    assert service.teach("cast", good).recipe.facts.calibration == facts.calibration, "taught again, they stay"
+    (service.recipes.root / "cast" / "recipe.json").write_text("{")
+    assert service.teach("cast", good).recipe.facts.rates == USUAL, "a damaged recipe can be taught again"
+    assert [path.name for path in service.recipes.root.iterdir()] == ["cast"]
+
+
+@pytest.mark.parametrize("rates", [(0.01, 0.05), (0.05, 0.0), (0.6, 0.01), (float("nan"), 0.01)])
+def test_rates_that_make_no_sense_are_refused(rates: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match=r"can't be set; expected shares above 0, up to 50 %"):
+        Rates(*rates)
+
+
+def test_a_recipe_that_kept_no_scores_has_its_thresholds_as_they_are(cast: tuple[IndustrialService, Recipe]) -> None:
+    service, recipe = cast
+    service.recipes.save(replace(recipe, scores=()))
+    with pytest.raises(InputError, match="kept no scores of its good parts, as an earlier version taught it; teach it again"):
+        service.set_rates("cast", Rates(), "tester")
+    (service.recipes.root / "cast" / "statistics.npz").write_bytes(b"PK no more")
+    with pytest.raises(InputError, match=r"can't be read: .*; teach it again"):
+        service.set_rates("cast", Rates(), "tester")
 
 
 def test_images_that_a_recipe_was_taught_from_are_refused_where_they_are_damaged(cast: tuple[IndustrialService, Recipe]) -> None:

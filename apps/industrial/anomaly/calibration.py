@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 from scipy import stats
 
-REVIEW_RATE, FAIL_RATE = 0.05, 0.01
+from apps.industrial.errors import InputError
+
+REVIEW_RATE, FAIL_RATE, MOST_RATE = 0.05, 0.01, 0.5
 
 
 class Threshold(msgspec.Struct, frozen=True):
@@ -27,7 +29,24 @@ class Calibration(msgspec.Struct, frozen=True):
     parts: int
 
 
-def calibrate(scores: Sequence[float], review_rate: float = REVIEW_RATE, fail_rate: float = FAIL_RATE) -> Calibration:
+class Rates(msgspec.Struct, frozen=True):
+    """The shares of good parts that may be looked at, and that may fail. Raises InputError for what are no such shares."""
+
+    review: float = REVIEW_RATE
+    fail: float = FAIL_RATE
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fail <= self.review <= MOST_RATE:
+            raise InputError(
+                f"{100 * self.review:g} % of good parts to REVIEW and {100 * self.fail:g} % to FAIL can't be set; expected "
+                f"shares above 0, up to {100 * MOST_RATE:g} %, the second no larger than the first, which holds it"
+            )
+
+
+USUAL = Rates()
+
+
+def calibrate(scores: Sequence[float], rates: Rates = USUAL) -> Calibration:
     """Thresholds from the scores of good parts that the statistics did not see.
 
     A threshold that k of n parts exceed has an expected rate of (k + 1) / (n + 1) with a Beta distribution (order
@@ -36,8 +55,8 @@ def calibrate(scores: Sequence[float], review_rate: float = REVIEW_RATE, fail_ra
     """
     values = np.sort(np.asarray(scores, float))
     n = len(values)
-    fail = _threshold(values, fail_rate)
-    review = _threshold(values, review_rate)
+    fail = _threshold(values, rates.fail)
+    review = _threshold(values, rates.review)
     if review.value >= fail.value:
         review = msgspec.structs.replace(review, value=float(np.nextafter(fail.value, -np.inf)))
     return Calibration(review, fail, n)

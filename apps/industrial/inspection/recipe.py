@@ -10,13 +10,16 @@ import math
 import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from apps.industrial.anomaly.calibration import Calibration
+from apps.industrial.anomaly.calibration import USUAL, Calibration, Rates, calibrate
 from apps.industrial.anomaly.regions import Regions
 from apps.industrial.anomaly.statistics import GoodParts
 from apps.industrial.classification.kinds import KindClassifier
@@ -27,6 +30,7 @@ from shared_runtime.errors import NOT_JSON
 from shared_runtime.folders import replace_folder, settled
 
 RECIPE_FILE, STATISTICS_FILE, IMAGES_FILE, MODEL_FOLDER = "recipe.json", "statistics.npz", "images.zip", "model"
+SCORES = "calibration_scores"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
@@ -38,6 +42,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     good: int
     defects: int
     calibration: Calibration
+    rates: Rates = USUAL
+    """What the thresholds were set for."""
     map_threshold: float
     sharpness: float
     aspect: tuple[float, float]
@@ -59,25 +65,23 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 3
 
 
+@dataclass(frozen=True)
 class Recipe:
     """A recipe in memory.
 
     `regions`: None where too few good parts were known; `probe`: None without defects, and of recipes of version 2; `model`: the folder
-    of its own model, or None for the shipped one; `images`: what it was taught from, of a recipe that was just taught.
+    of its own model, or None for the shipped one. Of a recipe that was just taught: `scores` (N,) of the good parts that its thresholds
+    come from, and `images`, what it was taught from.
     """
 
-    def __init__(
-        self,
-        facts: Facts,
-        good: GoodParts,
-        regions: Regions | None,
-        probe: Probe | None,
-        kinds: KindClassifier | None,
-        model: Path | None,
-        images: Sequence[TaughtImage] = (),
-    ) -> None:
-        self.facts, self.good, self.regions, self.probe, self.kinds, self.model = facts, good, regions, probe, kinds, model
-        self.images = images
+    facts: Facts
+    good: GoodParts
+    regions: Regions | None
+    probe: Probe | None
+    kinds: KindClassifier | None
+    model: Path | None
+    scores: Sequence[float] = ()
+    images: Sequence[TaughtImage] = ()
 
 
 def checked_name(name: str) -> str:
@@ -95,6 +99,10 @@ def unusual(value: float, usual: tuple[float, float]) -> bool:
 def side_of(width: int, height: int) -> float:
     """Pixels a side of a square with as many pixels."""
     return math.sqrt(width * height)
+
+
+def _written(facts: Facts) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(facts), indent=2)
 
 
 class RecipeBook:
@@ -134,6 +142,17 @@ class RecipeBook:
         except (OSError, InputError) as error:
             raise InputError(f"what recipe {name!r} was taught from can't be read: {error}; teach it from images") from error
 
+    def scores(self, name: str) -> NDArray[np.float64]:
+        """(N,) of the good parts that a recipe's thresholds come from; empty for recipes of earlier versions."""
+        return settled([self.root / checked_name(name)], lambda: self._scores(name))
+
+    def _scores(self, name: str) -> NDArray[np.float64]:
+        try:
+            with np.load(self.folder(name) / STATISTICS_FILE, allow_pickle=False) as stored:
+                return np.asarray(stored[SCORES] if SCORES in stored.files else [], np.float64)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"the statistics of recipe {name!r} can't be read: {error}; teach it again") from error
+
     def _facts(self, name: str) -> Facts:
         try:
             return msgspec.json.decode((self.folder(name) / RECIPE_FILE).read_bytes(), type=Facts)
@@ -155,28 +174,51 @@ class RecipeBook:
         parts = GoodParts.from_arrays(arrays), Regions.from_arrays(arrays), Probe.from_arrays(arrays), kinds
         return Recipe(facts, *parts, model if model.is_dir() else None)
 
+    def set_rates(self, name: str, rates: Rates) -> Facts:
+        """Move the thresholds of a recipe to where such shares of its good parts lie above them. Raises InputError."""
+        known, scores, folder = self.facts(name), self.scores(name), self.folder(name)
+        if not len(scores):
+            raise InputError(f"recipe {name!r} kept no scores of its good parts, as an earlier version taught it; teach it again")
+        facts = msgspec.structs.replace(known, rates=rates, calibration=calibrate(scores.tolist(), rates))
+        part = self._part(name)
+        try:
+            shutil.copytree(folder, part)
+            (part / RECIPE_FILE).write_bytes(_written(facts))
+            if self.facts(name) != known:
+                raise InputError(f"recipe {name!r} was changed meanwhile; set its thresholds again")
+            replace_folder(part, folder)
+        except OSError as error:
+            raise InputError(f"the thresholds of recipe {name!r} can't be written: {error}; they stay as they were") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return facts
+
     def save(self, recipe: Recipe) -> Path:
         """Write a recipe in place of one of the same name, whole or not at all."""
         name = checked_name(recipe.facts.name)
         self.root.mkdir(parents=True, exist_ok=True)
-        part, target = self.root / f".{name}.{uuid.uuid4().hex}", self.root / name
+        part, target = self._part(name), self.root / name
         part.mkdir()
         try:
             self._write(recipe, part)
             replace_folder(part, target)
-        except BaseException:
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
         return target
+
+    def _part(self, name: str) -> Path:
+        """A folder that becomes the recipe's once it is whole."""
+        return self.root / f".{name}.{uuid.uuid4().hex}"
 
     def _write(self, recipe: Recipe, part: Path) -> None:
         buffer = io.BytesIO()
         learned = [part.arrays() for part in (recipe.good, recipe.regions, recipe.probe, recipe.kinds) if part]
-        np.savez(buffer, allow_pickle=False, **{name: array for arrays in learned for name, array in arrays.items()})
+        arrays = {name: array for arrays in learned for name, array in arrays.items()}
+        np.savez(buffer, allow_pickle=False, **arrays, **{SCORES: np.asarray(recipe.scores, np.float64)})
         (part / STATISTICS_FILE).write_bytes(buffer.getvalue())
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
         facts = msgspec.structs.replace(recipe.facts, statistics_sha256=digest)
-        (part / RECIPE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+        (part / RECIPE_FILE).write_bytes(_written(facts))
         (part / IMAGES_FILE).write_bytes(packed(recipe.images))
         if recipe.model is not None:
             shutil.copytree(recipe.model, part / MODEL_FOLDER)

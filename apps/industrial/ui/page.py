@@ -17,6 +17,7 @@ from apps.common.ui.text import plain
 from apps.common.ui.workers import database, workers_of
 from apps.common.ui.worklist import Row, worklist
 from apps.common.workers import known_workers
+from apps.industrial.anomaly.calibration import MOST_RATE, Rates
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
@@ -26,10 +27,11 @@ from apps.industrial.service import IndustrialService
 from apps.industrial.spc import p_chart, score_chart
 from apps.industrial.store import DEFECT, GOOD, Part
 from apps.industrial.teaching import Taught, advice
-from apps.industrial.ui.charts import control_chart
+from apps.industrial.ui.charts import control_chart, scores_chart
 from apps.industrial.ui.job import Teaching, TeachingJobs, new_folder
 from apps.industrial.worker import GROUP
 from pipelines import Log, PipelineError
+from pipelines.messages import parse_rfc3339
 
 COLUMNS = ("Verdict", "Score", "Part", "Kind", "Time (UTC)", "Operator", "Reason")
 COLOURS = {"pass": "#15803d", "review": "#d97706", "fail": "#b91c1c"}
@@ -40,7 +42,7 @@ LARGE = 520
 SILENT_SECONDS = 5.0
 """While frames wait and none was judged for so long, the lamp shows no verdict."""
 CHOSEN = "Chosen part"
-TABS = ("Review queue", CHOSEN, "Control charts", "Teach")
+TABS = ("Review queue", CHOSEN, "Control charts", "Thresholds", "Teach")
 
 
 @st.cache_resource
@@ -221,6 +223,34 @@ def charts(recipe: str) -> None:
 
 
 @outage_said
+def thresholds(recipe: str) -> None:
+    """Where REVIEW and FAIL begin, by the shares of good parts that may lie above."""
+    service, _ = industrial()
+    scores, facts = service.recipes.scores(recipe), service.recipes.facts(recipe)
+    if not len(scores):
+        st.info("This recipe kept no scores of its good parts, as an earlier version taught it. Teach it again to move its thresholds.")
+        return
+    found, rates, taught = facts.calibration, facts.rates, parse_rfc3339(facts.taught)
+    since = [score for taken, _, score in service.store.series(recipe) if parse_rfc3339(taken) >= taught]
+    st.altair_chart(scores_chart(scores.tolist(), since, found, COLOURS), width="stretch")
+    for word, threshold in (("REVIEW or FAIL", found.review), ("FAIL", found.fail)):
+        low, high = (f"{100 * share:.1f}" for share in threshold.interval)
+        expected = f"{100 * threshold.expected:.1f} % ({low} to {high} %)"
+        st.caption(f"{word} above {threshold.value:.2f}: {expected} of good parts are expected there.")
+    with st.form(f"thresholds_{recipe}_{rates.review}_{rates.fail}", border=False):
+        left, right = st.columns(2)
+        review = left.number_input("Good parts that may be looked at [%]", 0.01, 100 * MOST_RATE, 100 * rates.review, 0.5, format="%.2f")
+        fail = right.number_input("Good parts that may fail [%]", 0.01, 100 * MOST_RATE, 100 * rates.fail, 0.5, format="%.2f")
+        if st.form_submit_button("Move the thresholds"):
+            try:
+                service.set_rates(recipe, Rates(review / 100, fail / 100), getpass.getuser())
+            except InputError as error:
+                st.error(plain(error))
+            else:
+                st.rerun()
+
+
+@outage_said
 def teaching(recipe: str | None) -> None:
     """Teach a recipe from images that are dragged in."""
     service, _ = industrial()
@@ -295,7 +325,7 @@ def page() -> None:
         live(recipe)
     else:
         st.info("No recipe yet. Teach one below from images of good parts, or with `triscope industrial teach --good DIR --recipe NAME`.")
-    queue, chosen, control, learn = st.tabs(TABS, key="industrial_tab", on_change="rerun")
+    queue, chosen, control, limits, learn = st.tabs(TABS, key="industrial_tab", on_change="rerun")
     with queue:
         review()
     with chosen:
@@ -303,6 +333,9 @@ def page() -> None:
     with control:
         if names:
             charts(recipe)
+    with limits:
+        if names:
+            thresholds(recipe)
     with learn:
         teaching(recipe if names else None)
         taught()
