@@ -72,24 +72,15 @@ def teach(
     MOST_GOOD good images, so many are learned from. `rates`: where its thresholds lie. Raises InputError where too few are usable.
     """
     start = time.monotonic()
-    every: list[Sample | TaughtImage] = [*(one for one in before if not one.defective), *good]
-    chosen, given = _spread(every, MOST_GOOD), len(every)
-    fresh = [one for one in chosen if isinstance(one, Sample)]
-    white = deepest(sample.path for sample in fresh) or white_before
-    kept, skipped = _read(fresh, white, report)
-    bad, bad_skipped = _read(defects, white, lambda step, share: None)
-    anew = {one.digest for one in (*kept, *bad)}
-    kept = [*(one for one in chosen if isinstance(one, TaughtImage) and one.digest not in anew), *kept]
-    bad = [*(one for one in before if one.defective and one.digest not in anew), *bad]
-    defective = {one.digest: one.name for one in bad}
-    skipped += [(one.name, f"the same picture as the defective {defective[one.digest]}") for one in kept if one.digest in defective]
-    kept = [one for one in kept if one.digest not in defective]
+    given = _gathered(good, defects, before, white_before, report)
+    kept, bad = given.good, given.bad
     images = [one.image for one in kept]
     if len(kept) < FEWEST:
-        why = f"; left out: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        why = f"; left out: {given.skipped[0][0]}: {given.skipped[0][1]}" if given.skipped else ""
         raise InputError(f"{len(kept)} good images can be used, expected at least {FEWEST}, better {ENOUGH} or more{why}")
     if defects and not bad:
-        raise InputError(f"none of {len(defects)} defective images can be used; left out: {bad_skipped[0][0]}: {bad_skipped[0][1]}")
+        left_out, why = given.bad_skipped[0]
+        raise InputError(f"none of {len(defects)} defective images can be used; left out: {left_out}: {why}")
     place = place_to_learn(device) if bad else ""
     times = {"read": time.monotonic() - start}
     if bad:
@@ -119,19 +110,50 @@ def teach(
         aspect=_usual([one.aspect for one in kept]),
         side=_usual([one.side for one in kept]),
         colour=sum(image.ndim == 3 for image in images) * 2 > len(images),
-        white=white,
+        white=given.white,
         network=found.network,
         learned_weight=weight,
         learned_scale=scale,
         map_scale=map_scale,
         kinds=kinds.names if kinds else (),
-        warnings=tuple(_warnings(given, kept, bad, apart)),
+        warnings=tuple(_warnings(given.number, kept, bad, apart)),
     )
     times["judge"] = times.get("judge", 0.0) + time.monotonic() - begin
     times["total"] = time.monotonic() - start
     model = None if found.folder is None else Path(found.folder.name) / MODEL_FOLDER
     recipe = Recipe(facts, found.parts, found.regions, found.probe, kinds, model, of_good, [*kept, *bad])
-    return Taught(recipe, apart, skipped + bad_skipped, times, found.folder)
+    return Taught(recipe, apart, given.skipped + given.bad_skipped, times, found.folder)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What is taught from. `number`: how many good images there were to choose from; `skipped`: names with the reason; `white`: as
+    `Facts.white`."""
+
+    good: list[TaughtImage]
+    bad: list[TaughtImage]
+    number: int
+    skipped: list[tuple[str, str]]
+    bad_skipped: list[tuple[str, str]]
+    white: float | None
+
+
+def _gathered(
+    good: Sequence[Sample], defects: Sequence[Sample], before: Sequence[TaughtImage], white_before: float | None, report: Report
+) -> _Gathered:
+    """What is given anew, read, and what of `before` is not among it."""
+    every: list[Sample | TaughtImage] = [*(one for one in before if not one.defective), *good]
+    chosen = _spread(every, MOST_GOOD)
+    fresh = [one for one in chosen if isinstance(one, Sample)]
+    white = deepest(sample.path for sample in fresh) or white_before
+    kept, skipped = _read(fresh, white, report)
+    bad, bad_skipped = _read(defects, white, lambda step, share: None)
+    anew = {one.digest for one in (*kept, *bad)}
+    kept = [*(one for one in chosen if isinstance(one, TaughtImage) and one.digest not in anew), *kept]
+    bad = [*(one for one in before if one.defective and one.digest not in anew), *bad]
+    defective = {one.digest: one.name for one in bad}
+    skipped += [(one.name, f"the same picture as the defective {defective[one.digest]}") for one in kept if one.digest in defective]
+    return _Gathered([one for one in kept if one.digest not in defective], bad, len(every), skipped, bad_skipped, white)
 
 
 def _spread(samples: Sequence[Given], most: int) -> Sequence[Given]:

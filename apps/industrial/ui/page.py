@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -270,7 +271,10 @@ def teaching(recipe: str | None) -> None:
 
     def work(folder: Path, report: Report) -> Taught:
         more_good, more_bad = service.learned_from_line(name, folder) if judged and name in service.recipes.names() else ([], [])
-        return service.teach(name, samples + more_good, defects + more_bad, again=again, actor=actor, report=report)
+        taught = service.teach(name, samples + more_good, defects + more_bad, again=again, actor=actor, report=report)
+        return replace(
+            taught, recipe=replace(taught.recipe, images=())
+        )  # this server keeps what was taught; the images lie with the recipe
 
     try:
         jobs().start(Teaching(name), folder, work)
