@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,6 +343,20 @@ def test_thresholds_move_to_the_rates_that_are_set_and_stay_there(cast: tuple[In
     assert service.teach("cast", good).recipe.facts.calibration == facts.calibration, "taught again, they stay"
     (service.recipes.root / "cast" / "recipe.json").write_text("{")
     assert service.teach("cast", good).recipe.facts.rates == USUAL, "a damaged recipe can be taught again"
+    assert [path.name for path in service.recipes.root.iterdir()] == ["cast"]
+
+
+def test_two_who_move_the_thresholds_at_once_leave_a_whole_recipe(cast: tuple[IndustrialService, Recipe]) -> None:
+    service, _ = cast
+
+    def move(first: int) -> list[Rates]:
+        return [service.set_rates("cast", Rates((first + 2 * turn) / 100, 0.01), "tester").rates for turn in range(15)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(move, (5, 6))
+    assert service.recipes.facts("cast").rates in (first[-1], second[-1])
+    assert service.inspector("cast").recipe.facts == service.recipes.facts("cast")
+    assert len(service.recipes.images("cast")) == len(service.recipes.scores("cast")) == 10
     assert [path.name for path in service.recipes.root.iterdir()] == ["cast"]
 
 

@@ -176,7 +176,10 @@ class RecipeBook:
 
     def set_rates(self, name: str, rates: Rates) -> Facts:
         """Move the thresholds of a recipe to where such shares of its good parts lie above them. Raises InputError."""
-        known, scores, folder = self.facts(name), self.scores(name), self.folder(name)
+        return settled([self.root / checked_name(name)], lambda: self._set_rates(name, rates))
+
+    def _set_rates(self, name: str, rates: Rates) -> Facts:
+        known, scores, folder = self.facts(name), self.scores(name), self.root / name
         if not len(scores):
             raise InputError(f"recipe {name!r} kept no scores of its good parts, as an earlier version taught it; teach it again")
         facts = msgspec.structs.replace(known, rates=rates, calibration=calibrate(scores.tolist(), rates))
