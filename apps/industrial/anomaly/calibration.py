@@ -10,7 +10,8 @@ from scipy import stats
 
 from apps.industrial.errors import InputError
 
-REVIEW_RATE, FAIL_RATE, MOST_RATE = 0.05, 0.01, 0.5
+REVIEW_RATE, FAIL_RATE = 0.05, 0.01
+LEAST_RATE, MOST_RATE = 1e-4, 0.5
 
 
 class Threshold(msgspec.Struct, frozen=True):
@@ -36,10 +37,10 @@ class Rates(msgspec.Struct, frozen=True):
     fail: float = FAIL_RATE
 
     def __post_init__(self) -> None:
-        if not 0 < self.fail <= self.review <= MOST_RATE:
+        if not LEAST_RATE <= self.fail <= self.review <= MOST_RATE:
             raise InputError(
                 f"{100 * self.review:g} % of good parts to REVIEW and {100 * self.fail:g} % to FAIL can't be set; expected "
-                f"shares above 0, up to {100 * MOST_RATE:g} %, the second no larger than the first, which holds it"
+                f"shares of {100 * LEAST_RATE:g} to {100 * MOST_RATE:g} %, the second no larger than the first, which holds it"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from apps.industrial.errors import InputError
 from apps.industrial.features import MAP, SIZE
 from apps.industrial.images import Pixels, png
+from shared_runtime.errors import NOT_JSON
 
 FACTS_FILE = "images.json"
 
@@ -75,7 +77,7 @@ def unpacked(content: bytes) -> list[TaughtImage]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             facts = msgspec.json.decode(archive.read(FACTS_FILE), type=list[_Facts])
             return [_image(archive, number, one) for number, one in enumerate(facts)]
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError, NotImplementedError, msgspec.MsgspecError, cv2.error) as error:
+    except (*NOT_JSON, zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, RuntimeError, cv2.error) as error:
         raise InputError(f"the images are damaged: {error}") from error
 
 

@@ -18,7 +18,7 @@ from apps.common.ui.text import plain
 from apps.common.ui.workers import database, workers_of
 from apps.common.ui.worklist import Row, worklist
 from apps.common.workers import known_workers
-from apps.industrial.anomaly.calibration import MOST_RATE, Rates
+from apps.industrial.anomaly.calibration import LEAST_RATE, MOST_RATE, Rates
 from apps.industrial.bootstrap import open_industrial
 from apps.industrial.errors import InputError
 from apps.industrial.evaluation.dataset import Sample
@@ -240,8 +240,9 @@ def thresholds(recipe: str) -> None:
         st.caption(f"{word} above {threshold.value:.2f}: {expected} of good parts are expected there.")
     with st.form(f"thresholds_{recipe}_{rates.review}_{rates.fail}", border=False):
         left, right = st.columns(2)
-        review = left.number_input("Good parts that may be looked at [%]", 0.01, 100 * MOST_RATE, 100 * rates.review, 0.5, format="%.2f")
-        fail = right.number_input("Good parts that may fail [%]", 0.01, 100 * MOST_RATE, 100 * rates.fail, 0.5, format="%.2f")
+        bounds = 100 * LEAST_RATE, 100 * MOST_RATE
+        review = left.number_input("Good parts that may be looked at [%]", *bounds, 100 * rates.review, 0.5, format="%.2f")
+        fail = right.number_input("Good parts that may fail [%]", *bounds, 100 * rates.fail, 0.5, format="%.2f")
         if st.form_submit_button("Move the thresholds"):
             try:
                 service.set_rates(recipe, Rates(review / 100, fail / 100), getpass.getuser())
@@ -272,9 +273,8 @@ def teaching(recipe: str | None) -> None:
     def work(folder: Path, report: Report) -> Taught:
         more_good, more_bad = service.learned_from_line(name, folder) if judged and name in service.recipes.names() else ([], [])
         taught = service.teach(name, samples + more_good, defects + more_bad, again=again, actor=actor, report=report)
-        return replace(
-            taught, recipe=replace(taught.recipe, images=())
-        )  # this server keeps what was taught; the images lie with the recipe
+        # This server keeps what was taught until the next teaching; the images lie with the recipe.
+        return replace(taught, recipe=replace(taught.recipe, images=()))
 
     try:
         jobs().start(Teaching(name), folder, work)
